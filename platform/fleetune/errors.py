@@ -1,0 +1,54 @@
+"""The errors that a user sees, and the search for the name they probably meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: the field, the value, the rule, and the way out. Exit status 2.
+
+    ``rule`` says what must hold, ``hint`` what to do; ``field`` is the dotted path of the job file
+    (``rounds.clients_per_round``) or the argument on the command line.
+    """
+
+    def __init__(self, rule: str, *, field: str | None = None, value: Any = None, hint: str | None = None):
+        self.rule, self.field, self.value, self.hint = rule, field, value, hint
+        where = f"{field}={value!r}: " if field and value is not None else f"{field}: " if field else ""
+        super().__init__(where + rule + (f" ({hint})" if hint else ""))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The error as plain data, for ``--json``."""
+        return {
+            "error": "user",
+            "field": self.field,
+            "value": self.value,
+            "rule": self.rule,
+            "hint": self.hint,
+        }
+
+
+class RunFailed(RuntimeError):
+    """A real failure that a retry did not cure: what happened, on which client, in which round and stage."""
+
+    def __init__(self, reason: str, *, round_idx: int, stage: int | None = None, client_ids: Iterable[int] = ()):
+        self.round_idx, self.stage, self.client_ids = round_idx, stage, tuple(client_ids)
+        shown = ", ".join(map(str, self.client_ids[:8])) + (", …" if len(self.client_ids) > 8 else "")
+        who = f"client {shown}, " if self.client_ids else ""
+        super().__init__(f"{who}round {round_idx}, stage {stage if stage is not None else '-'}: {reason}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is nearest to a misspelt one, or None where nothing is near."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return matches[0] if matches else None
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], *, field: str) -> UserError:
+    """The error for a name that is none of the known ones, with the nearest right name."""
+    known = sorted(known)
+    guess = nearest(name, known)
+    hint = f"did you mean {guess!r}? known: {', '.join(known)}" if guess else f"known: {', '.join(known)}"
+    return UserError(f"no such {kind}", field=field, value=name, hint=hint)
