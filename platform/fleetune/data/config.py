@@ -1,0 +1,91 @@
+"""What a run trains and is evaluated on, and how the examples are spread over the clients."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from fleetune.config import Config
+from fleetune.data.template import column_names
+
+
+class ColumnMapping(Config):
+    """Which columns of the source hold what. Left out, the usual names are looked for."""
+
+    prompt: str | None = None
+    """Column of the question. Default: the first of prompt, question, instruction (with input), …"""
+    response: str | None = None
+    """Column of the text to be learnt. Default: the first of response, completion, output, answer, …"""
+    category: str | None = None
+    """Column by which clients can differ. Default: category, skill, topic, … where there is one."""
+
+
+class PartitionConfig(Config):
+    """How the training examples are dealt to the clients. Every example goes to exactly one client."""
+
+    kind: Literal["iid", "dirichlet", "shards", "by_key", "quantity"] = "iid"
+    """iid: equal sizes at random. dirichlet: label skew. shards: each client sees a few categories.
+    by_key: every key's examples stay on one client. quantity: same mixture, unequal sizes."""
+    alpha: float = Field(default=0.5, gt=0)
+    """Concentration of the Dirichlet draws (dirichlet, quantity): small is skewed, large is even."""
+    shards_per_client: int = Field(default=2, gt=0)
+    """Pieces of the category-sorted examples that each client gets (shards); 2 in McMahan et al. 2017."""
+    key: str = "category"
+    """Column that dirichlet, shards and by_key go by; any column of the source."""
+    min_examples: int = Field(default=0, ge=0)
+    """Examples that every client has at least, filled up from the largest. 0 allows empty clients."""
+
+    @model_validator(mode="after")
+    def _keys_stay_whole(self) -> PartitionConfig:
+        if self.kind == "by_key" and self.min_examples:
+            raise ValueError("kind=by_key keeps keys whole, so min_examples must be 0")
+        return self
+
+
+class DataConfig(Config):
+    """The dataset, its prompt template, its length limit and its partition."""
+
+    dataset: str = Field(default="micro-reasoning", min_length=1)
+    """Built-in name, local .jsonl, .json, .csv, .tsv or .parquet file, or hub id (`owner/name[:config]`)."""
+    split: str = "train"
+    """Split to train on (built-in and hub datasets)."""
+    columns: ColumnMapping = ColumnMapping()
+    """Which columns hold the prompt, the response and the category."""
+    template: str = "{prompt}"
+    """The prompt's text, with the source's columns in braces; `{{` is a brace."""
+    separator: str = " "
+    """Text between prompt and response. It is tokenised, learnt and generated with the response."""
+    eval_dataset: str | None = None
+    """Held-out examples from another source (as `dataset`). Default: the source's own test split."""
+    eval_fraction: float = Field(default=0.1, gt=0, lt=1)
+    """Fraction of the training examples to hold out where there is no test split."""
+    num_examples: int | None = Field(default=None, gt=0)
+    """Training examples to use, drawn at random; all by default (micro-reasoning: 4,000)."""
+    num_eval_examples: int = Field(default=256, gt=0)
+    """Held-out examples to use at most, drawn at random."""
+    max_tokens: int = Field(default=128, ge=4)
+    """Longest example, prompt and response together. Longer prompts lose their beginning."""
+    loss_on: Literal["response", "all"] = "response"
+    """Tokens that are learnt: those of the response and its end, or all."""
+    answer_pattern: str = r"####\s*([-+]?\$?[\d,]*\.?\d+)"
+    """Regular expression for the answer in a response; its first group counts. Default: number after ####."""
+    partition: PartitionConfig = PartitionConfig()
+    """How the examples are dealt to the clients."""
+
+    @field_validator("template")
+    @classmethod
+    def _template_parses(cls, template: str) -> str:
+        if not column_names(template):
+            raise ValueError("the template names no column; write at least {prompt}")
+        return template
+
+    @field_validator("answer_pattern")
+    @classmethod
+    def _pattern_compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        return pattern

@@ -1,0 +1,97 @@
+"""Tokenised examples as flat arrays, and as an Arrow IPC file that is memory-mapped without a copy."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class TokenizedDataset:
+    """All examples' tokens end to end: example i is ``tokens[offsets[i]:offsets[i + 1]]``."""
+
+    tokens: np.ndarray
+    """int32 ``(total,)``"""
+    offsets: np.ndarray
+    """int64 ``(n + 1,)``"""
+    prompt_lengths: np.ndarray
+    """int32 ``(n,)``: tokens before the response, bos included"""
+    category: np.ndarray
+    """int16 ``(n,)``: index into ``category_names``"""
+    category_names: tuple[str, ...]
+    loss_on: str
+    """``response`` or ``all``"""
+    pad_token_id: int
+    num_truncated: int
+    """examples that were longer than ``max_tokens``"""
+
+    def __len__(self) -> int:
+        return len(self.prompt_lengths)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens per example, int64 ``(n,)``."""
+        return np.diff(self.offsets)
+
+
+def write_arrow(path: Path, dataset: TokenizedDataset) -> None:
+    """Write the file beside its place, then rename: readers see all of it or none."""
+    import pyarrow as pa
+
+    header = {
+        "category_names": dataset.category_names,
+        "loss_on": dataset.loss_on,
+        "pad_token_id": dataset.pad_token_id,
+        "num_truncated": dataset.num_truncated,
+    }
+    columns = [
+        pa.LargeListArray.from_arrays(pa.array(dataset.offsets), pa.array(dataset.tokens)),
+        pa.array(dataset.prompt_lengths),
+        pa.array(dataset.category),
+    ]
+    schema = pa.schema(
+        [("tokens", columns[0].type), ("prompt_length", pa.int32()), ("category", pa.int16())],
+        metadata={"fleetune": json.dumps(header)},
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file, pa.ipc.new_file(file, schema) as writer:
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+        os.chmod(temporary, 0o644)  # mkstemp makes it private; a cache may be shared
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read_arrow(path: Path) -> TokenizedDataset | None:
+    """The dataset in the file, its arrays mapped from it; None where there is none or it is damaged."""
+    import pyarrow as pa
+
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        batch = reader.get_batch(0)
+        header = json.loads(reader.schema.metadata[b"fleetune"])
+    except (OSError, pa.ArrowException):
+        return None
+    tokens = batch.column("tokens")
+    return TokenizedDataset(
+        tokens=_array(tokens.values),
+        offsets=_array(tokens.offsets),
+        prompt_lengths=_array(batch.column("prompt_length")),
+        category=_array(batch.column("category")),
+        category_names=tuple(header["category_names"]),
+        loss_on=header["loss_on"],
+        pad_token_id=header["pad_token_id"],
+        num_truncated=header["num_truncated"],
+    )
+
+
+def _array(column: object) -> np.ndarray:
+    return column.to_numpy(zero_copy_only=True)  # type: ignore[attr-defined]
