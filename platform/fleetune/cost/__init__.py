@@ -1,0 +1,1 @@
+"""What local work costs on a device: FLOPs, memory, time and energy."""

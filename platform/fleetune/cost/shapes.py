@@ -1,0 +1,180 @@
+"""The shape of a decoder-only language model: what costing needs to know of it, without its weights.
+
+Covers the Llama family and its kin (Llama, Mistral, Qwen2, Qwen3): RMSNorm, grouped-query attention, SwiGLU,
+no bias in the MLP. ``ARCHITECTURES`` holds the published configurations that can be costed offline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from fleetune.errors import UserError, unknown_name
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder-only transformer. ``source`` says where they were published."""
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied_embeddings: bool = False
+    qkv_bias: bool = False  # Qwen2: bias on q, k and v
+    qk_norm: bool = False  # Qwen3: RMSNorm on every head of q and k
+    source: str = ""
+
+    @classmethod
+    def from_hf_config(cls, config: Any) -> ModelShape:
+        """From a transformers configuration of the Llama, Mistral, Qwen2 or Qwen3 family; ``UserError`` "
+        "for another."""
+        family = getattr(config, "model_type", None)
+        if family not in FAMILIES:
+            raise UserError(
+                "the cost model knows no such family",
+                field="cost.model",
+                value=family,
+                hint=f"known: {', '.join(FAMILIES)}",
+            )
+        num_heads = config.num_attention_heads
+        return cls(
+            name=getattr(config, "_name_or_path", "") or family,
+            num_layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_heads=num_heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+            vocab_size=config.vocab_size,
+            tied_embeddings=bool(config.tie_word_embeddings),
+            qkv_bias=family == "qwen2" or bool(getattr(config, "attention_bias", False)),
+            qk_norm=family == "qwen3",
+            source="the model's own config.json",
+        )
+
+    @cached_property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(in, out) of every linear layer of one block, by its Hugging Face name."""
+        h, i = self.hidden_size, self.intermediate_size
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return dict(zip(LINEARS, ((h, q), (h, kv), (h, kv), (q, h), (h, i), (h, i), (i, h)), strict=True))
+
+    @property
+    def linear_params(self) -> int:
+        """Weights of one block's linear layers, biases not counted."""
+        return sum(num_in * num_out for num_in, num_out in self.linears.values())
+
+    @property
+    def other_layer_params(self) -> int:
+        """One block's parameters outside its linear weights: two norms, and what the family adds."""
+        bias = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim if self.qkv_bias else 0
+        return 2 * self.hidden_size + bias + (2 * self.head_dim if self.qk_norm else 0)
+
+    @property
+    def embedding_params(self) -> int:
+        """Parameters of the token embedding."""
+        return self.vocab_size * self.hidden_size
+
+    def num_params(self, num_layers: int | None = None) -> int:
+        """Parameters of the model, or of a submodel of ``num_layers`` blocks; a tied head counts once."""
+        blocks = self.num_layers if num_layers is None else num_layers
+        head = 0 if self.tied_embeddings else self.embedding_params
+        block_params = self.linear_params + self.other_layer_params
+        return self.embedding_params + blocks * block_params + self.hidden_size + head
+
+
+def _shape(
+    name: str,
+    layers: int,
+    hidden: int,
+    mlp: int,
+    heads: int,
+    kv: int,
+    dim: int,
+    vocab: int,
+    *,
+    source: str,
+    **flags: bool,
+) -> ModelShape:
+    return ModelShape(name, layers, hidden, mlp, heads, kv, dim, vocab, source=f"config.json of {source}", **flags)
+
+
+ARCHITECTURES: dict[str, ModelShape] = {
+    shape.name: shape
+    for shape in (
+        # name, blocks, hidden, MLP, heads, kv heads, head dim, vocabulary
+        _shape("llama2-7b", 32, 4096, 11008, 32, 32, 128, 32000, source="meta-llama/Llama-2-7b-hf"),
+        _shape("llama2-13b", 40, 5120, 13824, 40, 40, 128, 32000, source="meta-llama/Llama-2-13b-hf"),
+        _shape("llama3.1-8b", 32, 4096, 14336, 32, 8, 128, 128256, source="meta-llama/Llama-3.1-8B"),
+        _shape(
+            "llama3.2-3b",
+            28,
+            3072,
+            8192,
+            24,
+            8,
+            128,
+            128256,
+            source="meta-llama/Llama-3.2-3B",
+            tied_embeddings=True,
+        ),
+        _shape("qwen2-7b", 28, 3584, 18944, 28, 4, 128, 152064, source="Qwen/Qwen2-7B", qkv_bias=True),
+        _shape(
+            "qwen2.5-0.5b",
+            24,
+            896,
+            4864,
+            14,
+            2,
+            64,
+            151936,
+            source="Qwen/Qwen2.5-0.5B",
+            tied_embeddings=True,
+            qkv_bias=True,
+        ),
+        _shape(
+            "qwen2.5-1.5b",
+            28,
+            1536,
+            8960,
+            12,
+            2,
+            128,
+            151936,
+            source="Qwen/Qwen2.5-1.5B",
+            tied_embeddings=True,
+            qkv_bias=True,
+        ),
+        _shape(
+            "qwen2.5-3b",
+            36,
+            2048,
+            11008,
+            16,
+            2,
+            128,
+            151936,
+            source="Qwen/Qwen2.5-3B",
+            tied_embeddings=True,
+            qkv_bias=True,
+        ),
+        _shape("qwen3-8b", 36, 4096, 12288, 32, 8, 128, 151936, source="Qwen/Qwen3-8B", qk_norm=True),
+        _shape("tinyllama-1.1b", 22, 2048, 5632, 32, 4, 64, 32000, source="TinyLlama/TinyLlama_v1.1"),
+    )
+}
+
+
+def architecture(name: str) -> ModelShape:
+    """The published architecture of that name; ``UserError`` with the nearest name for an unknown one."""
+    if name not in ARCHITECTURES:
+        raise unknown_name("architecture", name, ARCHITECTURES, field="cost.model")
+    return ARCHITECTURES[name]

@@ -1,0 +1,1 @@
+"""The simulated fleet: devices, networks, and who has which."""

@@ -1,0 +1,50 @@
+"""The devices: all Jetson modules, boards, phones and servers, with a source for every number.
+
+FP32 peak = cores x 2 x clock; vector FP16 is twice that on every Jetson; tensor FP16 = tensor cores x FMA per
+clock x 2 x clock, dense. Marketing TOPS (sparse INT8, accelerators included) are never used. "recalled" marks
+a number that was not read again at its source, "assumed" one that has none; both are to be replaced when a
+better one is at hand.
+
+A sustained fraction is the step's FLOPs over its seconds and the peak, kernel launches taken off the seconds.
+"""
+
+from __future__ import annotations
+
+from fleetune.errors import unknown_name
+from fleetune.fleet.boards import BOARDS
+from fleetune.fleet.jetsons import JETSONS
+from fleetune.fleet.profile import DeviceProfile
+
+DEVICES: dict[str, DeviceProfile] = {profile.name: profile for profile in (*JETSONS, *BOARDS)}
+
+
+def device(name: str) -> DeviceProfile:
+    """The device of that name, or one of its power modes (``jetson-agx-orin-64gb@30w``); ``UserError`` if "
+    "unknown."""
+    base, _, mode = name.partition("@")
+    if base not in DEVICES:
+        raise unknown_name("device", name, DEVICES, field="fleet.devices")
+    return DEVICES[base].in_mode(mode) if mode else DEVICES[base]
+
+
+def markdown() -> str:
+    """The page of all devices: rates, memory, power, and the source of every group of numbers."""
+    columns = "| device | fp32 TFLOP/s | 16-bit TFLOP/s | sustained | GB/s | GB for tensors | W | modes |"
+    lines = ["# Devices", "", *(__doc__ or "").splitlines()[2:], "", columns, "|" + "---|" * 8]
+    for profile in DEVICES.values():
+        lines.append(
+            f"| {profile.name} | {profile.fp32_flops / 1e12:.3g} | {profile.fp16_flops / 1e12:.4g} "
+            f"| {profile.sustained_fp32:g} / {profile.sustained_fp16:g} "
+            f"| {profile.bandwidth_bytes_per_second / 1e9:g} x {profile.sustained_bandwidth_fraction:g} "
+            f"| {profile.budget_bytes / 1e9:.2f} | {profile.idle_watts:g} to {profile.active_watts:g} "
+            f"| {', '.join(name for name, _ in profile.modes) or '-'} |"
+        )
+    lines += ["", "## Sources"]
+    for profile in DEVICES.values():
+        lines += [
+            "",
+            f"**{profile.name}**",
+            "",
+            *(f"- {group}: {source}." for group, source in profile.sources),
+        ]
+    return "\n".join(lines) + "\n"

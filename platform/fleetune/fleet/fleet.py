@@ -1,0 +1,153 @@
+"""The fleet: which client has which device and link, whose link is fast this round, and who leaves.
+
+A struct of arrays: a registered client is four bytes, not an object. Draws are made for the whole fleet and
+then indexed, so that what happens to a client in a round does not depend on who else was sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from fleetune.config import Config
+from fleetune.errors import UserError
+from fleetune.fleet.devices import device
+from fleetune.fleet.networks import NetworkProfile, RadioEnergy, network
+from fleetune.fleet.profile import DeviceProfile
+from fleetune.seeds import rng
+
+DEFAULT_DEVICES = {"jetson-nano": 0.5, "jetson-orin-nano-8gb": 0.3, "jetson-agx-orin-64gb": 0.2}
+
+
+class FleetConfig(Config):
+    """The simulated clients: how many, on which devices, behind which links."""
+
+    num_clients: int = Field(default=20, gt=0)
+    """Registered clients."""
+    devices: dict[str, float] = Field(default_factory=lambda: dict(DEFAULT_DEVICES))
+    """Fraction of the clients on each device, summing to 1.
+
+    A power mode is a device: ``jetson-agx-orin-64gb@30w``.
+    """
+    network: str | dict[str, float] = "wifi"
+    """The link of all clients, or the fraction of the clients on each."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability that a sampled client leaves during the round, after it was sent its payload."""
+
+    @field_validator("devices")
+    @classmethod
+    def _known_devices(cls, devices: dict[str, float]) -> dict[str, float]:
+        for name in devices:
+            device(name)
+        return _checked_fractions(devices, field="fleet.devices")
+
+    @field_validator("network")
+    @classmethod
+    def _known_networks(cls, networks: str | dict[str, float]) -> str | dict[str, float]:
+        if isinstance(networks, str):
+            return network(networks).name
+        for name in networks:
+            network(name)
+        return _checked_fractions(networks, field="fleet.network")
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """All registered clients as arrays. ``devices`` and ``networks`` hold each kind once."""
+
+    devices: tuple[DeviceProfile, ...]
+    networks: tuple[NetworkProfile, ...]
+    device_index: np.ndarray  # int16 (num_clients,)
+    network_index: np.ndarray  # int16 (num_clients,)
+    dropout: float
+
+    @property
+    def num_clients(self) -> int:
+        """Registered clients."""
+        return len(self.device_index)
+
+    @property
+    def device_names(self) -> list[str]:
+        """The names of the kinds of devices, in the order that ``device_index`` counts them."""
+        return [profile.name for profile in self.devices]
+
+    def profile(self, client_id: int) -> DeviceProfile:
+        """The device of one client."""
+        return self.devices[self.device_index[client_id]]
+
+    def network(self, client_id: int) -> NetworkProfile:
+        """The link of one client."""
+        return self.networks[self.network_index[client_id]]
+
+    def draw_rates(
+        self, run_seed: int, round_idx: int, client_ids: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """This round's downlink and uplink bits/s and one-way latency in seconds of these clients, (n,) "
+        "each."""
+        ids = np.asarray(client_ids)
+        z = rng(run_seed, "link-rates", round_idx).standard_normal(self.num_clients)[ids]
+        spread = np.exp(self._of_links("sigma", ids) * z)
+        limit = self._of_links("max_bps", ids)
+        down_bps = np.minimum(self._of_links("down_bps", ids) * spread, limit)
+        up_bps = np.minimum(self._of_links("up_bps", ids) * spread, limit)
+        return down_bps, up_bps, self._of_links("latency_seconds", ids)
+
+    def radio(self, client_ids: np.ndarray) -> RadioEnergy:
+        """The radio's energy terms of these clients."""
+        ids = np.asarray(client_ids)
+        return RadioEnergy(
+            downlink_joules_per_byte=self._of_links("downlink_joules_per_megabyte", ids) / 1e6,
+            uplink_joules_per_byte=self._of_links("uplink_joules_per_megabyte", ids) / 1e6,
+            radio_watts=self._of_links("radio_watts", ids),
+        )
+
+    def dropped(self, run_seed: int, round_idx: int, client_ids: np.ndarray) -> np.ndarray:
+        """Which of these clients leave during the round, bool (n,)."""
+        draws = rng(run_seed, "dropout", round_idx).random(self.num_clients)
+        return draws[np.asarray(client_ids)] < self.dropout
+
+    def _of_links(self, name: str, client_ids: np.ndarray) -> np.ndarray:
+        return np.array([getattr(link, name) for link in self.networks], float)[self.network_index[client_ids]]
+
+
+def build_fleet(config: FleetConfig, seed: int) -> Fleet:
+    """The fleet of a job: exact counts of each kind, dealt out in an order that depends on the seed alone."""
+    networks = {config.network: 1.0} if isinstance(config.network, str) else config.network
+    return Fleet(
+        devices=tuple(device(name) for name in config.devices),
+        networks=tuple(network(name) for name in networks),
+        device_index=_dealt(config.devices, config.num_clients, rng(seed, "fleet-devices")),
+        network_index=_dealt(networks, config.num_clients, rng(seed, "fleet-networks")),
+        dropout=config.dropout,
+    )
+
+
+def counts_of(fractions: Mapping[str, float], total: int) -> list[int]:
+    """Whole counts that sum to ``total``, by largest remainder; ties go to the kind that is named first."""
+    shares = [total * fraction for fraction in fractions.values()]
+    counts = [int(share + 1e-9) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda kind: (round(counts[kind] - shares[kind], 9), kind))
+    for kind in by_remainder[: total - sum(counts)]:
+        counts[kind] += 1
+    return counts
+
+
+def _dealt(fractions: Mapping[str, float], total: int, generator: np.random.Generator) -> np.ndarray:
+    counts = counts_of(fractions, total)
+    return generator.permutation(np.repeat(np.arange(len(counts), dtype=np.int16), counts))
+
+
+def _checked_fractions(fractions: dict[str, float], *, field: str) -> dict[str, float]:
+    if any(fraction < 0 for fraction in fractions.values()):
+        raise UserError("fractions are not negative", field=field, value=fractions)
+    if abs(sum(fractions.values()) - 1) > 1e-6:
+        raise UserError(
+            "fractions must sum to 1",
+            field=field,
+            value=fractions,
+            hint=f"they sum to {sum(fractions.values()):g}",
+        )
+    return fractions
