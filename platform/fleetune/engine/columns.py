@@ -1,0 +1,105 @@
+"""A round's records as columns: one entry per sampled client, and one row for the round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fleetune.engine.lots import LotReply
+from fleetune.engine.problem import Problem
+from fleetune.engine.rounds import DROPPED, LATE, OK, OOM, Outcome
+
+MEMORY = (
+    "peak_memory_bytes",
+    "weights_bytes",
+    "adapter_bytes",
+    "gradient_bytes",
+    "optimizer_bytes",
+    "activation_bytes",
+    "budget_bytes",
+)
+SPENT = (
+    "flops",
+    "server_flops",
+    "downlink_bytes",
+    "uplink_bytes",
+    "compute_seconds",
+    "downlink_seconds",
+    "uplink_seconds",
+    "sim_seconds",
+    "energy_joules",
+)
+
+
+def client_columns(
+    problem: Problem,
+    client_ids: np.ndarray,
+    costs: dict[str, np.ndarray],
+    outcome: Outcome,
+    replies: Sequence[LotReply],
+    rows: Sequence[np.ndarray],
+) -> dict[str, Any]:
+    """Columns of clients.parquet. A refused client spends nothing; one that leaves does so before it uploads."""
+    fleet = problem.fleet
+    started = outcome.status != OOM
+    uploading = started & (outcome.status != DROPPED)
+    out: dict[str, Any] = {
+        "client_id": client_ids,
+        "device": np.array(fleet.device_names, dtype=object)[fleet.device_index[client_ids]],
+        "status": outcome.status,
+        "num_examples": np.diff(problem.partition.offsets)[client_ids],
+    }
+    out.update({name: costs[name] for name in MEMORY})
+    spent = {name: np.where(started, costs[name], 0.0) for name in SPENT}
+    unsent = started & ~uploading
+    spent["sim_seconds"] = spent["sim_seconds"] - np.where(unsent, costs["uplink_seconds"], 0.0)
+    for name in ("uplink_bytes", "uplink_seconds"):
+        spent[name] = np.where(uploading, costs[name], 0.0)
+    out.update(spent)
+    out.update(_measured(problem, client_ids, replies, rows, started))
+    return out
+
+
+def _measured(
+    problem: Problem,
+    client_ids: np.ndarray,
+    replies: Sequence[LotReply],
+    rows: Sequence[np.ndarray],
+    started: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """What the workers saw: tokens, loss, real time. Null where a client's work came to nothing and was not simulated."""
+    n = len(client_ids)
+    loss, wall = np.full(n, np.nan), np.zeros(n)
+    offsets = problem.inputs.train.offsets
+    num_tokens = np.array([int((offsets[r + 1] - offsets[r]).sum()) if len(r) else 0 for r in rows])
+    for reply in replies:
+        where = np.searchsorted(client_ids, reply.client_ids)
+        loss[where], wall[where] = reply.losses, reply.wall_seconds
+    return {"num_tokens": np.where(started, num_tokens, 0), "train_loss": loss, "wall_seconds": wall}
+
+
+def round_row(
+    round_idx: int, stage: int, clients: dict[str, Any], outcome: Outcome, sim_seconds: float
+) -> dict[str, Any]:
+    """The round's own row; evaluation, the method's columns and real time are added to it."""
+    ok = outcome.status == OK
+    ran = outcome.status != OOM
+    weights = clients["num_examples"][ok]
+    loss = clients["train_loss"][ok]
+    return {
+        "round": round_idx,
+        "stage": stage,
+        "num_clients": len(ok),
+        "num_ok": int(ok.sum()),
+        "num_oom": outcome.count(OOM),
+        "num_dropped": outcome.count(DROPPED),
+        "num_late": outcome.count(LATE),
+        "train_loss": float((loss * weights).sum() / weights.sum()) if ok.any() else None,
+        "sim_seconds": sim_seconds,
+        "uplink_bytes": float(clients["uplink_bytes"].sum()),
+        "downlink_bytes": float(clients["downlink_bytes"].sum()),
+        "energy_joules": float(clients["energy_joules"].sum()),
+        "peak_memory_bytes_max": float(clients["peak_memory_bytes"][ran].max()) if ran.any() else None,
+    }

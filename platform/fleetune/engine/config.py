@@ -1,0 +1,76 @@
+"""What a job file says of rounds, evaluation, execution and cost."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from fleetune.config import Config
+
+
+class RoundsConfig(Config):
+    """How many rounds, how many clients in each, and which replies count."""
+
+    num_rounds: int = Field(20, ge=1)
+    """Rounds of the run."""
+    clients_per_round: int = Field(5, ge=1)
+    """Clients sampled each round, without replacement, among those that hold examples."""
+    close: Literal["all", "deadline", "first_k"] = "all"
+    """When a round ends on the virtual clock: after all replies, at a deadline, or after the first k replies."""
+    deadline_seconds: float | None = Field(None, gt=0)
+    """Virtual seconds after which replies are late (close: deadline)."""
+    first_k: int | None = Field(None, ge=1)
+    """Replies after which the others are late (close: first_k)."""
+
+
+class EvaluationConfig(Config):
+    """When and how the global model is evaluated on the held-out examples."""
+
+    every: int = Field(5, ge=1)
+    """Rounds between evaluations; the last round is always evaluated, and so is the untrained model."""
+    generate: bool = True
+    """Generate answers and count exact matches (eval_accuracy); off: loss only."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Longest generated answer."""
+    batch_size: int = Field(64, ge=1)
+    """Examples that are evaluated together."""
+
+
+class ExecutionConfig(Config):
+    """Where the work runs. Nothing here changes results but cohort and threads, whose products round differently."""
+
+    kind: Literal["auto", "ray", "serial"] = "auto"
+    """ray: a pool of host actors; serial: in this process; auto: ray where more than one host can be busy."""
+    hosts: int | Literal["auto"] = "auto"
+    """Host actors through which clients pass. auto: one per core (or GPU share), as many as a round can keep busy."""
+    cohort: int | Literal["auto"] = "auto"
+    """Clients that train stacked, as one batch over the shared base. auto: enough for every host, at most 16."""
+    threads: int | Literal["auto"] = "auto"
+    """CPU threads per host; hosts times threads never exceed the cores. auto: cores / hosts."""
+    device: Literal["auto", "cpu"] = "auto"
+    """Where tensors live. auto: cpu."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto(cls, value: Any) -> Any:
+        return {} if value == "auto" else value
+
+    @model_validator(mode="after")
+    def _positive(self) -> ExecutionConfig:
+        for name in ("hosts", "cohort", "threads"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{name} must be auto or at least 1, got {value}")
+        return self
+
+
+class CostConfig(Config):
+    """Which architecture and precision the costs are those of."""
+
+    model: str | None = None
+    """Architecture to cost instead of the one that is trained, e.g. llama2-7b; depth is mapped by fraction."""
+    weights: Literal["model", "fp32", "bf16", "int8", "nf4"] = "model"
+    """Storage of the frozen weights on the device; model: as model.quantization says (none: fp32)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic on the device."""

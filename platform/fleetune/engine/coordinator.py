@@ -1,0 +1,255 @@
+"""The round loop, the same for every method. A plain class; on Ray it lives in an actor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fleetune.data.batches import draw_batches
+from fleetune.engine.checkpoint import Checkpoint, Progress
+from fleetune.engine.columns import client_columns, round_row
+from fleetune.engine.costs import Pricing
+from fleetune.engine.executor import Executor
+from fleetune.engine.lots import LotReply, make_lots
+from fleetune.engine.problem import Problem
+from fleetune.engine.rounds import LATE, OK, Outcome, close_round, sample_clients
+from fleetune.methods.base import ClientInfo, Method, Payload, State, Update
+from fleetune.records.run_directory import RunDirectory
+from fleetune.seeds import seed_of
+from fleetune.tensors import Packed
+from fleetune.training.evaluate import totals
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the sampled clients are given: payloads by group, each client's group, and its batches."""
+
+    round_idx: int
+    payloads: list[Payload]
+    group_of: np.ndarray
+    rows: list[np.ndarray]
+
+
+class Coordinator:
+    """Runs a problem's rounds on an executor and writes what happened to the run directory."""
+
+    def __init__(self, problem: Problem, executor: Executor, run_dir: RunDirectory):
+        self.problem, self.executor, self.run_dir = problem, executor, run_dir
+        self.spec, self.method = problem.spec, problem.method
+        self.pricing = Pricing(problem)
+        self.checkpoint = Checkpoint(run_dir.path / "checkpoint", problem.fleet.num_clients)
+        self.sizes = np.diff(problem.partition.offsets)
+
+    def run(self) -> Iterator[Event]:
+        """All rounds that are left. Yields an event when the run starts, after each round, and at its end."""
+        state, progress = self._start()
+        yield self._event("start", progress)
+        for round_idx in range(progress.next_round, self.spec.rounds.num_rounds):
+            started = time.perf_counter()
+
+            # What the server sends, to whom, and what they will do with it.
+            state = self.method.begin_round(state, round_idx)
+            client_ids = sample_clients(
+                self.problem.eligible,
+                self.spec.rounds.clients_per_round,
+                run_seed=self.spec.seed,
+                round_idx=round_idx,
+            )
+            payloads, group_of = self._broadcast(state, round_idx, client_ids)
+            work = Work(round_idx, payloads, group_of, self._draw_batches(round_idx, client_ids))
+
+            # What it costs each of them, so who is refused, leaves, or comes too late.
+            provision = self._provision_bytes(payloads, group_of, client_ids)
+            costs = self.pricing.columns(round_idx, client_ids, payloads, group_of, work.rows, provision)
+            outcome = close_round(
+                self.spec.rounds,
+                sim_seconds=costs["sim_seconds"],
+                over_budget=costs["over_budget"],
+                dropped=self.problem.fleet.dropped(self.spec.seed, round_idx, client_ids),
+            )
+
+            # The work itself, and the new state.
+            replies: list[LotReply] = []
+            state = self._update(state, client_ids, work, outcome, replies)
+            progress.sim_seconds += outcome.sim_seconds
+
+            # Evaluation, records, checkpoint.
+            clients = client_columns(self.problem, client_ids, costs, outcome, replies, work.rows)
+            row = round_row(round_idx, self.method.stage(round_idx), clients, outcome, progress.sim_seconds)
+            row.update(self.method.columns(state))
+            if self._is_evaluated(round_idx):
+                row.update(self._evaluate(state))
+            row["wall_seconds"] = time.perf_counter() - started
+            self._record(state, row, clients, replies, progress)
+            yield self._event("round", progress, row)
+        yield self._finish(state, progress)
+
+    # -- start and end ----------------------------------------------------------------------------------------------------
+    def _start(self) -> tuple[State, Progress]:
+        saved = self.checkpoint.load()
+        if saved is not None:
+            self.run_dir.truncate(saved[1].next_round)
+            return saved
+        self.run_dir.truncate(0)
+        state = self.method.start()
+        progress = Progress(baseline=self._evaluate(state))
+        self.run_dir.update_meta(baseline=progress.baseline)
+        return state, progress
+
+    def _finish(self, state: State, progress: Progress) -> Event:
+        from fleetune.models.peft_format import save_adapter
+
+        model = self.method.deployed(state, self._private_states)
+        save_adapter(self.run_dir.path / "adapter", model, self.problem.inputs.base, self.spec.model.lora)
+        self.run_dir.consolidate()
+        rows = self.run_dir.round_rows(first_round=self.spec.rounds.num_rounds - 1)
+        return self._event("end", progress, rows[-1][0] if rows else {})
+
+    # -- parts of a round -------------------------------------------------------------------------------------------------
+    def _broadcast(self, state: State, round_idx: int, client_ids: np.ndarray) -> tuple[list[Payload], np.ndarray]:
+        """One payload per group of clients, and each client's group: (n,)."""
+        if type(self.method).group is Method.group:
+            return [self.method.broadcast(state, round_idx, None)], np.zeros(len(client_ids), np.int64)
+        places: dict[Any, int] = {}
+        payloads: list[Payload] = []
+        group_of = np.zeros(len(client_ids), np.int64)
+        for i, client_id in enumerate(client_ids.tolist()):
+            device = self.problem.fleet.profile(client_id)
+            info = ClientInfo(client_id, device.name, device.budget_bytes, int(self.sizes[client_id]))
+            group = self.method.group(info)
+            if group not in places:
+                places[group] = len(payloads)
+                payloads.append(self.method.broadcast(state, round_idx, group))
+            group_of[i] = places[group]
+        return payloads, group_of
+
+    def _draw_batches(self, round_idx: int, client_ids: np.ndarray) -> list[np.ndarray]:
+        """Each client's examples, (steps, batch), drawn at the address (seed, round, client)."""
+        local, part = self.spec.local, self.problem.partition
+        return [
+            draw_batches(
+                part.shard(c),
+                num_steps=local.num_steps(int(self.sizes[c])),
+                batch_size=local.batch_size,
+                seed=seed_of(self.spec.seed, "batches", round_idx, c),
+            )
+            for c in client_ids.tolist()
+        ]
+
+    def _provision_bytes(self, payloads: list[Payload], group_of: np.ndarray, client_ids: np.ndarray) -> np.ndarray:
+        """Bytes of weights that clients must be sent along, because they see them for the first time."""
+        out = np.zeros(len(client_ids))
+        for i, client_id in enumerate(client_ids.tolist()):
+            provision = payloads[group_of[i]].provision
+            if provision is not None and self.checkpoint.provisioned.get(client_id) != provision.key:
+                out[i] = provision.num_bytes
+                self.checkpoint.provisioned[client_id] = provision.key
+        return out
+
+    def _update(
+        self, state: State, client_ids: np.ndarray, work: Work, outcome: Outcome, replies: list[LotReply]
+    ) -> State:
+        """Carry out the work of the clients that count (late ones too, where they keep something) and aggregate it."""
+        keeps = any(True for _ in self._kept_names(work))
+        active = np.flatnonzero((outcome.status == OK) | ((outcome.status == LATE) & keeps))
+        if not (outcome.status == OK).any():
+            return state
+        sizes = self.sizes[client_ids].astype(float)
+        counted = sizes * (outcome.status == OK)
+        weights = counted / counted.sum()
+        ids = client_ids[active]
+        lots = make_lots(
+            round_idx=work.round_idx,
+            stage=self.method.stage(work.round_idx),
+            run_seed=self.spec.seed,
+            client_ids=ids,
+            weights=weights[active],
+            payloads=work.group_of[active],
+            rows=[work.rows[i] for i in active],
+            learning_rate=self.spec.local.learning_rate_at(work.round_idx, self.spec.rounds.num_rounds),
+            cohort_size=int(self.spec.execution.cohort),
+            coupled=self.method.coupled,
+            private=self.checkpoint.private(ids) if keeps else {},
+        )
+        stream = self._updates(self.executor.run(lots, dict(enumerate(work.payloads))), weights, client_ids, replies)
+        state = self.method.aggregate(state, stream, work.round_idx)
+        for _ in stream:  # a method that does not look at every update still needs every client's record
+            pass
+        return state
+
+    def _updates(
+        self, stream: Iterable[LotReply], weights: np.ndarray, client_ids: np.ndarray, replies: list[LotReply]
+    ) -> Iterator[Update]:
+        """Lots become updates one by one; their tensors are let go as soon as they are added."""
+        weight_of = dict(zip(client_ids.tolist(), weights.tolist(), strict=True))
+        for reply in stream:
+            counted = tuple(int(c) for c in reply.client_ids if weight_of[int(c)] > 0)
+            server = reply.server.unpack() if reply.server is not None else {}
+            if reply.partial_sum is not None or server:
+                tensors = reply.partial_sum.unpack() if reply.partial_sum is not None else {}
+                yield Update(tensors, 1.0, counted, server)
+            for client_id in counted:
+                if client_id in reply.each:
+                    yield Update(reply.each[client_id].unpack(), weight_of[client_id], (client_id,))
+            reply.partial_sum, reply.server, reply.each = None, None, {}
+            replies.append(reply)
+
+    def _kept_names(self, work: Work) -> Iterator[str]:
+        for payload in work.payloads:
+            plan = self.method.plan(payload)
+            yield from (name for name in self.method.client_adapter(payload) if plan.keeps(name))
+
+    # -- records ----------------------------------------------------------------------------------------------------------
+    def _evaluate(self, state: State) -> dict[str, float]:
+        """Loss and accuracy of the global model on the held-out examples, in chunks that any worker can take."""
+        num_examples = len(self.problem.inputs.evaluation.data)
+        size = self.spec.evaluation.batch_size
+        chunks = [np.arange(start, min(start + size, num_examples)) for start in range(0, num_examples, size)]
+        return totals(self.executor.evaluate(self.method.evaluated(state, self._private_states), chunks))
+
+    def _private_states(self) -> Iterator[tuple[int, int, Any]]:
+        return self.checkpoint.all_private(self.sizes)
+
+    def _is_evaluated(self, round_idx: int) -> bool:
+        return (round_idx + 1) % self.spec.evaluation.every == 0 or round_idx + 1 == self.spec.rounds.num_rounds
+
+    def _record(
+        self, state: State, row: Event, clients: dict[str, Any], replies: list[LotReply], progress: Progress
+    ) -> None:
+        """Records first, then the clients' private tensors, then the state: what a kill leaves behind can be gone on from."""
+        round_idx = int(row["round"])
+        self.run_dir.append_round(row, clients)
+        private: dict[int, Packed] = {}
+        for reply in replies:
+            private.update(reply.private)
+        self.checkpoint.keep(round_idx, private)
+        progress.next_round = round_idx + 1
+        for name in (
+            "uplink_bytes",
+            "downlink_bytes",
+            "energy_joules",
+            "wall_seconds",
+            "num_oom",
+            "num_dropped",
+            "num_late",
+        ):
+            progress.totals[name] = progress.totals.get(name, 0.0) + float(row[name])
+        self.checkpoint.save(state, progress)
+        self.checkpoint.forget_unneeded()
+
+    def _event(self, kind: str, progress: Progress, row: Event | None = None) -> Event:
+        return {
+            "kind": kind,
+            "round": progress.next_round,
+            "num_rounds": self.spec.rounds.num_rounds,
+            "row": row or {},
+            "baseline": progress.baseline,
+            "sim_seconds": progress.sim_seconds,
+            "totals": dict(progress.totals),
+        }

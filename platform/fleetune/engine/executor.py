@@ -1,0 +1,83 @@
+"""The seam to where work runs: an executor carries out lots and evaluations, and yields replies in the order of the lots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from fleetune.engine.lots import Lot, LotReply, run_lot
+from fleetune.engine.problem import Inputs, Problem
+from fleetune.errors import RunFailed
+from fleetune.methods.base import GlobalModel, Method, Payload
+from fleetune.models.base import load_tokenizer
+from fleetune.spec import RunSpec
+from fleetune.training.evaluate import EvalSums, evaluate_rows
+from fleetune.training.worker import Worker
+
+
+class Executor(Protocol):
+    """Where local updates and evaluations run."""
+
+    def run(self, lots: Sequence[Lot], payloads: Mapping[int, Payload]) -> Iterator[LotReply]:
+        """Carry out the lots; replies come in their order. A real failure is retried once, then raised as RunFailed."""
+        ...
+
+    def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> list[EvalSums]:
+        """Sums over each chunk of held-out examples, in order."""
+        ...
+
+
+class WorkerSide:
+    """What happens in a worker process, on whichever side of the seam it lies."""
+
+    def __init__(self, spec: RunSpec, inputs: Inputs, method: Method):
+        self.spec, self.inputs, self.method = spec, inputs, method
+        self.worker = Worker(base=inputs.base, lora=spec.model.lora, local=spec.local, data=inputs.train)
+        self._tokenizer: Any = None
+
+    def run(self, lot: Lot, payloads: Mapping[int, Payload], *, locate: bool = False) -> LotReply:
+        """Carry out one lot."""
+        return run_lot(self.worker, self.method, payloads, lot, locate=locate)
+
+    def evaluate(self, model: GlobalModel, rows: np.ndarray) -> EvalSums:
+        """Evaluate on held-out examples ``rows``."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.inputs.base.folder)
+        config = self.spec.evaluation
+        return evaluate_rows(
+            self.worker.network(model.submodel),
+            model.adapter,
+            data=self.inputs.evaluation.data,
+            responses=self.inputs.evaluation.responses,
+            rows=rows,
+            tokenizer=self._tokenizer,
+            max_new_tokens=config.max_new_tokens if config.generate else None,
+            answer_pattern=self.spec.data.answer_pattern,
+        )
+
+
+class SerialExecutor:
+    """Everything in this process, in order; breakpoints work. ``debug`` lets exceptions through as they are."""
+
+    def __init__(self, problem: Problem, *, debug: bool = False):
+        self.side = WorkerSide(problem.spec, problem.inputs, problem.method)
+        self.debug = debug
+
+    def run(self, lots: Sequence[Lot], payloads: Mapping[int, Payload]) -> Iterator[LotReply]:
+        """One lot after the other."""
+        for lot in lots:
+            yield self._run_one(lot, payloads)
+
+    def _run_one(self, lot: Lot, payloads: Mapping[int, Payload]) -> LotReply:
+        try:
+            return self.side.run(lot, payloads, locate=self.debug)
+        except RunFailed:
+            raise
+        except Exception:
+            return self.side.run(lot, payloads, locate=True)
+
+    def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> list[EvalSums]:
+        """One chunk after the other."""
+        return [self.side.evaluate(model, rows) for rows in chunks]

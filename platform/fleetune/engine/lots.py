@@ -1,0 +1,227 @@
+"""A lot: the clients that one call to a worker carries out, as columns, and what comes back.
+
+The make-up of cohorts (which train stacked) and lots (which travel together) follows from the spec and the round alone, never
+from how many hosts there are; each lot's updates are summed in its own order, and the lots in theirs. So the result is the
+same bits on one host or many.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fleetune.errors import RunFailed
+from fleetune.methods.base import Method, Payload
+from fleetune.seeds import seed_of
+from fleetune.tensors import Packed, Tensors, add_weighted, pack
+from fleetune.training.plan import ClientTask, CohortUpdate
+from fleetune.training.worker import Worker
+
+MAX_LOTS = 32  # calls per round at most, so that a round of 10,000 clients costs no more calls than one of 300
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Clients [start, stop) of a lot, which share a payload and train stacked."""
+
+    start: int
+    stop: int
+    payload: int
+
+
+@dataclass(frozen=True)
+class Lot:
+    """Columns over the clients of a lot."""
+
+    index: int
+    round_idx: int
+    stage: int
+    run_seed: int
+    client_ids: np.ndarray
+    weights: np.ndarray
+    learning_rate: float
+    rows: np.ndarray
+    """Examples of all steps of all clients, (sum of steps, batch)."""
+    row_offsets: np.ndarray
+    cohorts: tuple[Cohort, ...]
+    private: Mapping[int, Packed] = field(default_factory=dict)
+
+    def tasks(self, cohort: Cohort) -> list[ClientTask]:
+        """The cohort's tasks."""
+        out = []
+        for i in range(cohort.start, cohort.stop):
+            client_id = int(self.client_ids[i])
+            private = self.private.get(client_id)
+            out.append(
+                ClientTask(
+                    client_id=client_id,
+                    weight=float(self.weights[i]),
+                    rows=self.rows[self.row_offsets[i] : self.row_offsets[i + 1]],
+                    learning_rate=self.learning_rate,
+                    seed=seed_of(self.run_seed, "client", self.round_idx, client_id),
+                    private=private.unpack() if private is not None else None,
+                )
+            )
+        return out
+
+
+@dataclass
+class LotReply:
+    """Columns over the clients of a lot, and their tensors: one partial sum, or each by itself."""
+
+    index: int
+    client_ids: np.ndarray
+    losses: np.ndarray
+    num_tokens: np.ndarray
+    upload_bytes: np.ndarray
+    cut_bytes: np.ndarray
+    wall_seconds: np.ndarray
+    partial_sum: Packed | None = None
+    each: dict[int, Packed] = field(default_factory=dict)
+    server: Packed | None = None
+    private: dict[int, Packed] = field(default_factory=dict)
+
+
+def make_lots(
+    *,
+    round_idx: int,
+    stage: int,
+    run_seed: int,
+    client_ids: np.ndarray,
+    weights: np.ndarray,
+    payloads: np.ndarray,
+    rows: Sequence[np.ndarray],
+    learning_rate: float,
+    cohort_size: int,
+    coupled: bool,
+    private: Mapping[int, Packed],
+) -> list[Lot]:
+    """Cohorts of at most ``cohort_size`` clients of one payload (all of them, if coupled), dealt to at most 32 lots.
+
+    Clients with equally many steps stand together, the longest first; so do the lots, and a late host has little left to do.
+    """
+    if not len(client_ids):
+        return []
+    steps = np.array([len(r) for r in rows])
+    order = np.lexsort((client_ids, -steps, payloads))
+    cohorts: list[np.ndarray] = []
+    for key in np.unique(payloads):
+        members = order[payloads[order] == key]
+        size = len(members) if coupled else cohort_size
+        num_cohorts = -(-len(members) // size)
+        cohorts += np.array_split(members, num_cohorts)
+    cohorts.sort(key=lambda members: (-int(steps[members].sum()), int(client_ids[members[0]])))
+    lots = []
+    for index, part in enumerate(np.array_split(np.arange(len(cohorts)), min(MAX_LOTS, len(cohorts)))):
+        members = np.concatenate([cohorts[c] for c in part])
+        stops = np.cumsum([len(cohorts[c]) for c in part])
+        spans = tuple(
+            Cohort(int(stop - len(cohorts[c])), int(stop), int(payloads[cohorts[c][0]]))
+            for c, stop in zip(part, stops, strict=True)
+        )
+        ids = client_ids[members]
+        mine = [rows[i] for i in members]
+        lots.append(
+            Lot(
+                index=index,
+                round_idx=round_idx,
+                stage=stage,
+                run_seed=run_seed,
+                client_ids=ids,
+                weights=weights[members],
+                learning_rate=learning_rate,
+                rows=np.concatenate(mine) if mine else np.zeros((0, 0), np.int64),
+                row_offsets=np.concatenate([[0], np.cumsum(steps[members])]),
+                cohorts=spans,
+                private={int(i): private[int(i)] for i in ids if int(i) in private} if private else {},
+            )
+        )
+    return lots
+
+
+def run_lot(
+    worker: Worker, method: Method, payloads: Mapping[int, Payload], lot: Lot, *, locate: bool = False
+) -> LotReply:
+    """Carry out a lot. With ``locate`` an error is traced to its client by running the cohort's clients one by one."""
+    n = len(lot.client_ids)
+    reply = LotReply(
+        lot.index,
+        lot.client_ids,
+        np.zeros(n),
+        np.zeros(n, np.int64),
+        np.zeros(n, np.int64),
+        np.zeros((2, n), np.int64),
+        np.zeros(n),
+    )
+    total: Tensors = {}
+    server: Tensors = {}
+    for cohort in lot.cohorts:
+        tasks = lot.tasks(cohort)
+        started = time.perf_counter()
+        try:
+            update = _update(worker, method, payloads[cohort.payload], tasks)
+        except Exception as error:
+            if not locate:
+                raise
+            raise _located(error, worker, method, payloads[cohort.payload], tasks, lot) from error
+        span = slice(cohort.start, cohort.stop)
+        reply.wall_seconds[span] = (time.perf_counter() - started) / len(tasks)
+        reply.losses[span], reply.num_tokens[span] = update.losses, update.num_tokens
+        if update.cut_bytes is not None:
+            reply.cut_bytes[:, span] = update.cut_bytes
+        _collect(reply, span, method, update, tasks, total)
+        add_weighted(server, update.server, 1.0)
+    reply.partial_sum = pack(total) if total else None
+    reply.server = pack(server) if server else None
+    return reply
+
+
+def _update(worker: Worker, method: Method, payload: Payload, tasks: list[ClientTask]) -> CohortUpdate:
+    """One update for the cohort; methods that cannot stack (dropout) work one by one, by themselves."""
+    if len(tasks) == 1 or method.coupled or not worker.lora.dropout:
+        return method.local_update(worker, payload, tasks)
+    return CohortUpdate.joined([method.local_update(worker, payload, [task]) for task in tasks])
+
+
+def _collect(
+    reply: LotReply,
+    span: slice,
+    method: Method,
+    update: CohortUpdate,
+    tasks: list[ClientTask],
+    total: Tensors,
+) -> None:
+    """Add the cohort's upload to the lot's sum, or keep each client's; late clients count for nothing."""
+    counted = [k for k, task in enumerate(tasks) if task.weight > 0]
+    if update.upload is not None and update.upload.shapes:
+        reply.upload_bytes[span] = update.upload.data[0].nbytes
+        if method.partial_sums and counted:
+            rows = update.upload if len(counted) == len(tasks) else update.upload.rows(counted)
+            add_weighted(total, rows.weighted_sum([tasks[k].weight for k in counted]), 1.0)
+        elif not method.partial_sums:
+            reply.each.update({tasks[k].client_id: pack(update.upload.client(k)) for k in counted})
+    if update.private is not None:
+        reply.private.update({task.client_id: pack(update.private.client(k)) for k, task in enumerate(tasks)})
+
+
+def _located(
+    error: Exception, worker: Worker, method: Method, payload: Payload, tasks: list[ClientTask], lot: Lot
+) -> RunFailed:
+    """The clients whose own work fails; all of the cohort where it fails only together."""
+    guilty = []
+    for task in tasks:
+        try:
+            method.local_update(worker, payload, [task])
+        except Exception:
+            guilty.append(task.client_id)
+    who = guilty or [task.client_id for task in tasks]
+    return RunFailed(f"{type(error).__name__}: {error}", round_idx=lot.round_idx, stage=lot.stage, client_ids=who)
+
+
+def in_client_order(replies: Sequence[LotReply]) -> Iterator[tuple[int, LotReply, int]]:
+    """(client id, its lot's reply, its place there) over all clients, ascending."""
+    places = [(int(c), reply, i) for reply in replies for i, c in enumerate(reply.client_ids)]
+    yield from sorted(places, key=lambda place: place[0])

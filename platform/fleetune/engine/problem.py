@@ -1,0 +1,136 @@
+"""Everything a run works on, loaded and checked before any actor starts: base model, data, partition, fleet, method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fleetune.data.dataset import TokenizedDataset
+from fleetune.data.partition import Partition, partition, partition_keys
+from fleetune.data.sources import load_records
+from fleetune.data.tokenize import tokenize
+from fleetune.errors import UserError
+from fleetune.fleet.fleet import Fleet, build_fleet
+from fleetune.methods import METHODS
+from fleetune.methods.base import Context, Method
+from fleetune.models.base import BaseModel, load_base, load_tokenizer
+from fleetune.models.network import linear_sites
+from fleetune.spec import RunSpec
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Held-out examples as tokens, and the responses that they should get."""
+
+    data: TokenizedDataset
+    responses: list[str]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is read from disk: the heavy part of a problem, shared by every process of a node."""
+
+    base: BaseModel
+    sites: dict[str, tuple[int, int]]
+    train: TokenizedDataset
+    keys: np.ndarray
+    """What the partition goes by, int64 (n,)."""
+    evaluation: EvalSet
+    dataset_name: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One run's inputs and what follows from them by the spec."""
+
+    spec: RunSpec
+    inputs: Inputs
+    fleet: Fleet
+    partition: Partition
+    method: Method
+
+    @property
+    def eligible(self) -> np.ndarray:
+        """Clients that hold examples, and so can be sampled."""
+        return np.flatnonzero(np.diff(self.partition.offsets) > 0)
+
+
+def load_inputs(spec: RunSpec, *, base: BaseModel | None = None, cache_dir: Path | None = None) -> Inputs:
+    """Read model and data; UserError names the field where something is missing. ``base``: one that is loaded already."""
+    records = load_records(spec.data, seed=spec.seed)
+    base = base or load_base(spec.model)
+    tokenizer = load_tokenizer(base.folder)
+    config = spec.data
+    train = tokenize(records.train, tokenizer=tokenizer, config=config, cache_dir=cache_dir)
+    held_out = tokenize(records.eval, tokenizer=tokenizer, config=config, cache_dir=cache_dir)
+    positions = int(base.config.get("max_position_embeddings", 1 << 30))
+    if config.max_tokens > positions:
+        raise UserError(
+            f"exceeds the model's {positions} positions",
+            field="data.max_tokens",
+            value=config.max_tokens,
+            hint="lower it",
+        )
+    vocabulary = int(base.config["vocab_size"])
+    if int(train.tokens.max(initial=0)) >= vocabulary:
+        raise UserError(
+            f"the tokenizer gives ids beyond the model's vocabulary of {vocabulary}",
+            field="model.base",
+            value=spec.model.base,
+            hint="save the model's own tokenizer beside it",
+        )
+    return Inputs(
+        base=base,
+        sites=linear_sites(base, spec.model.lora),
+        train=train,
+        keys=partition_keys(records.train, config=config.partition),
+        evaluation=EvalSet(held_out, list(records.eval["response"])),
+        dataset_name=records.name,
+    )
+
+
+def build_problem(spec: RunSpec, inputs: Inputs) -> Problem:
+    """Fleet, partition and method, and the checks that need them all."""
+    if not inputs.sites:
+        raise UserError("adapts no layer of this model", field="model.lora.targets", value=spec.model.lora.targets)
+    context = Context(inputs.base, spec.model.lora, inputs.sites, spec.rounds.num_rounds, spec.seed)
+    method = METHODS[spec.method.name](spec.method, context)
+    method.check()
+    dealt = partition(spec.data.partition, num_clients=spec.fleet.num_clients, keys=inputs.keys, seed=spec.seed)
+    problem = Problem(spec, inputs, build_fleet(spec.fleet, spec.seed), dealt, method)
+    if len(problem.eligible) < spec.rounds.clients_per_round:
+        raise UserError(
+            f"exceeds the {len(problem.eligible)} clients that hold examples",
+            field="rounds.clients_per_round",
+            value=spec.rounds.clients_per_round,
+            hint="lower it, raise data.partition.alpha, or use more examples",
+        )
+    return problem
+
+
+def set_threads(num_threads: int) -> None:
+    """Threads of this process's matrix products: part of the spec, because they decide how sums round."""
+    torch.set_num_threads(num_threads)
+
+
+def base_to_arrays(base: BaseModel) -> dict[str, Any]:
+    """The base model with its weights as NumPy arrays, which the object store maps without a copy."""
+    arrays = {name: weight.numpy() for name, weight in base.weights.items()}
+    return {
+        "name": base.name,
+        "config": base.config,
+        "weights": arrays,
+        "quantization": base.quantization,
+        "folder": base.folder,
+    }
+
+
+def base_from_arrays(parts: Mapping[str, Any]) -> BaseModel:
+    """The inverse; weights are views into the mapped memory, and nobody writes to them."""
+    weights = {name: torch.from_numpy(array) for name, array in parts["weights"].items()}
+    return BaseModel(parts["name"], parts["config"], weights, parts["quantization"], parts["folder"])

@@ -1,0 +1,53 @@
+"""A round's clients and its close, on the virtual clock: pure functions of seed, round and costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fleetune.engine.config import RoundsConfig
+from fleetune.seeds import rng
+
+OK, OOM, DROPPED, LATE, FAILED = "ok", "oom", "dropped", "late", "failed"
+
+
+def sample_clients(eligible: np.ndarray, num_clients: int, *, run_seed: int, round_idx: int) -> np.ndarray:
+    """Clients of one round, without replacement, in ascending order; the same for (seed, round) whenever it is asked."""
+    chosen = rng(run_seed, "sampling", round_idx).choice(len(eligible), size=num_clients, replace=False)
+    return np.sort(eligible[chosen])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a round ends: each client's status (n,) and the virtual seconds until the close."""
+
+    status: np.ndarray
+    sim_seconds: float
+
+    def count(self, status: str) -> int:
+        """Clients with this status."""
+        return int((self.status == status).sum())
+
+
+def close_round(
+    rules: RoundsConfig, *, sim_seconds: np.ndarray, over_budget: np.ndarray, dropped: np.ndarray
+) -> Outcome:
+    """Who counts: refused clients never start, dropped ones leave, and of the others those that are back in time.
+
+    Ties at the k-th place go to the smaller client id, because clients are in ascending order and the sort is stable.
+    """
+    status = np.full(len(sim_seconds), OK, dtype=object)
+    status[dropped] = DROPPED
+    status[over_budget] = OOM
+    arriving = np.flatnonzero(status == OK)
+    waiting = np.flatnonzero(status != OOM)
+    if rules.close == "deadline" and rules.deadline_seconds is not None:
+        status[arriving[sim_seconds[arriving] > rules.deadline_seconds]] = LATE
+        longest = float(sim_seconds[waiting].max(initial=0.0))
+        return Outcome(status, min(longest, rules.deadline_seconds))
+    if rules.close == "first_k" and rules.first_k is not None and len(arriving) > rules.first_k:
+        by_time = arriving[np.argsort(sim_seconds[arriving], kind="stable")]
+        status[by_time[rules.first_k :]] = LATE
+        return Outcome(status, float(sim_seconds[by_time[rules.first_k - 1]]))
+    return Outcome(status, float(sim_seconds[waiting].max(initial=0.0)))

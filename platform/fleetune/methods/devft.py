@@ -1,0 +1,215 @@
+"""DevFT: developmental federated tuning, a model that grows in stages.
+
+"Developmental Federated Tuning: A Cognitive-Inspired Paradigm for Efficient LLM Adaptation", ICLR 2026, arXiv 2508.00041.
+
+Stage s trains a submodel of L_s blocks (L_s = initial capacity x growth rate^s, at most L):
+
+1. DGLG groups the L blocks: spectral clustering of the cosine similarity of their flattened parameters, adapters included.
+2. DBLF fuses each group into one block around its first one: theta_a + beta sum_j (theta_j - theta_a).
+3. Clients tune the submodel's adapter under another method's rule (FedIT by default, FedSA-LoRA, …).
+4. At the stage's end each fused block's adapter is written back to every block of its group.
+
+The last stage holds every block by itself, so it is the inner method on the whole model. Where the paper is silent we take
+stages of equal length, re-group from base and adapter at each stage's start, and fuse A and B separately.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from fleetune.errors import UserError
+from fleetune.methods.base import (
+    GlobalModel,
+    Method,
+    MethodConfig,
+    Payload,
+    PrivateStates,
+    Provision,
+    State,
+    Update,
+)
+from fleetune.methods.fedavg import FedIT, FedITConfig
+from fleetune.methods.fedsa_lora import FedSALoRA, FedSALoRAConfig
+from fleetune.methods.layer_groups import Groups, fuse, group_layers
+from fleetune.models.submodel import Submodel
+from fleetune.tensors import Stack, Tensors, num_bytes
+from fleetune.training.plan import ClientTask, CohortUpdate, LocalPlan
+from fleetune.training.worker import Worker
+
+INNER: dict[str, tuple[type[Method], type[MethodConfig]]] = {
+    "fedit": (FedIT, FedITConfig),
+    "fedsa-lora": (FedSALoRA, FedSALoRAConfig),
+}
+
+
+class DevFTConfig(MethodConfig):
+    """Settings of DevFT."""
+
+    name: Literal["devft"] = "devft"
+    initial_capacity: int = Field(4, ge=1)
+    """Blocks of the first stage's submodel."""
+    growth_rate: int = Field(2, ge=2)
+    """Factor by which the submodel grows from stage to stage."""
+    grouping: Literal["dglg", "random", "even"] = "dglg"
+    """How blocks are grouped: by similarity (the paper), at random, or into equal runs."""
+    fusion: Literal["dblf", "r_one", "sum"] = "dblf"
+    """How a group becomes one block: around its first block (the paper), the first block alone, or the plain sum."""
+    beta: float = Field(0.1, ge=0, le=1)
+    """Weight of the differences in DBLF; the paper takes 0.1 for 7B and 8B models, 0.15 for 13B."""
+    laplacian: Literal["unnormalised", "normalised"] = "unnormalised"
+    """Laplacian of the spectral clustering: D - W (the paper), or the symmetric normalised one (balanced groups)."""
+    aggregation: Literal["fedit", "fedsa-lora"] = "fedit"
+    """The method whose rule the clients and the server follow inside a stage."""
+    ship_submodel: bool = False
+    """Charge each client for downloading the stage's fused weights. Off: devices hold the base model, as with every other
+    method, and fuse it themselves from the groups and beta."""
+
+
+def capacities(initial: int, growth_rate: int, num_layers: int) -> list[int]:
+    """Blocks per stage: {c, c g, c g^2, …} up to the whole model. 4, 2, 32 -> [4, 8, 16, 32]; 4, 4, 32 -> [4, 16, 32]."""
+    out = [initial]
+    while out[-1] < num_layers:
+        out.append(min(out[-1] * growth_rate, num_layers))
+    return out
+
+
+class DevFT(Method):
+    """Wraps another method: that one sees the stage's submodel as its model."""
+
+    Config = DevFTConfig
+    source: ClassVar[str] = "grow the model in stages of fused layer groups (ICLR 2026, arXiv 2508.00041)"
+
+    def __init__(self, config: Any, context: Any):
+        super().__init__(config, context)
+        inner, inner_config = INNER[config.aggregation]
+        self.inner = inner(inner_config(name=config.aggregation), context)
+        self.capacities = capacities(config.initial_capacity, config.growth_rate, context.num_layers)
+
+    def check(self) -> None:
+        """The first stage must fit into the model, and every stage needs a round."""
+        if self.config.initial_capacity > self.context.num_layers:
+            raise UserError(
+                f"exceeds the model's {self.context.num_layers} blocks",
+                field="method.initial_capacity",
+                value=self.config.initial_capacity,
+                hint="lower it, or take a deeper model",
+            )
+        if len(self.capacities) > self.context.num_rounds:
+            raise UserError(
+                f"has fewer rounds than DevFT has stages ({self.capacities} blocks)",
+                field="rounds.num_rounds",
+                value=self.context.num_rounds,
+                hint="raise it, or raise method.initial_capacity or method.growth_rate",
+            )
+
+    # -- server ---------------------------------------------------------------------------------------------------------
+    def stage(self, round_idx: int) -> int:
+        """Stages of equal length: floor(round * S / T)."""
+        return round_idx * len(self.capacities) // self.context.num_rounds
+
+    def start(self) -> State:
+        """The adapter of all blocks under ``global.``; the stage's own is laid out when its first round begins."""
+        inner = self.inner.start()
+        return State({f"global.{n}": t for n, t in inner.tensors.items()}, {"stage": -1, "groups": []})
+
+    def begin_round(self, state: State, round_idx: int) -> State:
+        """At a stage's first round: write back, group anew, fuse."""
+        stage = self.stage(round_idx)
+        if stage == state.values["stage"]:
+            return state
+        whole = self._written_back(state)
+        groups = group_layers(
+            self.context.base,
+            whole,
+            self.capacities[stage],
+            grouping=self.config.grouping,
+            laplacian=self.config.laplacian,
+            run_seed=self.context.seed,
+            stage=stage,
+        )
+        submodel = fuse(groups, fusion=self.config.fusion, beta=self.config.beta)
+        tensors = {f"global.{n}": t for n, t in whole.items()}
+        tensors.update({f"stage.{n}": t.clone() for n, t in submodel.fuse_adapter(whole).items()})
+        return State(tensors, {"stage": stage, "groups": groups, "submodel": submodel.to_values()})
+
+    def broadcast(self, state: State, round_idx: int, group: Any) -> Payload:
+        """The inner method's payload, with the stage's groups."""
+        payload = self.inner.broadcast(self._inner_state(state), round_idx, group)
+        values = {**payload.values, "submodel": state.values["submodel"], "groups": state.values["groups"]}
+        provision = self._provision(state) if self.config.ship_submodel else None
+        return replace(payload, values=values, provision=provision)
+
+    def aggregate(self, state: State, updates: Iterable[Update], round_idx: int) -> State:
+        """The inner method's rule on the stage's adapter."""
+        inner = self.inner.aggregate(self._inner_state(state), updates, round_idx)
+        tensors = {n: t for n, t in state.tensors.items() if n.startswith("global.")}
+        tensors.update({f"stage.{n}": t for n, t in inner.tensors.items()})
+        return State(tensors, state.values)
+
+    def evaluated(self, state: State, private: PrivateStates) -> GlobalModel:
+        """The stage's submodel, which is what clients train; in the last stage the whole model."""
+        if state.values["stage"] < 0:
+            return self.deployed(state, private)
+        submodel = Submodel.from_values(state.values["submodel"])
+
+        def fused() -> Iterator[tuple[int, int, Tensors]]:
+            for client_id, num_examples, tensors in private():
+                yield client_id, num_examples, submodel.fuse_adapter(tensors)
+
+        model = self.inner.evaluated(self._inner_state(state), fused)
+        return GlobalModel(submodel, model.adapter)
+
+    def deployed(self, state: State, private: PrivateStates) -> GlobalModel:
+        """All blocks, each with the adapter of its group."""
+        return self.inner.evaluated(State(self._written_back(state)), private)
+
+    def columns(self, state: State) -> dict[str, float]:
+        """Blocks of the stage's submodel."""
+        return {"depth": float(len(state.values["groups"]) or self.context.num_layers)}
+
+    # -- client ---------------------------------------------------------------------------------------------------------
+    def plan(self, payload: Payload) -> LocalPlan:
+        """The inner method's plan; its submodel is the stage's."""
+        return self.inner.plan(payload)
+
+    def client_adapter(self, payload: Payload) -> Tensors:
+        """As the inner method starts a client."""
+        return self.inner.client_adapter(payload)
+
+    def local_update(self, worker: Worker, payload: Payload, tasks: Sequence[ClientTask]) -> CohortUpdate:
+        """The inner method's work. Private tensors are kept for all blocks, so that they outlive the stage."""
+        submodel = self.submodel(payload)
+        fused = [t if t.private is None else replace(t, private=submodel.fuse_adapter(t.private)) for t in tasks]
+        update = self.inner.local_update(worker, payload, fused)
+        if update.private is not None:
+            kept = [write_back(update.private.client(k), payload.values["groups"]) for k in range(len(tasks))]
+            update.private = Stack.of(kept)
+        return update
+
+    # -- parts ----------------------------------------------------------------------------------------------------------
+    def _inner_state(self, state: State) -> State:
+        return State({n.removeprefix("stage."): t for n, t in state.tensors.items() if n.startswith("stage.")})
+
+    def _written_back(self, state: State) -> Tensors:
+        if state.values["stage"] < 0:
+            return {n.removeprefix("global."): t for n, t in state.tensors.items()}
+        return write_back(self._inner_state(state).tensors, state.values["groups"])
+
+    def _provision(self, state: State) -> Provision:
+        base, groups = self.context.base, state.values["groups"]
+        first = {n: w for n, w in base.weights.items() if n.startswith("model.layers.0.")}
+        return Provision(f"stage-{state.values['stage']}", len(groups) * num_bytes(first))
+
+
+def write_back(adapter: Tensors, groups: Groups) -> Tensors:
+    """The submodel's adapter given to every block of each group: layers.<n>.x -> layers.<j>.x for j in group n."""
+    out: dict[int, Tensors] = {}
+    for name, tensor in adapter.items():
+        _, position, suffix = name.split(".", 2)
+        for j in groups[int(position)]:
+            out.setdefault(j, {})[f"layers.{j}.{suffix}"] = tensor.clone()
+    return {name: tensor for j in sorted(out) for name, tensor in out[j].items()}

@@ -1,0 +1,42 @@
+"""FedProx on LoRA adapters: clients are held near the global adapter.
+
+Li et al. 2020, "Federated Optimization in Heterogeneous Networks", arXiv 1812.06127. The local loss gains
+mu / 2 * ||theta - theta_global||^2 over the trained tensors (their Eq. 2); the rest is FedAvg, and mu = 0 is FedAvg.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from fleetune.methods.base import Method, MethodConfig, Payload
+from fleetune.tensors import Tensors
+from fleetune.training.plan import LocalPlan
+
+
+class FedProxConfig(MethodConfig):
+    """Settings of FedProx."""
+
+    name: Literal["fedprox"] = "fedprox"
+    mu: float = Field(0.01, ge=0)
+    """Weight of the proximal term."""
+
+
+class FedProx(Method):
+    """FedAvg with a proximal term in the local loss."""
+
+    Config = FedProxConfig
+    source: ClassVar[str] = "FedAvg with a proximal term (Li et al. 2020, arXiv 1812.06127)"
+
+    def plan(self, payload: Payload) -> LocalPlan:
+        """The whole adapter, with the proximal term where mu > 0."""
+        plan = super().plan(payload)
+        return replace(plan, penalty=self._proximal) if self.config.mu else plan
+
+    def _proximal(self, params: Tensors, start: Tensors) -> Tensor:
+        """Mu / 2 * ||theta_k - theta||^2 of each client: (K,)."""
+        squares = sum((params[n] - start[n]).square().flatten(1).sum(1) for n in params)
+        return self.config.mu / 2 * squares

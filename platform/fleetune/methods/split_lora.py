@@ -1,0 +1,255 @@
+"""SplitLoRA: the model is cut; the client holds the first blocks, the server the rest, and activations cross the cut.
+
+Lin et al. 2024, "SplitLoRA: A Split Parameter-Efficient Fine-Tuning Framework for Large Language Models", arXiv 2407.00952.
+The server's three variants follow Thapa et al. 2022, "SplitFed", arXiv 2004.12088, and the text of LESFT (CMC 2026).
+
+        client k                                  server
+        embed, blocks [0, c) with Theta_k  ──S_k──►  blocks [c, L) with Phi, norm, head, loss
+                 ▲                        ◄─dL/dS_k──            │
+              step Theta_k                                    step Phi
+
+At the round's end the client adapters are averaged, Theta = sum_k p_k Theta_k. The server's adapter Phi is shared by all
+clients and updated once per step from the concatenation of their activations (``concatenated``), or after each client's
+mini-batch in turn (``in_turn``, what the authors' code does), or there is one copy per client, averaged each round
+(``per_client``, SplitFed-V1). Its AdamW moments live as long as the run; the clients' start anew each round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fleetune.errors import UserError
+from fleetune.methods.base import Method, MethodConfig, Payload, State, Update
+from fleetune.models.network import Network
+from fleetune.tensors import Stack, Tensors, add_weighted
+from fleetune.training.config import LocalConfig
+from fleetune.training.loss import cohort_loss
+from fleetune.training.optimizer import StackedAdamW, StackedSGD, clip_rows, make_optimizer
+from fleetune.training.plan import ClientTask, CohortUpdate, LocalPlan
+from fleetune.training.trainer import StackedAdapters, collate_step, row_lengths
+from fleetune.training.worker import Worker
+
+
+class SplitLoRAConfig(MethodConfig):
+    """Settings of SplitLoRA."""
+
+    name: Literal["split-lora"] = "split-lora"
+    split_point: int = Field(4, ge=1)
+    """Blocks on the client; the cut is after them. The paper takes a quarter of the model."""
+    server: Literal["concatenated", "in_turn", "per_client"] = "concatenated"
+    """How the server's half learns from several clients."""
+
+
+class SplitLoRA(Method):
+    """Both halves run where the client runs; what crosses the cut is a real tensor, and it is charged."""
+
+    Config = SplitLoRAConfig
+    source: ClassVar[str] = "cut the model between client and server (Lin et al. 2024, arXiv 2407.00952)"
+
+    def __init__(self, config: Any, context: Any):
+        super().__init__(config, context)
+        self.coupled = config.server != "per_client"  # type: ignore[misc]
+
+    def check(self) -> None:
+        """Client and server both need a block."""
+        if not self.config.split_point < self.context.num_layers:
+            raise UserError(
+                f"lies outside the model: it must be from 1 to {self.context.num_layers - 1}",
+                field="method.split_point",
+                value=self.config.split_point,
+                hint="leave at least one block to the server",
+            )
+
+    def on_client(self, name: str) -> bool:
+        """Whether an adapter tensor belongs to the client's blocks."""
+        return int(name.split(".")[1]) < self.config.split_point
+
+    def plan(self, payload: Payload) -> LocalPlan:
+        """The client trains and uploads the adapters of its own blocks."""
+        return LocalPlan(
+            self.submodel(payload),
+            trainable=self.on_client,
+            uploads=self.on_client,
+            split=self.config.split_point,
+        )
+
+    def broadcast(self, state: State, round_idx: int, group: Any) -> Payload:
+        """The clients' half goes down; the server's half goes along outside of the link."""
+        client = {n: t for n, t in state.tensors.items() if n.startswith("layers.") and self.on_client(n)}
+        server = {n: t for n, t in state.tensors.items() if n not in client}
+        return Payload(client, {"num_server_steps": state.values.get("num_server_steps", 0)}, server)
+
+    def aggregate(self, state: State, updates: Iterable[Update], round_idx: int) -> State:
+        """Average the clients' halves; the server's half is what it became, or the average of its copies."""
+        total: Tensors = {}
+        server: Tensors = {}
+        for update in updates:
+            add_weighted(total, update.tensors, update.weight)
+            add_weighted(server, update.server, update.weight)
+        values = dict(state.values)
+        if "server.num_steps" in server:
+            values["num_server_steps"] = int(server.pop("server.num_steps"))
+        return State({**state.tensors, **total, **server}, values)
+
+    def columns(self, state: State) -> dict[str, float]:
+        """Where the model is cut."""
+        return {"split_point": float(self.config.split_point)}
+
+    # -- the round's work -----------------------------------------------------------------------------------------------
+    def local_update(self, worker: Worker, payload: Payload, tasks: Sequence[ClientTask]) -> CohortUpdate:
+        """All steps of all clients of the cohort; both halves, cut by detached tensors."""
+        plan = self.plan(payload)
+        network = worker.network(plan.submodel)
+        run = _SplitRound(self.config, network, plan, payload, tasks, worker.local)
+        for step in range(max(len(task.rows) for task in tasks)):
+            run.step(step, worker)
+        network.set_adapter(None)
+        return run.result()
+
+
+class _SplitRound:
+    """The two halves of one cohort while a round lasts. Clients with fewer steps leave the stack when they are done."""
+
+    def __init__(
+        self,
+        config: SplitLoRAConfig,
+        network: Network,
+        plan: LocalPlan,
+        payload: Payload,
+        tasks: Sequence[ClientTask],
+        local: LocalConfig,
+    ):
+        self.config, self.network, self.plan, self.local, self.tasks = config, network, plan, local, tasks
+        self.order = sorted(range(len(tasks)), key=lambda i: -len(tasks[i].rows))
+        self.ranked = [tasks[i] for i in self.order]
+        rates = torch.tensor([[task.learning_rate] for task in self.ranked])
+        self.clients = StackedAdapters([payload.tensors] * len(tasks), plan)
+        self.client_optimizer = make_optimizer(local, self.clients.trained.data, rates)
+        copies = len(tasks) if config.server == "per_client" else 1
+        server = {n: t for n, t in payload.server.items() if n.startswith("layers.")}
+        self.server = StackedAdapters([server] * copies, LocalPlan(plan.submodel))
+        self.server_optimizer = make_optimizer(local, self.server.trained.data, rates[:copies])
+        if config.server != "per_client":
+            _restore_moments(self.server_optimizer, payload, self.server.trained)
+        self.losses, self.num_tokens = np.zeros(len(tasks)), np.zeros(len(tasks), np.int64)
+        self.cut_bytes = np.zeros((2, len(tasks)), np.int64)
+
+    def step(self, step: int, worker: Worker) -> None:
+        """Client forward, cut, server forward, backward and step, cut, client backward and step."""
+        active = [task for task in self.ranked if len(task.rows) > step]
+        n = len(active)
+        ids, labels = collate_step(worker.data, active, step)
+        client = self.clients.parameters(n)
+        self.network.set_adapter(client)
+        activations = self.network.blocks(self.network.embed(ids), 0, self.plan.split)
+        smashed = activations.detach().requires_grad_()  # S: all that the server sees of the clients' half
+        self._serve(smashed, labels, n)
+        assert smashed.grad is not None
+        self.network.set_adapter(client)
+        activations.backward(smashed.grad)
+        self._update(self.clients, client, self.client_optimizer, n)
+        self._charge(active, smashed, labels, smashed.grad, worker, step)
+
+    def _serve(self, smashed: Tensor, labels: Tensor, n: int) -> None:
+        """The server's half: one update from all clients, one after each client, or one in every client's copy."""
+        if self.config.server == "in_turn":
+            batch = len(smashed) // n
+            smashed.grad = torch.empty_like(smashed)
+            for k in range(n):
+                rows = slice(k * batch, (k + 1) * batch)
+                part = smashed[rows].detach().requires_grad_()
+                self.losses[k] += self._serve_batch(part, labels[rows], 1, copies=1)[0]
+                assert part.grad is not None
+                smashed.grad[rows] = part.grad
+            return
+        copies = n if self.config.server == "per_client" else 1
+        self.losses[:n] += self._serve_batch(smashed, labels, n, copies=copies)
+
+    def _serve_batch(self, smashed: Tensor, labels: Tensor, n: int, *, copies: int) -> np.ndarray:
+        """Forward and backward of the server's blocks on the activations of n clients, and the server's step."""
+        server = self.server.parameters(copies)
+        self.network.set_adapter(server)
+        h = self.network.blocks(smashed, self.config.split_point)
+        loss, _ = cohort_loss(self.network, h, labels, n)
+        # A shared half follows the mean over the clients, its copies each their own; clients get their own gradient.
+        (loss.sum() if copies == n else loss.mean()).backward()
+        if copies != n:
+            assert smashed.grad is not None
+            smashed.grad.mul_(n)
+        self._update(self.server, server, self.server_optimizer, copies)
+        return loss.detach().numpy()
+
+    def _update(
+        self,
+        adapters: StackedAdapters,
+        leaves: Tensors,
+        optimizer: StackedSGD | StackedAdamW,
+        num_active: int,
+    ) -> None:
+        grads = adapters.gather_gradients(leaves, num_active)
+        if self.local.max_grad_norm is not None:
+            clip_rows(grads, self.local.max_grad_norm)
+        optimizer.step(grads)
+
+    def _charge(
+        self,
+        active: list[ClientTask],
+        smashed: Tensor,
+        labels: Tensor,
+        grad: Tensor,
+        worker: Worker,
+        step: int,
+    ) -> None:
+        """Each client pays for its own batch, padded to its own longest example: activations and labels up, dL/dS down."""
+        for k, task in enumerate(active):
+            rows = slice(k * len(task.rows[step]), (k + 1) * len(task.rows[step]))
+            lengths = row_lengths(worker.data, task.rows[step])
+            tokens = int(lengths.max())
+            up = smashed[rows, :tokens].nbytes + labels[rows, :tokens].to(torch.int32).nbytes
+            self.cut_bytes[:, k] += (up, grad[rows, :tokens].nbytes)
+            self.num_tokens[k] += int(lengths.sum())
+
+    def result(self) -> CohortUpdate:
+        """The cohort's update in the order of its tasks."""
+        back = np.argsort(self.order)
+        steps = np.array([max(1, len(task.rows)) for task in self.ranked])
+        upload = self.clients.trained
+        upload = Stack(upload.shapes, upload.data[torch.from_numpy(back)])
+        if self.config.server == "per_client":
+            weights = [task.weight for task in self.ranked]
+            server = self.server.trained.weighted_sum(weights)
+        else:
+            server = self.server.trained.client(0)
+            server.update(_moments(self.server_optimizer, self.server.trained))
+        return CohortUpdate(
+            upload=upload,
+            server=server,
+            losses=(self.losses / steps)[back],
+            num_tokens=self.num_tokens[back],
+            cut_bytes=self.cut_bytes[:, back],
+        )
+
+
+def _moments(optimizer: StackedSGD | StackedAdamW, form: Stack) -> Tensors:
+    if isinstance(optimizer, StackedSGD):
+        return {}
+    out = {f"adam.mean.{n}": t[0] for n, t in form.views(optimizer.mean).items()}
+    out.update({f"adam.square.{n}": t[0] for n, t in form.views(optimizer.square).items()})
+    out["server.num_steps"] = torch.tensor(optimizer.num_steps)
+    return out
+
+
+def _restore_moments(optimizer: StackedSGD | StackedAdamW, payload: Payload, form: Stack) -> None:
+    if isinstance(optimizer, StackedSGD) or "num_server_steps" not in payload.values:
+        return
+    optimizer.num_steps = int(payload.values["num_server_steps"])
+    for kind, buffer in (("mean", optimizer.mean), ("square", optimizer.square)):
+        for name, view in form.views(buffer).items():
+            if f"adam.{kind}.{name}" in payload.server:
+                view.copy_(payload.server[f"adam.{kind}.{name}"][None])

@@ -1,0 +1,1 @@
+"""The frozen base model, its submodels, and LoRA adapters over whole cohorts."""

@@ -1,0 +1,55 @@
+"""LoRA over a whole cohort: K clients share one frozen linear layer and bring a pair (A_k, B_k) each.
+
+        x (K b, S, in) ──► base.weight ───────────────► + ──► y (K b, S, out)
+            └─ as (K, b S, in) ──► A (K, r, in) ──► B (K, out, r) × alpha / r ──┘
+
+The base sees all clients' tokens as one large product; the adapters are batched products. One client is K = 1 of the
+same code, which is why it is the reference for the stacked path and not another implementation of it.
+Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fleetune.models.config import LoRAConfig
+from fleetune.seeds import seed_of
+from fleetune.tensors import Tensors
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer with the adapters of K clients beside it; without adapters it is the layer itself."""
+
+    def __init__(self, base: nn.Module, *, scaling: float, dropout: float = 0.0):
+        super().__init__()
+        self.base = base
+        self.scaling, self.dropout = scaling, dropout
+        self.lora_A: Tensor | None = None  # (K, r, in)
+        self.lora_B: Tensor | None = None  # (K, out, r)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (K b, S, in) -> (K b, S, out)."""
+        y = self.base(x)
+        if self.lora_A is None or self.lora_B is None:
+            return y
+        num_clients = self.lora_A.shape[0]
+        x_k = x.reshape(num_clients, -1, x.shape[-1])
+        if self.dropout and self.training:
+            x_k = nn.functional.dropout(x_k, self.dropout)
+        y_k = y.view(num_clients, -1, y.shape[-1])
+        return torch.baddbmm(y_k, x_k @ self.lora_A.mT, self.lora_B.mT, alpha=self.scaling).view(y.shape)
+
+
+def init_lora(sites: Mapping[str, tuple[int, int]], config: LoRAConfig, *, run_seed: int) -> Tensors:
+    """A fresh adapter for sites {name: (in, out)}: A uniform in ±1/sqrt(in) (Kaiming with a = sqrt 5), B = 0."""
+    out: Tensors = {}
+    for index, (site, (num_in, num_out)) in enumerate(sites.items()):
+        generator = torch.Generator().manual_seed(seed_of(run_seed, "lora-init", index))
+        bound = 1.0 / math.sqrt(num_in)
+        out[f"{site}.lora_A"] = torch.empty(config.rank, num_in).uniform_(-bound, bound, generator=generator)
+        out[f"{site}.lora_B"] = torch.zeros(num_out, config.rank)
+    return out

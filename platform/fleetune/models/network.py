@@ -1,0 +1,118 @@
+"""The scratch model of a worker: a frozen (sub)model through which clients pass, one cohort at a time.
+
+Shape legend: K clients, b examples per client, S tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fleetune.models.base import BaseModel
+from fleetune.models.config import LoRAConfig
+from fleetune.models.lora import AdaptedLinear
+from fleetune.models.quantize import quantized_linear
+from fleetune.models.submodel import Submodel
+from fleetune.tensors import Tensors
+
+
+class Network:
+    """A causal language model whose adapted linear layers take the adapters of K clients at once."""
+
+    def __init__(self, base: BaseModel, submodel: Submodel, lora: LoRAConfig):
+        self.submodel = submodel
+        self.model = _assemble(base, submodel)
+        self.sites = _adapt(self.model, lora)
+
+    @property
+    def num_layers(self) -> int:
+        """Blocks of this (sub)model."""
+        return len(self.model.model.layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return int(self.model.config.hidden_size)
+
+    def set_adapter(self, stacked: Tensors | None) -> None:
+        """Give every site its stacked factors, ``<site>.lora_A (K, r, in)`` and ``.lora_B (K, out, r)``; None: none."""
+        for name, site in self.sites.items():
+            site.lora_A = None if stacked is None else stacked.get(f"{name}.lora_A")
+            site.lora_B = None if stacked is None else stacked.get(f"{name}.lora_B")
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (K b, S) -> (K b, S, D)."""
+        return self.model.model.embed_tokens(ids)
+
+    def blocks(self, h: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Run blocks [start, stop) on (K b, S, D). Causal; batches are padded on the right, so no mask is needed."""
+        inner = self.model.model
+        positions = torch.arange(h.shape[1], device=h.device)[None]
+        rotary = inner.rotary_emb(h, positions)
+        for layer in inner.layers[start:stop]:
+            h = layer(h, attention_mask=None, position_ids=positions, position_embeddings=rotary)
+        return h
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Final norm and head on any leading shape: (…, D) -> (…, V)."""
+        return self.model.lm_head(self.model.model.norm(h))
+
+
+def linear_sites(base: BaseModel, lora: LoRAConfig, num_layers: int | None = None) -> dict[str, tuple[int, int]]:
+    """{site: (in, out)} of the layers that get an adapter, found on the architecture without weights."""
+    model = _skeleton(base, num_layers or base.num_layers)
+    return {
+        name.removeprefix("model."): (module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.split(".")[-1] in lora.target_names
+    }
+
+
+def _skeleton(base: BaseModel, num_layers: int) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(base.hf_config(num_layers), attn_implementation="sdpa")
+
+
+def _assemble(base: BaseModel, submodel: Submodel) -> Any:
+    """The model with its weights assigned, not copied."""
+    model = _skeleton(base, submodel.num_layers)
+    weights = submodel.weights(base)
+    if base.quantization != "none":
+        _install_quantized(model, weights, base.quantization)
+    names = [name for name, _ in model.named_parameters()]
+    plain = {name: weights[name] for name in names if name in weights and weights[name].is_floating_point()}
+    model.load_state_dict(plain, assign=True, strict=False)
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)  # its buffers are computed, not stored
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise ValueError(f"the checkpoint of {base.name} lacks {', '.join(missing[:4])}")
+    return model.requires_grad_(False).eval()
+
+
+def _install_quantized(model: Any, weights: Tensors, kind: str) -> None:
+    for name, module in list(model.named_modules()):
+        key = f"{name}.weight"
+        if isinstance(module, nn.Linear) and key in weights and not weights[key].is_floating_point():
+            shape = (module.in_features, module.out_features)
+            layer = quantized_linear(weights, key, kind, shape=shape, bias=weights.get(f"{name}.bias"))
+            _replace(model, name, layer)
+
+
+def _adapt(model: Any, lora: LoRAConfig) -> dict[str, AdaptedLinear]:
+    sites = {}
+    for name, module in list(model.named_modules()):
+        if ".layers." in name and name.split(".")[-1] in lora.target_names:
+            site = AdaptedLinear(module, scaling=lora.scaling, dropout=lora.dropout)
+            _replace(model, name, site)
+            sites[name.removeprefix("model.")] = site
+    return sites
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

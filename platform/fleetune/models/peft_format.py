@@ -1,0 +1,37 @@
+"""Adapters in PEFT's own format, which ``PeftModel.from_pretrained`` loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fleetune.models.base import BaseModel
+from fleetune.models.config import LoRAConfig
+from fleetune.tensors import Tensors, save
+
+if TYPE_CHECKING:
+    from fleetune.methods.base import GlobalModel
+
+
+def save_adapter(folder: Path, model: GlobalModel, base: BaseModel, lora: LoRAConfig) -> None:
+    """Write adapter_config.json and adapter_model.safetensors for an adapter of the whole model."""
+    from peft import LoraConfig
+
+    assert model.submodel.is_whole(base.num_layers), "an adapter is shipped for the whole model"
+    folder.mkdir(parents=True, exist_ok=True)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
+        lora_dropout=lora.dropout,
+        target_modules=sorted(lora.target_names),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base.folder,
+        inference_mode=True,
+    )
+    config.save_pretrained(str(folder))
+    save(folder / "adapter_model.safetensors", to_peft(model.adapter))
+
+
+def to_peft(adapter: Tensors) -> Tensors:
+    """``layers.0.self_attn.q_proj.lora_A`` -> ``base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight``."""
+    return {f"base_model.model.model.{name}.weight": tensor for name, tensor in adapter.items()}

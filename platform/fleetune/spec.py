@@ -1,0 +1,231 @@
+"""One run as data: a YAML job file into frozen models, with overrides by dotted path, and errors that say what to do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from fleetune.config import Config
+from fleetune.data.config import DataConfig
+from fleetune.engine.config import CostConfig, EvaluationConfig, ExecutionConfig, RoundsConfig
+from fleetune.errors import UserError, nearest, unknown_name
+from fleetune.fleet.fleet import FleetConfig
+from fleetune.methods import METHODS
+from fleetune.methods.fedavg import FedITConfig
+from fleetune.models.config import ModelConfig
+from fleetune.records.tracking import TrackingConfig
+from fleetune.training.config import LocalConfig
+
+if TYPE_CHECKING:
+    from fleetune.methods.base import MethodConfig as AnyMethodConfig
+else:
+    AnyMethodConfig = Annotated[tuple(m.Config for m in METHODS.values()), Field(discriminator="name")]
+
+
+class RunSpec(Config):
+    """Everything that determines a run."""
+
+    name: str = Field("run", min_length=1, max_length=100)
+    """Name of the job; runs of one name share an MLflow experiment."""
+    seed: int = Field(0, ge=0)
+    """Every random draw of the run is derived from it."""
+    model: ModelConfig = ModelConfig()
+    """The base model and its adapter."""
+    data: DataConfig = DataConfig()
+    """What is learnt, and who holds which part of it."""
+    fleet: FleetConfig = FleetConfig()
+    """The clients' devices and links."""
+    rounds: RoundsConfig = RoundsConfig()
+    """Rounds, sampling and closing."""
+    local: LocalConfig = LocalConfig()
+    """A client's optimizer steps."""
+    method: AnyMethodConfig = FedITConfig()
+    """The federated method and its settings."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """When the global model is evaluated."""
+    cost: CostConfig = CostConfig()
+    """What is costed."""
+    execution: ExecutionConfig = ExecutionConfig()
+    """Where the work runs."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Where the records are sent."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested data, as in a job file with every default filled in."""
+        return self.model_dump(mode="json")
+
+    @property
+    def spec_hash(self) -> str:
+        """Identity of the results: all that can change them, and nothing else."""
+        values = self.to_dict()
+        del values["tracking"], values["name"]
+        values["execution"] = {k: values["execution"][k] for k in ("cohort", "threads", "device")}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunSpec:
+    """Read a job file, apply ``{"method.growth_rate": 4}``, check everything that needs no model and no data."""
+    return from_dict(read_yaml(path), overrides)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; UserError where there is no file, no YAML or no mapping."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        beside = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        guess = nearest(path.name, beside)
+        hint = f"did you mean {path.parent / guess}?" if guess else "give the path of a .yaml job file"
+        raise UserError(f"the job file cannot be read: {error}", field="JOB", value=str(path), hint=hint) from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"not valid YAML: {' '.join(str(error).split())}", field="JOB", value=str(path)) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError("must hold a mapping of fields", field="JOB", value=str(path), hint="see docs/job_file.md")
+    return values
+
+
+def parse_overrides(assignments: list[str]) -> dict[str, Any]:
+    """``["method.growth_rate=4"]`` -> ``{"method.growth_rate": 4}``; values are YAML."""
+    out: dict[str, Any] = {}
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not path.strip():
+            raise UserError(
+                "must have the form path.to.field=value",
+                field="--set",
+                value=assignment,
+                hint="for example --set method.growth_rate=4",
+            )
+        try:
+            out[path.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            out[path.strip()] = text
+    return out
+
+
+def from_dict(values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> RunSpec:
+    """Validate plain data with overrides laid over it."""
+    merged = apply_overrides(values, overrides or {})
+    try:
+        spec = RunSpec.model_validate(merged)
+    except ValidationError as error:
+        raise _user_error(error) from None
+    except RecursionError:
+        raise UserError("is nested too deeply", field="JOB") from None
+    _check(spec)
+    return spec
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay dotted fields over nested data. Another ``method.name`` starts from that method's defaults."""
+    out = json.loads(json.dumps(dict(values), default=str))
+    name = overrides.get("method.name")
+    if name is not None and isinstance(out.get("method"), dict) and out["method"].get("name") != name:
+        out["method"] = {"name": name}
+    for path, value in overrides.items():
+        place = out
+        *parents, last = path.split(".")
+        for parent in parents:
+            if not isinstance(place.get(parent), dict):
+                place[parent] = {}
+            place = place[parent]
+        place[last] = value
+    return out
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested data as dotted fields."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        out.update(flatten(value, f"{path}.") if isinstance(value, dict) and value else {path: value})
+    return out
+
+
+def json_schema() -> dict[str, Any]:
+    """The job file's JSON schema, for editors and for the reference page."""
+    return RunSpec.model_json_schema()
+
+
+def _user_error(error: ValidationError) -> UserError:
+    """The first error in our words: dotted field, value, rule, and the nearest right name."""
+    first = error.errors(include_url=False)[0]
+    tags = set(METHODS)
+    where = [str(part) for part in first["loc"]]
+    where = [part for i, part in enumerate(where) if not (i == 1 and where[0] == "method" and part in tags)]
+    field = ".".join(where)
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(where[:-1], first["loc"])
+        misspelt = unknown_name("field", where[-1], known, field=field)
+        return UserError("unknown field", field=field, hint=misspelt.hint)
+    if first["type"] == "union_tag_invalid":
+        return unknown_name("method", str(first["ctx"]["tag"]), METHODS, field="method.name")
+    if first["type"] == "union_tag_not_found":
+        return UserError("the method needs a name", field="method.name", hint=f"one of {', '.join(METHODS)}")
+    raised = first.get("ctx", {}).get("error")
+    if isinstance(raised, UserError):
+        return raised
+    rule = first["msg"].removeprefix("Value error, ")
+    value = first.get("input")
+    shown = value if isinstance(value, (str, int, float, bool, list, type(None))) else type(value).__name__
+    others = error.error_count() - 1
+    return UserError(rule, field=field or "JOB", value=shown, hint=f"and {others} more" if others else None)
+
+
+def _fields_at(path: list[str], loc: tuple[Any, ...]) -> list[str]:
+    """Names of the fields where an unknown one was found."""
+    model: Any = RunSpec
+    for part in path:
+        if part == "method" and model is RunSpec:
+            model = METHODS[str(loc[1])].Config
+            continue
+        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
+        model = field.annotation if field else None
+    return list(getattr(model, "model_fields", {}))
+
+
+def _check(spec: RunSpec) -> None:
+    """Rules between parts of the job file."""
+    rounds, fleet = spec.rounds, spec.fleet
+    if rounds.clients_per_round > fleet.num_clients:
+        raise UserError(
+            f"exceeds the fleet of {fleet.num_clients} clients",
+            field="rounds.clients_per_round",
+            value=rounds.clients_per_round,
+            hint="lower it, or raise fleet.num_clients",
+        )
+    if rounds.close == "deadline" and rounds.deadline_seconds is None:
+        raise UserError(
+            "is needed for rounds.close=deadline",
+            field="rounds.deadline_seconds",
+            hint="give virtual seconds; fleetune run … --json shows how long clients take",
+        )
+    if rounds.close == "first_k" and rounds.first_k is None:
+        raise UserError(
+            "is needed for rounds.close=first_k",
+            field="rounds.first_k",
+            hint=f"give a number from 1 to {rounds.clients_per_round}",
+        )
+    if rounds.first_k is not None and rounds.first_k > rounds.clients_per_round:
+        raise UserError(
+            f"exceeds rounds.clients_per_round={rounds.clients_per_round}",
+            field="rounds.first_k",
+            value=rounds.first_k,
+            hint="lower it",
+        )
+    if spec.cost.model is not None:
+        from fleetune.cost.shapes import ARCHITECTURES
+
+        if spec.cost.model not in ARCHITECTURES:
+            raise unknown_name("architecture", spec.cost.model, ARCHITECTURES, field="cost.model")

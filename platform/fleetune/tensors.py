@@ -1,0 +1,169 @@
+"""Named tensors, the value that methods pass around: sums, norms, bytes, and one flat buffer for the wire.
+
+A ``Tensors`` maps a name such as ``layers.3.self_attn.q_proj.lora_A`` to a tensor. Over a link or through the object
+store it travels as one contiguous buffer (`pack`), so that an adapter of 200 small tensors costs one copy, not 200.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+# Buffers mapped from the object store are read-only; nobody here writes to them.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+
+
+def num_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """What these tensors weigh on a link."""
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def select(tensors: Mapping[str, Tensor], keep: Callable[[str], bool]) -> Tensors:
+    """The tensors whose name satisfies ``keep``, in their order."""
+    return {name: t for name, t in tensors.items() if keep(name)}
+
+
+def weighted_sum(items: Iterable[tuple[float, Mapping[str, Tensor]]]) -> Tensors:
+    """sum_k w_k u_k in the order given: direct form, so that one client with weight 1 comes out bit for bit."""
+    total: Tensors = {}
+    for weight, tensors in items:
+        add_weighted(total, tensors, weight)
+    return total
+
+
+def add_weighted(total: Tensors, tensors: Mapping[str, Tensor], weight: float) -> None:
+    """total += weight * tensors, in place; names that are not there yet are added."""
+    for name, tensor in tensors.items():
+        if name in total:
+            total[name].add_(tensor, alpha=weight)
+        else:
+            total[name] = tensor * weight
+
+
+def equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """Whether both hold the same names and the same bits."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Tensors as one buffer: ``layout`` of (name, dtype, shape) and the bytes (uint8). Pickles without a copy."""
+
+    layout: tuple[tuple[str, str, tuple[int, ...]], ...]
+    data: np.ndarray
+
+    def unpack(self) -> Tensors:
+        """Views into the buffer; of a read-only (mapped) buffer they must not be written to."""
+        buffer = torch.from_numpy(self.data)
+        out: Tensors = {}
+        start = 0
+        for name, dtype, shape in self.layout:
+            torch_dtype = getattr(torch, dtype)
+            size = int(np.prod(shape, dtype=np.int64)) * torch_dtype.itemsize
+            out[name] = buffer[start : start + size].view(torch_dtype).view(shape)
+            start += -(-size // 16) * 16
+        return out
+
+
+def pack(tensors: Mapping[str, Tensor]) -> Packed:
+    """Copy the tensors into one buffer, each on a 16-byte boundary."""
+    layout = tuple((n, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items())
+    sizes = [t.numel() * t.element_size() for t in tensors.values()]
+    data = np.empty(sum(-(-s // 16) * 16 for s in sizes), np.uint8)
+    buffer = torch.from_numpy(data)
+    start = 0
+    for tensor, size in zip(tensors.values(), sizes, strict=True):
+        buffer[start : start + size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        start += -(-size // 16) * 16
+    return Packed(layout, data)
+
+
+class Stack:
+    """The tensors of K clients as one buffer ``(K, P)``: row k is client k, ``views()[name]`` is ``(K, *shape)``.
+
+    Sums and optimizer steps run over the buffer, not over its hundreds of tensors.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], data: Tensor):
+        self.shapes = dict(shapes)
+        self.data = data
+
+    @classmethod
+    def of(cls, clients: list[Tensors]) -> Stack:
+        """Stack the tensors of several clients, which have the same names, shapes and dtype."""
+        first = clients[0]
+        width = sum(t.numel() for t in first.values())
+        dtype = next(iter(first.values())).dtype if first else torch.float32
+        data = torch.empty(len(clients), width, dtype=dtype)
+        stack = cls({name: tuple(t.shape) for name, t in first.items()}, data)
+        for name, view in stack.views().items():
+            for k, tensors in enumerate(clients):
+                view[k].copy_(tensors[name])
+        return stack
+
+    def __len__(self) -> int:
+        return self.data.shape[0]
+
+    def views(self, data: Tensor | None = None) -> Tensors:
+        """name -> (K, *shape), views into the buffer (or into another of the same form, such as its gradient)."""
+        data = self.data if data is None else data
+        out: Tensors = {}
+        start = 0
+        for name, shape in self.shapes.items():
+            size = int(np.prod(shape, dtype=np.int64))
+            out[name] = data[:, start : start + size].view(len(data), *shape)
+            start += size
+        return out
+
+    def client(self, k: int) -> Tensors:
+        """The tensors of client k, views into the buffer."""
+        return {name: view[0] for name, view in self.views(self.data[k : k + 1]).items()}
+
+    def rows(self, clients: list[int]) -> Stack:
+        """The part of the stack of some clients (a copy)."""
+        return Stack(self.shapes, self.data[clients])
+
+    def columns(self, keep: Callable[[str], bool]) -> Stack:
+        """The part of the stack whose names satisfy ``keep`` (a copy)."""
+        views = self.views()
+        names = [name for name in self.shapes if keep(name)]
+        parts = [views[name].reshape(len(self), -1) for name in names]
+        data = torch.cat(parts, dim=1) if parts else self.data.new_empty(len(self), 0)
+        return Stack({name: self.shapes[name] for name in names}, data)
+
+    def weighted_sum(self, weights: Iterable[float]) -> Tensors:
+        """sum_k w_k u_k in row order; one row of weight 1 comes out bit for bit."""
+        total: Tensor | None = None
+        for row, weight in zip(self.data, weights, strict=True):
+            total = row * weight if total is None else total.add_(row, alpha=weight)
+        assert total is not None, "an empty stack has no sum"
+        return {name: view[0] for name, view in self.views(total[None]).items()}
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object] | None = None) -> None:
+    """Write a safetensors file atomically: it is there whole, or not at all."""
+    from safetensors.torch import save_file
+
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    meta = {"metadata": json.dumps(dict(metadata))} if metadata is not None else None
+    save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, scratch, metadata=meta)
+    os.replace(scratch, path)
+
+
+def load(path: Path) -> tuple[Tensors, dict]:
+    """The tensors and the metadata of a file that `save` wrote."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        meta = json.loads((file.metadata() or {}).get("metadata", "{}"))
+        return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118

@@ -1,0 +1,46 @@
+"""What a job file says of a client's local work."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field
+
+from fleetune.config import Config
+
+
+class LocalConfig(Config):
+    """The optimizer steps of one client in one round."""
+
+    steps: int = Field(8, ge=1)
+    """Optimizer steps per round; ignored where epochs is given."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the client's own examples per round: clients with more examples take more steps."""
+    batch_size: int = Field(8, ge=1)
+    """Examples per step."""
+    learning_rate: float = Field(1.0e-3, ge=0)
+    """Step size of the first round."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate over the rounds (constant inside a round): constant, or cosine down to min_learning_rate."""
+    min_learning_rate: float = Field(1.0e-6, ge=0)
+    """Where the cosine schedule ends."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW starts each round with fresh moments, as the published federated baselines do; SGD is without momentum."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of AdamW."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Each client's gradient is scaled down to this norm; null: never."""
+
+    def learning_rate_at(self, round_idx: int, num_rounds: int) -> float:
+        """The step size of a round: lr_min + (lr_0 - lr_min) (1 + cos(pi t / T)) / 2 for cosine."""
+        if self.schedule == "constant":
+            return self.learning_rate
+        low = min(self.min_learning_rate, self.learning_rate)
+        return low + 0.5 * (self.learning_rate - low) * (1 + math.cos(math.pi * round_idx / num_rounds))
+
+    def num_steps(self, num_examples: int) -> int:
+        """Steps that a client with so many examples takes in a round."""
+        if self.epochs is None:
+            return self.steps
+        return max(1, round(self.epochs * num_examples / self.batch_size))

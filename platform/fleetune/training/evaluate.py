@@ -1,0 +1,89 @@
+"""Quality of a global model on held-out examples: loss on the counted tokens, and exact match of generated answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fleetune.models.network import Network
+from fleetune.tensors import Tensors
+from fleetune.training.loss import cohort_loss
+
+if TYPE_CHECKING:
+    from fleetune.data.dataset import TokenizedDataset
+
+
+@dataclass(frozen=True)
+class EvalSums:
+    """Sums over some examples; adding them up in a fixed order makes the result independent of who computed which."""
+
+    loss: float
+    num_tokens: int
+    num_correct: int | None
+    num_examples: int
+
+
+@torch.inference_mode()
+def evaluate_rows(
+    network: Network,
+    adapter: Tensors,
+    *,
+    data: TokenizedDataset,
+    responses: Sequence[str],
+    rows: np.ndarray,
+    tokenizer: Any,
+    max_new_tokens: int | None,
+    answer_pattern: str,
+) -> EvalSums:
+    """Sums over examples ``rows (n,)``; ``max_new_tokens=None`` skips generation."""
+    from fleetune.data.batches import collate
+
+    network.set_adapter({name: tensor[None] for name, tensor in adapter.items()})
+    ids, labels = (torch.from_numpy(a) for a in collate(data, rows))
+    loss, counts = cohort_loss(network, network.blocks(network.embed(ids)), labels, 1)
+    num_tokens = int(counts.sum())
+    num_correct = None
+    if max_new_tokens is not None:
+        answers = _generate(network, data, rows, tokenizer, max_new_tokens)
+        num_correct = _count_correct(answers, [responses[i] for i in rows], answer_pattern)
+    network.set_adapter(None)
+    return EvalSums(float(loss.sum()) * num_tokens, num_tokens, num_correct, len(rows))
+
+
+def _generate(network: Network, data: TokenizedDataset, rows: np.ndarray, tokenizer: Any, max_new: int) -> list[str]:
+    """Greedy continuations of the prompts, as text."""
+    from fleetune.data.batches import eval_prompts
+
+    ids, mask = (torch.from_numpy(a) for a in eval_prompts(data, rows))
+    end = tokenizer.eos_token_id
+    out = network.model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=end,
+        pad_token_id=data.pad_token_id,
+    )
+    return tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+
+
+def _count_correct(predictions: list[str], references: list[str], pattern: str) -> int:
+    from fleetune.data.template import exact_match
+
+    return int(exact_match(predictions, references, pattern=pattern).sum())
+
+
+def totals(parts: Iterable[EvalSums]) -> dict[str, float]:
+    """Mean loss per token and the fraction right, from sums in order."""
+    parts = list(parts)
+    num_tokens = sum(p.num_tokens for p in parts)
+    out = {"eval_loss": sum(p.loss for p in parts) / max(1, num_tokens)}
+    if parts and all(p.num_correct is not None for p in parts):
+        out["eval_accuracy"] = sum(p.num_correct or 0 for p in parts) / sum(p.num_examples for p in parts)
+    return out

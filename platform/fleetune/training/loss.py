@@ -1,0 +1,29 @@
+"""Next-token loss per client, computed only where a token counts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fleetune.models.network import Network
+
+IGNORE = -100
+
+
+def cohort_loss(network: Network, h: Tensor, labels: Tensor, num_clients: int) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of each client over its own counted tokens.
+
+    ``h (K b, S, D)`` are the hidden states after the last block, ``labels (K b, S)`` the token ids with -100 where the
+    loss does not look; position t predicts token t + 1. The head runs on the counted positions alone: with a prompt of
+    the same length as the response that halves its cost, and its logits' memory.
+    Returns losses (K,) and counted tokens (K,).
+    """
+    targets = labels[:, 1:].reshape(-1)
+    counted = (targets != IGNORE).nonzero().squeeze(1)  # (M,), client by client
+    positions = counted + counted // (labels.shape[1] - 1)  # the same tokens in h, whose rows are one longer
+    logits = network.logits(h.reshape(-1, h.shape[-1]).index_select(0, positions))
+    token_losses = nn.functional.cross_entropy(logits, targets[counted], reduction="none")
+    owner = counted // (targets.numel() // num_clients)
+    counts = torch.bincount(owner, minlength=num_clients)
+    sums = torch.zeros(num_clients, dtype=token_losses.dtype).index_add(0, owner, token_losses)
+    return sums / counts.clamp(min=1), counts

@@ -1,0 +1,62 @@
+"""One optimizer step for a whole stack of clients: a few operations over one buffer (K, P), each row by itself."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fleetune.training.config import LocalConfig
+
+
+def clip_rows(grads: Tensor, max_norm: float) -> None:
+    """Scale every client's gradient (a row of (K, P)) down to ``max_norm`` where it is longer, in place."""
+    norms = torch.linalg.vector_norm(grads, dim=1, keepdim=True)
+    grads.mul_((max_norm / (norms + 1e-6)).clamp_(max=1.0))
+
+
+class StackedSGD:
+    """theta_k <- theta_k - lr_k g_k."""
+
+    def __init__(self, params: Tensor, learning_rates: Tensor):
+        self.params, self.learning_rates = params, learning_rates
+
+    def step(self, grads: Tensor) -> None:
+        """Update the first len(grads) rows; the other clients are done. ``grads`` is used up."""
+        num_active = len(grads)
+        self.params[:num_active].sub_(grads.mul_(self.learning_rates[:num_active]))
+
+
+class StackedAdamW:
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with torch's defaults, row by row."""
+
+    beta1, beta2, eps = 0.9, 0.999, 1e-8
+
+    def __init__(self, params: Tensor, learning_rates: Tensor, weight_decay: float):
+        self.params, self.learning_rates, self.weight_decay = params, learning_rates, weight_decay
+        self.mean = torch.zeros_like(params)
+        self.square = torch.zeros_like(params)
+        self.num_steps = 0
+
+    def step(self, grads: Tensor) -> None:
+        """Update the first len(grads) rows; the other clients are done. ``grads`` is used up."""
+        n = len(grads)
+        params, rates = self.params[:n], self.learning_rates[:n]
+        mean, square = self.mean[:n], self.square[:n]
+        self.num_steps += 1
+        if self.weight_decay:
+            params.mul_(1.0 - rates * self.weight_decay)
+        mean.lerp_(grads, 1.0 - self.beta1)
+        square.mul_(self.beta2).addcmul_(grads, grads, value=1.0 - self.beta2)
+        correction = math.sqrt(1.0 - self.beta2**self.num_steps)
+        denominator = torch.sqrt(square, out=grads).div_(correction).add_(self.eps)
+        step_size = 1.0 / (1.0 - self.beta1**self.num_steps)
+        params.sub_(torch.div(mean, denominator, out=denominator).mul_(rates * step_size))
+
+
+def make_optimizer(config: LocalConfig, params: Tensor, learning_rates: Tensor) -> StackedSGD | StackedAdamW:
+    """The optimizer that the job file names, over ``params (K, P)`` with ``learning_rates (K, 1)``."""
+    if config.optimizer == "sgd":
+        return StackedSGD(params, learning_rates)
+    return StackedAdamW(params, learning_rates, config.weight_decay)

@@ -1,0 +1,89 @@
+"""The local plan: what a method says of a client's work, as a value. The trainer carries it out, the cost model prices it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fleetune.models.submodel import Submodel
+from fleetune.tensors import Stack, Tensors, weighted_sum
+
+
+def every(name: str) -> bool:
+    """All names."""
+    return True
+
+
+def none(name: str) -> bool:
+    """No name."""
+    return False
+
+
+@dataclass(frozen=True)
+class LocalPlan:
+    """First-order local work: which blocks, what is trained, what goes up, what stays, what is added to the loss."""
+
+    submodel: Submodel
+    """The blocks that the client holds."""
+    trainable: Callable[[str], bool] = every
+    """Which adapter tensors receive gradients."""
+    uploads: Callable[[str], bool] = every
+    """Which adapter tensors go to the server afterwards."""
+    keeps: Callable[[str], bool] = none
+    """Which adapter tensors stay with the client as its private state until its next round."""
+    penalty: Callable[[Tensors, Tensors], Tensor] | None = None
+    """Added to each client's loss: (parameters {name: (K, …)}, their values at the start) -> (K,)."""
+    split: int | None = None
+    """Blocks on the client, where the model is cut; the server holds the rest."""
+
+
+@dataclass(frozen=True)
+class ClientTask:
+    """One client's work in one round, small enough to be sent with the call."""
+
+    client_id: int
+    weight: float
+    """p_k = n_k / sum n over the clients whose updates count; 0 for one whose update comes too late."""
+    rows: np.ndarray
+    """Examples of each step, (steps, batch), rows of the tokenised dataset."""
+    learning_rate: float
+    seed: int
+    """Address of the client's own random draws in this round (dropout, directions)."""
+    private: Tensors | None = None
+    """What the client kept from its last round."""
+
+
+@dataclass
+class CohortUpdate:
+    """What K clients bring back: stacked tensors and one number each, in the order of their tasks."""
+
+    upload: Stack | None
+    losses: np.ndarray
+    num_tokens: np.ndarray
+    private: Stack | None = None
+    server: Tensors = field(default_factory=dict)
+    """State of the server that its own half trained meanwhile (split learning); crosses no link."""
+    cut_bytes: np.ndarray | None = None
+    """(2, K): bytes that each client sent over the cut and received over it (split learning)."""
+
+    @classmethod
+    def joined(cls, updates: Sequence[CohortUpdate]) -> CohortUpdate:
+        """Clients that worked one by one, as a cohort."""
+
+        def stacked(parts: list[Stack | None]) -> Stack | None:
+            there = [part for part in parts if part is not None]
+            return Stack(there[0].shapes, torch.cat([part.data for part in there])) if there else None
+
+        cuts = [u.cut_bytes for u in updates if u.cut_bytes is not None]
+        return cls(
+            upload=stacked([u.upload for u in updates]),
+            private=stacked([u.private for u in updates]),
+            losses=np.concatenate([u.losses for u in updates]),
+            num_tokens=np.concatenate([u.num_tokens for u in updates]),
+            server=weighted_sum((1.0, u.server) for u in updates),
+            cut_bytes=np.concatenate(cuts, axis=1) if cuts else None,
+        )
