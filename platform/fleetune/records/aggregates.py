@@ -1,0 +1,95 @@
+"""The numbers that figures and reports show: totals of a run, costs per device class, units for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fleetune.records.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# unit -> larger units with their size, smallest first
+SCALES: dict[str, tuple[tuple[str, float], ...]] = {
+    "bytes": (("B", 1.0), ("KB", 1e3), ("MB", 1e6), ("GB", 1e9), ("TB", 1e12)),
+    "memory": (("B", 1.0), ("KiB", 2.0**10), ("MiB", 2.0**20), ("GiB", 2.0**30)),
+    "seconds": (("s", 1.0), ("min", 60.0), ("h", 3600.0), ("days", 86400.0)),
+    "flops": (("FLOP", 1.0), ("MFLOP", 1e6), ("GFLOP", 1e9), ("TFLOP", 1e12), ("PFLOP", 1e15)),
+    "joules": (("J", 1.0), ("kJ", 1e3), ("MJ", 1e6), ("GJ", 1e9)),
+}
+
+
+def scale_of(largest: float, quantity: str) -> tuple[float, str]:
+    """The (divisor, unit) in which values up to ``largest`` read well; of a minute, seconds read better up to
+    two.
+    """
+    found = SCALES[quantity][0]
+    for unit, size in SCALES[quantity]:
+        if largest >= (2 * size if quantity == "seconds" and size > 1 else size):
+            found = (unit, size)
+    return found[1], found[0]
+
+
+def readable(value: float | None, quantity: str) -> str:
+    """A value with the unit that suits it, three significant digits; a dash for none."""
+    if value is None or value != value:
+        return "–"
+    divisor, unit = scale_of(abs(value), quantity)
+    number = value / divisor
+    return f"{number:.3g} {unit}" if number < 1000 else f"{number:,.0f} {unit}"
+
+
+def run_totals(run: RunDirectory) -> dict[str, float | None]:
+    """What a run came to: rounds, accuracy, losses, virtual seconds, bytes, joules and the share of turns
+    refused for memory.
+
+    ``eval_accuracy`` is the last one evaluated, ``best_accuracy`` the highest. None: not evaluated, or no
+    round yet.
+    """
+    rounds = run.rounds()
+    turns = float(rounds["num_clients"].sum())
+
+    def last(column: str) -> float | None:
+        values = rounds[column].dropna()
+        return float(values.iloc[-1]) if len(values) else None
+
+    accuracy = rounds["eval_accuracy"].dropna()
+    return {
+        "num_rounds": float(len(rounds)),
+        "eval_accuracy": last("eval_accuracy"),
+        "best_accuracy": float(accuracy.max()) if len(accuracy) else None,
+        "eval_loss": last("eval_loss"),
+        "train_loss": last("train_loss"),
+        "sim_seconds": last("sim_seconds"),
+        "uplink_bytes": float(rounds["uplink_bytes"].sum()),
+        "downlink_bytes": float(rounds["downlink_bytes"].sum()),
+        "energy_joules": float(rounds["energy_joules"].sum()),
+        "oom_fraction": float(rounds["num_oom"].sum()) / turns if turns else None,
+    }
+
+
+def device_costs(run: RunDirectory) -> pd.DataFrame:
+    """Costs per device class (index ``device``), means over the turns that ran; ``oom_fraction`` over all
+    turns.
+
+    ``peak_memory_bytes`` is the largest need, refused turns included, beside ``budget_bytes``.
+    """
+    clients = run.clients()
+    clients = clients.assign(device=clients["device"].fillna("-"))
+    everyone = clients.groupby("device", sort=True)
+    ran = clients[clients["status"] != "oom"].groupby("device", sort=True)
+    names = [
+        "sim_seconds",
+        "compute_seconds",
+        "downlink_seconds",
+        "uplink_seconds",
+        "uplink_bytes",
+        "downlink_bytes",
+    ]
+    costs = ran[[*names, "energy_joules", "flops"]].mean().reindex(list(everyone.groups))
+    costs.insert(0, "num_turns", everyone.size())
+    costs["peak_memory_bytes"] = everyone["peak_memory_bytes"].max()
+    costs["budget_bytes"] = everyone["budget_bytes"].min()
+    for status in ("oom", "dropped", "late"):
+        costs[f"{status}_fraction"] = (clients["status"] == status).groupby(clients["device"]).mean()
+    return costs

@@ -1,0 +1,307 @@
+"""A run's directory: the truth about a run, from which MLflow, figures and reports are fed.
+
+``spec.yaml`` (resolved), ``rounds.parquet``, ``clients.parquet``, ``result.json``, ``trace.json``,
+``adapter/``, ``figures/`` and ``checkpoint/``. A finished round is one file under ``checkpoint/records/``;
+:meth:`RunDirectory.consolidate` moves these parts into the two Parquet files. Every file is written beside
+its place and renamed into it, so a reader never sees half a file, whenever the writer was killed. One process
+writes, any number read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from fleetune.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+
+class RunDirectory:
+    """One run's files. Make one with :meth:`create` or :meth:`open`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    # ------------------------------------------------------------------ make and find
+
+    @classmethod
+    def create(
+        cls,
+        workspace: str | Path,
+        run_id: str,
+        spec: Mapping[str, Any],
+        *,
+        meta: Mapping[str, Any] | None = None,
+        directory: str | Path | None = None,
+    ) -> RunDirectory:
+        """A new run in ``<workspace>/runs/<run_id>``, or in ``<directory>/<run_id>`` where one is given.
+
+        ``meta`` (plain data) may hold ``git_commit``, ``spec_hash``, ``sweep``, ``overrides`` (dotted field
+        -> value, what a trial changed), ``parent_run_dir`` and ``dataset`` (name, digest, source,
+        num_examples). Raises UserError where the directory already holds a run.
+        """
+        path = Path(directory or Path(workspace) / "runs").absolute() / run_id
+        if (path / "spec.yaml").exists():
+            hint = f"resume it with: fleetune resume {path}"
+            raise UserError("this directory already holds a run", field="run_dir", value=str(path), hint=hint)
+        (path / "checkpoint" / "records").mkdir(parents=True, exist_ok=True)
+        run = cls(path)
+        place = os.path.relpath(Path(workspace).absolute(), path)
+        run._write_json(
+            "checkpoint/meta.json",
+            {"run_id": run_id, "workspace": place, "started_at": time.time(), **(meta or {})},
+        )
+        run.write("spec.yaml", yaml.safe_dump(_plain(spec), sort_keys=False, allow_unicode=True).encode())
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDirectory:
+        """The run in ``path``; UserError where there is none."""
+        path = Path(path).absolute()
+        if not (path / "spec.yaml").is_file():
+            hint = "a run directory is runs/<run_id> in a workspace and holds spec.yaml"
+            raise UserError("this is no run directory", field="run_dir", value=str(path), hint=hint)
+        return cls(path)
+
+    # ------------------------------------------------------------------ what was run
+
+    @property
+    def run_id(self) -> str:
+        """The run's id."""
+        return str(self.meta.get("run_id", self.path.name))
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The resolved spec as plain data."""
+        return yaml.safe_load((self.path / "spec.yaml").read_text()) or {}
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What is known of the run besides its spec: git commit, spec hash, sweep, parent, start."""
+        return self._read_json("checkpoint/meta.json") or {}
+
+    def update_meta(self, **fields: Any) -> None:
+        """Sets fields of :attr:`meta`."""
+        self._write_json("checkpoint/meta.json", {**self.meta, **fields})
+
+    @property
+    def workspace(self) -> Path:
+        """The workspace the run belongs to; found from the run's place, so a workspace can be moved."""
+        return Path(os.path.normpath(self.path / self.meta.get("workspace", "../..")))
+
+    # ------------------------------------------------------------------ rounds, written
+
+    def append_round(self, round_row: Mapping[str, Any], clients: Mapping[str, Any]) -> None:
+        """Adds a finished round: its row, and the clients' columns (arrays or lists of N values, or one value
+        for all N).
+
+        ``run_id``, ``round`` and ``stage`` of the clients are taken from the row; columns that are missing
+        are null; further ones are kept.
+        """
+        from fleetune.records import tables
+
+        row = {"run_id": self.run_id, **round_row}
+        part = tables.part_bytes(row, clients, recorded_at_ms=time.time_ns() // 1_000_000)
+        self.write(f"checkpoint/records/round_{int(row['round']):08d}.arrow", part)
+
+    def consolidate(self) -> None:
+        """Moves the parts into ``clients.parquet`` and ``rounds.parquet``. Costs in proportion to the whole
+        run.
+        """
+        parts = self._parts()
+        self._write_tables(self._client_table(parts), *self._round_rows(parts))
+        for path in parts.values():
+            path.unlink(missing_ok=True)
+
+    def truncate(self, num_rounds: int) -> None:
+        """Keeps the first ``num_rounds`` rounds, and forgets the later ones and the result: the run goes on
+        from there.
+        """
+        (self.path / "result.json").unlink(missing_ok=True)
+        for leftover in self._records.glob("*.tmp"):
+            leftover.unlink(missing_ok=True)
+        for round_idx, path in self._parts().items():
+            if round_idx >= num_rounds:
+                path.unlink(missing_ok=True)
+        if (self.path / "rounds.parquet").exists() or (self.path / "clients.parquet").exists():
+            import pyarrow.compute as pc
+
+            clients = self._client_table({})
+            rows, recorded_at_ms = self._round_rows({})
+            kept = [row for row in rows if row["round"] < num_rounds]
+            self._write_tables(clients.filter(pc.less(clients["round"], num_rounds)), kept, recorded_at_ms)
+
+    def _write_tables(self, clients: pa.Table, rows: list[dict[str, Any]], recorded_at_ms: dict[int, int]) -> None:
+        """Clients first: a round that is in rounds.parquet has its clients in clients.parquet."""
+        from fleetune.records import tables
+
+        times = json.dumps({row["round"]: recorded_at_ms[row["round"]] for row in rows}).encode()
+        self._write_parquet("clients.parquet", clients)
+        self._write_parquet(
+            "rounds.parquet", tables.round_table(rows).replace_schema_metadata({tables.TIME_KEY: times})
+        )
+
+    # ------------------------------------------------------------------ rounds, read
+
+    def rounds(self) -> pd.DataFrame:
+        """One row per finished round, in order; null is NaN."""
+        from fleetune.records import tables
+
+        return tables.round_table(self._round_rows(self._parts())[0]).to_pandas()
+
+    def clients(self) -> pd.DataFrame:
+        """One row per client and round, in order of rounds; null is NaN."""
+        return self._client_table(self._parts()).to_pandas()
+
+    def round_rows(self, *, first_round: int = 0) -> list[tuple[dict[str, Any], int]]:
+        """(row, real time of recording in ms since 1970) of each finished round from ``first_round`` on."""
+        parts = {idx: path for idx, path in self._parts().items() if idx >= first_round}
+        rows, recorded_at_ms = self._round_rows(parts)
+        return [(row, recorded_at_ms[row["round"]]) for row in rows if row["round"] >= first_round]
+
+    def _round_rows(self, parts: dict[int, Path]) -> tuple[list[dict[str, Any]], dict[int, int]]:
+        """Parts first, then the Parquet file: a part that vanishes meanwhile has just been moved there."""
+        import pyarrow.parquet as pq
+
+        from fleetune.records import tables
+
+        found: dict[int, tuple[dict[str, Any], int]] = {}
+        for round_idx, path in parts.items():
+            with contextlib.suppress(FileNotFoundError):
+                found[round_idx] = tables.read_part_row(path)
+        with contextlib.suppress(FileNotFoundError):
+            table = pq.read_table(self.path / "rounds.parquet")
+            times = {
+                int(k): v for k, v in json.loads((table.schema.metadata or {}).get(tables.TIME_KEY, b"{}")).items()
+            }
+            for row in table.to_pylist():
+                found.setdefault(row["round"], (row, times.get(row["round"], 0)))
+        ordered = sorted(found)
+        return [found[idx][0] for idx in ordered], {idx: found[idx][1] for idx in ordered}
+
+    def _client_table(self, parts: dict[int, Path]) -> pa.Table:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        from fleetune.records import tables
+
+        found: list[tuple[int, pa.Table]] = []
+        for round_idx, path in parts.items():
+            with contextlib.suppress(FileNotFoundError):
+                found.append((round_idx, tables.read_part_clients(path)))
+        with contextlib.suppress(FileNotFoundError):
+            table = pq.read_table(self.path / "clients.parquet")
+            if found:
+                newer = pa.array([round_idx for round_idx, _ in found], type=pa.int32())
+                table = table.filter(pc.invert(pc.is_in(table["round"], value_set=newer)))
+            found.append((-1, table))
+        if not found:
+            return tables.client_table({}, defaults={})
+        table = pa.concat_tables(
+            [table for _, table in sorted(found, key=lambda f: f[0])], promote_options="permissive"
+        )
+        rounds = table["round"].to_numpy()
+        if len(rounds) and (rounds[1:] < rounds[:-1]).any():
+            table = table.sort_by("round")
+        return table
+
+    # ------------------------------------------------------------------ result
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Writes ``result.json``; from then on the run counts as over (``status``: finished or failed)."""
+        self._write_json("result.json", result)
+
+    def result(self) -> dict[str, Any] | None:
+        """The result, or None while the run goes on."""
+        return self._read_json("result.json")
+
+    # ------------------------------------------------------------------ files
+
+    def write(self, name: str, content: bytes | memoryview) -> None:
+        """Writes a file of this directory in one step: readers see the old one or the new one."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+
+    def _write_parquet(self, name: str, table: pa.Table) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        self.write(name, memoryview(sink.getvalue()))
+
+    def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        self.write(name, json.dumps(_plain(value), indent=2).encode())
+
+    def _read_json(self, name: str) -> dict[str, Any] | None:
+        with contextlib.suppress(FileNotFoundError):
+            return json.loads((self.path / name).read_text())
+        return None
+
+    @property
+    def _records(self) -> Path:
+        return self.path / "checkpoint" / "records"
+
+    def _parts(self) -> dict[int, Path]:
+        """Round -> its part, in order."""
+        return {int(path.stem.removeprefix("round_")): path for path in sorted(self._records.glob("round_*.arrow"))}
+
+
+def find_runs(paths: Iterable[str | Path]) -> list[RunDirectory]:
+    """The runs in run directories and sweep directories: a run itself, those in ``runs/`` or right below, or
+    its trials.
+
+    UserError where a path holds none.
+    """
+    found: dict[Path, RunDirectory] = {}
+    for path in map(Path, paths):
+        runs = list(_runs_of(path))
+        if not runs:
+            raise UserError("there is no run in this directory", field="path", value=str(path))
+        found.update({run.path: run for run in runs})
+    return list(found.values())
+
+
+def _runs_of(path: Path) -> Iterator[RunDirectory]:
+    path = path.absolute()
+    inside = sorted(p.parent for pattern in ("runs/*/spec.yaml", "*/spec.yaml") for p in path.glob(pattern))
+    is_run = (path / "spec.yaml").is_file()
+    if inside:
+        yield from map(RunDirectory, inside)
+    elif is_run:
+        trials = []
+        if not RunDirectory(path).round_rows():
+            siblings = [RunDirectory(p.parent) for p in sorted(path.parent.glob("*/spec.yaml"))]
+            trials = [run for run in siblings if parent_of(run) == path]
+        yield from trials or [RunDirectory(path)]
+
+
+def parent_of(run: RunDirectory) -> Path | None:
+    """The directory of the sweep this run is a trial of (absolute, or relative to the run), or None."""
+    parent = run.meta.get("parent_run_dir")
+    return Path(os.path.normpath(run.path / parent)) if parent else None
+
+
+def _plain(value: Any) -> Any:
+    """Plain data for YAML and JSON: NumPy values, paths and tuples become numbers, strings and lists."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(v) for v in value]
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)

@@ -1,0 +1,85 @@
+"""The columns of ``clients.parquet`` and ``rounds.parquet``: name, Arrow type, meaning and unit.
+
+The table in ``docs/records.md`` is made from here (:func:`markdown_table`), and a test holds the two
+together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its name, the name of its Arrow type, and its meaning in one line."""
+
+    name: str
+    type: str
+    meaning: str
+
+
+CLIENT_COLUMNS: tuple[Column, ...] = (
+    Column("run_id", "string", "the run"),
+    Column("round", "int32", "round, from 0"),
+    Column("stage", "int32", "stage of a progressive method, from 0; empty for others"),
+    Column("client_id", "int32", "client, from 0"),
+    Column("device", "string", "device class of the client"),
+    Column("status", "string", "ok, oom (refused: needs more than its budget), dropped, late or failed"),
+    Column("num_examples", "int64", "training examples the client trained on in this round"),
+    Column("num_tokens", "int64", "tokens the client trained on in this round"),
+    Column("flops", "double", "floating-point operations on the client"),
+    Column("server_flops", "double", "floating-point operations on the server for this client (split learning)"),
+    Column("peak_memory_bytes", "int64", "largest memory needed at once; for oom what it would have needed"),
+    Column("weights_bytes", "int64", "part of the peak: frozen base weights"),
+    Column("adapter_bytes", "int64", "part of the peak: adapter"),
+    Column("gradient_bytes", "int64", "part of the peak: gradients"),
+    Column("optimizer_bytes", "int64", "part of the peak: optimizer state"),
+    Column("activation_bytes", "int64", "part of the peak: activations kept for the backward pass"),
+    Column("budget_bytes", "int64", "memory the device offers"),
+    Column("downlink_bytes", "int64", "bytes from the server to the client"),
+    Column("uplink_bytes", "int64", "bytes from the client to the server"),
+    Column("compute_seconds", "double", "virtual time of computing"),
+    Column("downlink_seconds", "double", "virtual time of receiving"),
+    Column("uplink_seconds", "double", "virtual time of sending"),
+    Column("sim_seconds", "double", "virtual time of the client's whole turn"),
+    Column("energy_joules", "double", "energy the device spent"),
+    Column("train_loss", "double", "mean training loss of the client's steps"),
+    Column("wall_seconds", "double", "real time the simulation of this client took"),
+)
+
+ROUND_COLUMNS: tuple[Column, ...] = (
+    Column("run_id", "string", "the run"),
+    Column("round", "int32", "round, from 0"),
+    Column("stage", "int32", "stage of a progressive method, from 0; empty for others"),
+    Column("num_clients", "int32", "clients chosen for the round"),
+    Column("num_ok", "int32", "clients whose update counted"),
+    Column("num_oom", "int32", "clients refused for memory"),
+    Column("num_dropped", "int32", "clients that left in the middle"),
+    Column("num_late", "int32", "clients that came after the round's close"),
+    Column("train_loss", "double", "training loss, the clients' mean weighted by examples"),
+    Column("eval_loss", "double", "loss on the evaluation set; empty in rounds without evaluation"),
+    Column("eval_accuracy", "double", "share right on the evaluation set, 0 to 1; empty likewise"),
+    Column("sim_seconds", "double", "virtual time since the start of the run (cumulative)"),
+    Column("wall_seconds", "double", "real time of this round"),
+    Column("uplink_bytes", "int64", "bytes all clients sent in this round"),
+    Column("downlink_bytes", "int64", "bytes all clients received in this round"),
+    Column("energy_joules", "double", "energy all clients spent in this round"),
+    Column("peak_memory_bytes_max", "int64", "largest peak memory of a client that was not refused"),
+)
+
+
+def arrow_schema(columns: tuple[Column, ...]) -> pa.Schema:
+    """The Arrow schema of a table with these columns."""
+    import pyarrow as pa
+
+    return pa.schema([(column.name, pa.type_for_alias(column.type)) for column in columns])
+
+
+def markdown_table(columns: tuple[Column, ...]) -> str:
+    """The columns as a Markdown table, for the documentation."""
+    lines = ["| column | type | meaning |", "| --- | --- | --- |"]
+    return "\n".join(lines + [f"| `{column.name}` | {column.type} | {column.meaning} |" for column in columns])

@@ -1,0 +1,122 @@
+"""One finished round as one Arrow file, and any number of them as a table. Pure: values in, values out.
+
+A part holds the clients' rows as its table and the round's row as JSON in its schema's metadata, so that a
+round and its clients become visible in one atomic rename.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from fleetune.records.schema import CLIENT_COLUMNS, ROUND_COLUMNS, arrow_schema
+
+ROUND_KEY, TIME_KEY = b"fleetune.round", b"fleetune.recorded_at_ms"
+
+
+def part_bytes(round_row: Mapping[str, Any], clients: Mapping[str, Any], *, recorded_at_ms: int) -> memoryview:
+    """One round as an Arrow IPC file: ``clients`` holds columns of N values, or one value for all N."""
+    table = client_table(clients, defaults={k: round_row.get(k) for k in ("run_id", "round", "stage")})
+    row = {"peak_memory_bytes_max": largest_peak(table), **round_row}
+    text = json.dumps(row, default=_plain).encode()
+    table = table.replace_schema_metadata({ROUND_KEY: text, TIME_KEY: str(recorded_at_ms).encode()})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return memoryview(sink.getvalue())
+
+
+def client_table(columns: Mapping[str, Any], *, defaults: Mapping[str, Any]) -> pa.Table:
+    """Columns -> a table in the order of the schema; missing columns are null, further ones come last."""
+    columns = {**defaults, **columns}
+    num_rows = max((len(v) for v in columns.values() if _is_column(v)), default=0)
+    schema = arrow_schema(CLIENT_COLUMNS)
+    fields: dict[str, pa.Array] = {}
+    for field in schema:
+        fields[field.name] = _array(columns.get(field.name), num_rows=num_rows, arrow_type=field.type)
+    for name in columns:
+        if name not in fields:
+            fields[name] = _array(columns[name], num_rows=num_rows, arrow_type=None)
+    return pa.table(fields)
+
+
+def largest_peak(clients: pa.Table) -> int | None:
+    """The largest ``peak_memory_bytes`` of clients not refused for memory; None where none ran."""
+    import pyarrow.compute as pc
+
+    ran = clients.filter(pc.fill_null(pc.not_equal(clients["status"], "oom"), True))
+    return pc.max(ran["peak_memory_bytes"]).as_py()
+
+
+def round_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """Rows -> a table with the schema's columns, then the columns that only this method has, each of one
+    type.
+    """
+    rows = list(rows)
+    schema = arrow_schema(ROUND_COLUMNS)
+    fields: dict[str, pa.Array] = {}
+    for field in schema:
+        fields[field.name] = _array([row.get(field.name) for row in rows], num_rows=len(rows), arrow_type=field.type)
+    for name in dict.fromkeys(name for row in rows for name in row):
+        if name not in fields:
+            fields[name] = _array([row.get(name) for row in rows], num_rows=len(rows), arrow_type=None)
+    return pa.table(fields)
+
+
+def read_part_row(path: Path) -> tuple[dict[str, Any], int]:
+    """The round's row of one part, and when it was written (ms since 1970); no clients are read."""
+    with pa.memory_map(str(path)) as source:
+        metadata = pa.ipc.open_file(source).schema.metadata
+    return json.loads(metadata[ROUND_KEY]), int(metadata[TIME_KEY])
+
+
+def read_part_clients(path: Path) -> pa.Table:
+    """The clients' rows of one part."""
+    with pa.OSFile(str(path)) as source:
+        return pa.ipc.open_file(source).read_all().replace_schema_metadata(None)
+
+
+def _is_column(value: Any) -> bool:
+    return isinstance(value, list | tuple | pa.Array | pa.ChunkedArray) or (
+        isinstance(value, np.ndarray) and value.ndim > 0
+    )
+
+
+def _array(values: Any, *, num_rows: int, arrow_type: pa.DataType | None) -> pa.Array:
+    """Values as one Arrow array; NaN and None both become null, as pandas reads them anyway."""
+    if not _is_column(values):
+        if arrow_type is None:
+            arrow_type = pa.scalar(values).type if values is not None else pa.null()
+        return pa.repeat(pa.scalar(values, type=arrow_type), num_rows)
+    if arrow_type is not None and pa.types.is_integer(arrow_type):
+        values = _whole(values)
+    try:
+        return pa.array(values, type=arrow_type, from_pandas=True)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        if arrow_type is not None:
+            raise
+        return pa.array([None if value is None else str(value) for value in values])
+
+
+def _whole(values: Any) -> Any:
+    """Counts that came as floats (a NaN for "none" makes a column of them so), rounded, NaN kept."""
+    if isinstance(values, np.ndarray) and values.dtype.kind in "iu":
+        return values
+    if isinstance(values, np.ndarray) and values.dtype.kind == "f":
+        present = np.isfinite(values)
+        return pa.array(np.rint(np.where(present, values, 0)).astype(np.int64), mask=~present)
+    if isinstance(values, pa.Array | pa.ChunkedArray):
+        return values
+    return [None if value is None or value != value else round(value) for value in values]
+
+
+def _plain(value: Any) -> Any:
+    """NumPy values for JSON."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    raise TypeError(f"a round's row holds plain values and NumPy values, not {type(value).__name__}")

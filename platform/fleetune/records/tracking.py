@@ -1,0 +1,407 @@
+"""MLflow, fed from run directories. The only module that imports mlflow.
+
+One code path serves both streaming (:class:`Follower` calls it again and again while a run goes on) and
+``fleetune sync``: ask the store what it holds of this run, send the rest. So each (metric, step) arrives
+once, however often either was interrupted. Rounds that a store already holds are never sent again, values
+that are not finite are not sent at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import getpass
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import urlsplit, urlunsplit
+
+from fleetune.config import Config
+from fleetune.errors import UserError
+from fleetune.records.follower import Follower
+from fleetune.records.metrics import RoundMetrics, number
+from fleetune.records.naming import flatten, method_of, run_name, shown
+from fleetune.records.run_directory import RunDirectory, parent_of
+
+__all__ = ["Follower", "SyncReport", "Tracker", "TrackingConfig", "default_uri", "open_ui", "sync"]
+
+# Artifacts of a run, where they exist. The adapter and the figures are folders.
+ARTIFACTS = (
+    "spec.yaml",
+    "result.json",
+    "rounds.parquet",
+    "clients.parquet",
+    "trace.json",
+    "report.html",
+    "adapter",
+    "figures",
+)
+# mlflow.utils.validation, mlflow 3.17: at most so many params per call, and metrics per call.
+PARAMS_PER_CALL, METRICS_PER_CALL = 100, 1000
+# The UI's layout for training runs, not for chat traces, and what its charts show first (mlflow 3.17).
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",
+    "mlflow.experiment.primaryMetric.name": "eval/accuracy",
+    "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
+}
+# Fields of the spec that a run's summary names.
+TOLD = (
+    "model.base",
+    "data.dataset",
+    "fleet.num_clients",
+    "fleet.network",
+    "rounds.num_rounds",
+    "rounds.clients_per_round",
+)
+# A parameter longer than this is of no use in a table; MLflow's own limit is 6,000 (mlflow 3.17).
+PARAM_LENGTH = 500
+
+
+class TrackingConfig(Config):
+    """Where results go besides the run directory."""
+
+    enabled: bool = True
+    """Whether to send results to MLflow while the run goes on; ``fleetune sync`` can do it later."""
+    uri: str | None = None
+    """MLflow's tracking URI; null: an SQLite store in the workspace. Credentials belong in
+    MLFLOW_TRACKING_USERNAME/_PASSWORD.
+    """
+    experiment: str | None = None
+    """MLflow experiment; null: the sweep's name, or the job's."""
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """What one pass sent: where to, and how much of it the store did not hold before."""
+
+    uri: str
+    experiment_id: str
+    mlflow_run_id: str
+    num_metrics: int
+    num_params: int
+    num_artifacts: int
+
+
+def default_uri(workspace: str | Path) -> str:
+    """The store in a workspace: an SQLite file."""
+    return f"sqlite:///{Path(workspace).absolute() / 'mlflow.db'}"
+
+
+def sync(run_dir: str | Path, *, uri: str | None = None) -> SyncReport:
+    """Sends what the store does not hold of this run yet. UserError where the store cannot be used."""
+    run = RunDirectory.open(run_dir)
+    tracker = Tracker(run, uri=uri)
+    try:
+        return tracker.push()
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        hint = f"is the server up? later: fleetune sync {run.path}"
+        where = without_password(tracker.uri)
+        raise UserError(f"MLflow cannot be reached: {reason}", field="tracking.uri", value=where, hint=hint) from error
+
+
+class Tracker:
+    """One run in one store. :meth:`push` may be called again; after an error, make a new Tracker."""
+
+    def __init__(self, run: RunDirectory, *, uri: str | None = None, live: bool = False):
+        """``live``: the run is going on now, so one that the store believes to be over has been resumed."""
+        self.run, self._live = run, live
+        tracking = run.spec.get("tracking") or {}
+        self.uri = uri or tracking.get("uri") or default_uri(run.workspace)
+        self._experiment = tracking.get("experiment")
+        self._metrics = RoundMetrics()
+        self._sent: dict[str, set[int]] | None = None
+        self._ids: tuple[str, str] = ("", "")
+        self._closed = False
+
+    def push(self, *, interrupted: bool = False) -> SyncReport:
+        """One pass: rounds not sent yet; once the run is over also its result, artifacts and status.
+
+        ``interrupted``: the process that ran it is gone without a result.
+        """
+        with _locked(self.run.path / "checkpoint" / "mlflow.lock"):
+            num_params = self._connect() if self._sent is None else 0
+            result = self.run.result()  # before the rounds: where there is a result, there are no rounds to come
+            num_metrics = self._push_rounds()
+            num_artifacts = 0
+            if (result or interrupted) and not self._closed:
+                num_artifacts = self._close(result)
+        return SyncReport(without_password(self.uri), *self._ids, num_metrics, num_params, num_artifacts)
+
+    # ------------------------------------------------------------------ the run in the store
+
+    def _connect(self) -> int:
+        """Finds or makes the experiment and the run, sends params, tags and dataset, and asks which steps are
+        there.
+        """
+        self._client = _client(self.uri)
+        experiment_id = self._experiment_id()
+        stored = self._find_run(experiment_id) or self._create_run(experiment_id)
+        self._ids = (stored.info.experiment_id, stored.info.run_id)
+        state = {"uri": without_password(self.uri), "experiment_id": self._ids[0], "run_id": self._ids[1]}
+        self.run.write("checkpoint/mlflow.json", json.dumps({**self._state(), **state}, indent=2).encode())
+        num_params = self._push_params(stored.data.params)
+        self._push_dataset()
+        if self._live and stored.info.status != "RUNNING" and self.run.result() is None:  # resumed
+            self._client.update_run(stored.info.run_id, status="RUNNING")
+            self._set_tags({"status": "running"})
+        history = self._client.get_metric_history
+        self._sent = {key: {m.step for m in history(self._ids[1], key)} for key in stored.data.metrics}
+        return num_params
+
+    def _experiment_id(self) -> str:
+        from mlflow.exceptions import MlflowException
+
+        name = self._experiment or self.run.meta.get("sweep") or self.run.spec.get("name") or "fleetune"
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            local = not self.uri.startswith(("http", "databricks"))  # a server keeps artifacts where it was told to
+            place = (self.run.workspace / "mlartifacts").as_uri() if local else None
+            with contextlib.suppress(MlflowException):  # another process was faster
+                return self._client.create_experiment(name, artifact_location=place, tags=EXPERIMENT_TAGS)
+            found = self._client.get_experiment_by_name(name)
+            if found is None:
+                raise MlflowException(f"experiment {name!r} can be neither found nor created")
+        if found.lifecycle_stage == "deleted":
+            self._client.restore_experiment(found.experiment_id)
+        return found.experiment_id
+
+    def _find_run(self, experiment_id: str) -> Any:
+        """The run by the id we noted, or by its tag; None where the store has none, or only a deleted one."""
+        from mlflow.exceptions import MlflowException
+
+        state = self._state()
+        if state.get("uri") == without_password(self.uri) and state.get("run_id"):
+            try:
+                stored = self._client.get_run(state["run_id"])
+                if stored.info.lifecycle_stage == "active":
+                    return stored
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+        query = f"tags.fleetune_run_id = '{self.run.run_id}'"
+        found = self._client.search_runs([experiment_id], filter_string=query, max_results=1)
+        return found[0] if found else None
+
+    def _create_run(self, experiment_id: str) -> Any:
+        started_at_ms = int(self.run.meta.get("started_at", time.time()) * 1000)
+        tags = {**self._tags(), "status": "running"}
+        name = run_name(self.run)
+        return self._client.create_run(experiment_id, start_time=started_at_ms, tags=tags, run_name=name)
+
+    def _tags(self) -> dict[str, str]:
+        meta = self.run.meta
+        tags = {
+            "fleetune_run_id": self.run.run_id,
+            "method": method_of(self.run) if "method" in self.run.spec else None,
+            "spec_hash": meta.get("spec_hash"),
+            "git_commit": meta.get("git_commit"),
+            "sweep": meta.get("sweep"),
+            "mlflow.user": getpass.getuser(),
+            "mlflow.source.name": "fleetune",
+            "mlflow.source.git.commit": meta.get("git_commit"),
+            "mlflow.note.content": summary(self.run),
+        }
+        parent = parent_of(self.run)
+        if parent and (parent / "spec.yaml").is_file():
+            tags["mlflow.parentRunId"] = Tracker(RunDirectory.open(parent), uri=self.uri).run_id()
+        return {k: str(v) for k, v in tags.items() if v is not None}
+
+    def run_id(self) -> str:
+        """The run's id in the store; made now where there is none yet."""
+        with _locked(self.run.path / "checkpoint" / "mlflow.lock"):
+            if self._sent is None:
+                self._connect()
+        return self._ids[1]
+
+    def _push_params(self, present: Mapping[str, str]) -> int:
+        from mlflow.entities import Param
+
+        flat = {k: shown(v) for k, v in flatten(self.run.spec).items() if not k.startswith("tracking.")}
+        params = [Param(k, v if len(v) <= PARAM_LENGTH else v[: PARAM_LENGTH - 1] + "…") for k, v in flat.items()]
+        params = [p for p in params if p.key not in present]
+        for start in range(0, len(params), PARAMS_PER_CALL):
+            self._client.log_batch(self._ids[1], params=params[start : start + PARAMS_PER_CALL])
+        return len(params)
+
+    def _push_dataset(self) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = self.run.meta.get("dataset")
+        if not dataset:
+            return
+        name, source = str(dataset["name"]), str(dataset.get("source") or dataset["name"])
+        digest = str(dataset.get("digest") or hashlib.sha256(source.encode()).hexdigest())[:36]  # MLflow's limit
+        profile = {k: v for k, v in dataset.items() if k not in ("name", "digest", "source")}
+        kind = "hf" if "/" in source and not Path(source).exists() else "local"
+        where = json.dumps({"path": source} if kind == "hf" else {"uri": source})
+        entity = Dataset(name, digest, source_type=kind, source=where, profile=json.dumps(profile))
+        tags = [InputTag("mlflow.data.context", "training")]
+        self._client.log_inputs(self._ids[1], [DatasetInput(entity, tags)])
+
+    # ------------------------------------------------------------------ rounds and the end
+
+    def _push_rounds(self) -> int:
+        from mlflow.entities import Metric
+
+        assert self._sent is not None
+        news: list[Metric] = []
+        for row, recorded_at_ms in self.run.round_rows(first_round=self._metrics.next_round):
+            step = int(row["round"])
+            for key, value in self._metrics.of(row).items():
+                if step not in self._sent.get(key, ()):
+                    news.append(Metric(key, value, recorded_at_ms, step))
+        for start in range(0, len(news), METRICS_PER_CALL):
+            self._client.log_batch(self._ids[1], metrics=news[start : start + METRICS_PER_CALL])
+        return len(news)
+
+    def _close(self, result: dict[str, Any] | None) -> int:
+        """Artifacts, the summary and the final status; a sweep, which has no rounds, gets its result as
+        metrics.
+        """
+        if result and not self._metrics.next_round:
+            self._push_result(result)
+        num_artifacts = self._push_artifacts()
+        status = str(result.get("status", "finished")) if result else "interrupted"
+        self._set_tags({"status": status, "mlflow.note.content": summary(self.run)})
+        over = {"finished": "FINISHED", "interrupted": "KILLED"}.get(status, "FAILED")
+        stored = self._client.get_run(self._ids[1])
+        if stored.info.status != over:
+            ended_at = (self.run.path / "result.json").stat().st_mtime if result else time.time()
+            self._client.set_terminated(self._ids[1], status=over, end_time=int(ended_at * 1000))
+        self._closed = result is not None
+        return num_artifacts
+
+    def _push_result(self, result: dict[str, Any]) -> None:
+        from mlflow.entities import Metric
+
+        assert self._sent is not None
+        values = {key: number(value) for key, value in flatten(result.get("metrics") or {}).items()}
+        now_ms = int(time.time() * 1000)
+        news = [Metric(k, v, now_ms, 0) for k, v in values.items() if v is not None and 0 not in self._sent.get(k, ())]
+        self._client.log_batch(self._ids[1], metrics=news)
+
+    def _push_artifacts(self) -> int:
+        """Uploads files whose content the store does not have; what was sent is noted in
+        ``checkpoint/mlflow.json``.
+        """
+        if not (self.run.path / "figures").is_dir() and self._metrics.next_round:
+            from fleetune.records.figures import write_figures
+
+            write_figures(self.run)
+        state = self._state()
+        sent = state.get("artifacts", {}) if state.get("artifacts_of") == self._ids[1] else {}
+        num_sent = 0
+        for path in _files(self.run.path):
+            name = path.relative_to(self.run.path)
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            if sent.get(str(name)) != digest:
+                folder = str(name.parent) if name.parent != Path() else None
+                self._client.log_artifact(self._ids[1], str(path), folder)
+                sent[str(name)] = digest
+                num_sent += 1
+        noted = {**state, "artifacts_of": self._ids[1], "artifacts": sent}
+        self.run.write("checkpoint/mlflow.json", json.dumps(noted, indent=2).encode())
+        return num_sent
+
+    def _set_tags(self, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        self._client.log_batch(self._ids[1], tags=[RunTag(k, v) for k, v in tags.items()])
+
+    def _state(self) -> dict[str, Any]:
+        """What was noted of this run in a store."""
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            return json.loads((self.run.path / "checkpoint" / "mlflow.json").read_text())
+        return {}
+
+
+def summary(run: RunDirectory) -> str:
+    """The note shown on top of a run's page: what was run, and how it came out. Markdown."""
+    flat = flatten(run.spec)
+    told = [f"{field.rpartition('.')[2].replace('_', ' ')} **{shown(flat[field])}**" for field in TOLD if field in flat]
+    blocks = [" · ".join(told)] if told else []
+    result = run.result() or {}
+    numbers = flatten({**(result.get("metrics") or {}), **(result.get("totals") or {})})
+    rows = [f"| {name} | {shown(value)} |" for name, value in numbers.items() if isinstance(value, int | float)]
+    if rows:
+        blocks.append("\n".join(["| result | |", "| --- | --- |", *rows]))
+    if result.get("error"):
+        blocks.append(f"Failed: {result['error']}")
+    blocks.append(f"Run directory: `{run.path}`")
+    return "\n\n".join(blocks)
+
+
+def open_ui(workspace: str | Path, port: int = 5000, *, uri: str | None = None) -> NoReturn:
+    """Becomes the MLflow UI on a workspace's store, until it is stopped."""
+    workspace = Path(workspace).absolute()
+    store = uri or default_uri(workspace)
+    if uri is None and not (workspace / "mlflow.db").exists():
+        hint = "run a job here first, or send a run's records: fleetune sync RUN_DIR"
+        raise UserError("this workspace has no MLflow store yet", field="workspace", value=str(workspace), hint=hint)
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--host", "127.0.0.1"]
+    command += [
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+        "--artifacts-destination",
+        str(workspace / "mlartifacts"),
+    ]
+    # In place of this process, so that stopping it stops the server.
+    os.execve(sys.executable, command, {**os.environ, **QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+
+
+def without_password(uri: str) -> str:
+    """A URI that can be shown and noted: without the user and password it may hold."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+
+
+# No usage reports, no links printed between our own lines, and a server that is away is noticed within
+# seconds.
+QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+
+
+def _client(uri: str) -> Any:
+    for name, value in {**QUIET, **IMPATIENT}.items():
+        os.environ.setdefault(name, value)
+    import logging
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def _files(run_path: Path) -> Iterator[Path]:
+    for name in ARTIFACTS:
+        path = run_path / name
+        yield from (
+            sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else ([path] if path.is_file() else [])
+        )
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time sends a run, so that two cannot make it twice."""
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
