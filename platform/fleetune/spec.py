@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,7 +27,8 @@ from fleetune.training.config import LocalConfig
 if TYPE_CHECKING:
     from fleetune.methods.base import MethodConfig as AnyMethodConfig
 else:
-    AnyMethodConfig = Annotated[tuple(m.Config for m in METHODS.values()), Field(discriminator="name")]
+    _configs = functools.reduce(operator.or_, (method.Config for method in METHODS.values()))
+    AnyMethodConfig = Annotated[_configs, Field(discriminator="name")]
 
 
 class RunSpec(Config):

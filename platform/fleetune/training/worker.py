@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from fleetune.models.base import BaseModel
@@ -22,13 +21,18 @@ class Worker:
 
     def __init__(self, *, base: BaseModel, lora: LoRAConfig, local: LocalConfig, data: TokenizedDataset):
         self.base, self.lora, self.local, self.data = base, lora, local, data
-        self._networks: OrderedDict[Submodel, Network] = OrderedDict()
+        self._networks: dict[Submodel, Network] = {}
+
+    def adopt(self, networks: dict[Submodel, Network]) -> None:
+        """Use (and fill) networks that were assembled for the same base model and adapter form."""
+        self._networks = networks
 
     def network(self, submodel: Submodel) -> Network:
         """The scratch network of a submodel; the last few stay assembled. Unfused blocks share the base's memory."""
-        if submodel not in self._networks:
+        network = self._networks.pop(submodel, None)
+        if network is None:
             while len(self._networks) >= self.max_networks:
-                self._networks.popitem(last=False)
-            self._networks[submodel] = Network(self.base, submodel, self.lora)
-        self._networks.move_to_end(submodel)
-        return self._networks[submodel]
+                del self._networks[next(iter(self._networks))]
+            network = Network(self.base, submodel, self.lora)
+        self._networks[submodel] = network  # the last used stands last
+        return network

@@ -1,0 +1,69 @@
+"""What ``fleetune list`` shows: one row per thing, with its source."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def methods() -> list[dict[str, Any]]:
+    """All methods."""
+    from fleetune.methods import METHODS
+
+    return [{"name": name, "about": method.source} for name, method in METHODS.items()]
+
+
+def devices() -> list[dict[str, Any]]:
+    """All devices with their power modes."""
+    from fleetune.fleet.devices import DEVICES
+
+    return [
+        {
+            "name": name,
+            "fp32_tflops": round(d.fp32_flops / 1e12, 3),
+            "fp16_tflops": round(d.fp16_flops / 1e12, 2),
+            "budget_gb": round(d.budget_bytes / 1e9, 2),
+            "gb_per_second": round(d.bandwidth_bytes_per_second / 1e9, 1),
+            "watts": d.active_watts,
+            "modes": " ".join(f"@{mode}" for mode, _ in d.modes),
+            "source": dict(d.sources).get("compute", ""),
+        }
+        for name, d in DEVICES.items()
+    ]
+
+
+def networks() -> list[dict[str, Any]]:
+    """All links."""
+    from fleetune.fleet.networks import NETWORKS
+
+    return [
+        {
+            "name": name,
+            "down_mbps": round(n.down_bps / 1e6, 1),
+            "up_mbps": round(n.up_bps / 1e6, 1),
+            "latency_ms": round(n.latency_seconds * 1e3, 1),
+            "source": getattr(n, "source", ""),
+        }
+        for name, n in NETWORKS.items()
+    ]
+
+
+def models() -> list[dict[str, Any]]:
+    """Base models that ship with the package, and architectures that can be costed."""
+    from fleetune.cost.shapes import ARCHITECTURES
+    from fleetune.models.base import BUILT_IN
+
+    out = [{"name": name, "use": "model.base", "about": about} for name, about in BUILT_IN.items()]
+    for name, shape in ARCHITECTURES.items():
+        about = f"{shape.num_params() / 1e9:.2f} G parameters, {shape.num_layers} blocks; {shape.source}"
+        out.append({"name": name, "use": "cost.model", "about": about})
+    return out
+
+
+def datasets() -> list[dict[str, Any]]:
+    """Data that ships with the package."""
+    from fleetune.data.sources import DATASETS
+
+    return [{"name": name, "about": about} for name, about in DATASETS.items()]
+
+
+CATALOGUES = {"methods": methods, "devices": devices, "networks": networks, "models": models, "datasets": datasets}

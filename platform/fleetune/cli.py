@@ -1,0 +1,215 @@
+"""The command line. Progress and messages go to stderr; with ``--json`` the last line of stdout is one JSON document."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fleetune.errors import RunFailed, UserError, unknown_name
+
+app = typer.Typer(
+    help="Simulate federated fine-tuning of language models on many small devices, and what it costs each of them.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line of stdout.")]
+Workspace = Annotated[
+    Path,
+    typer.Option("--workspace", "-w", envvar="FLEETUNE_WORKSPACE", help="Where runs/ and the MLflow store lie."),
+]
+Address = Annotated[
+    str | None, typer.Option("--address", help="A running Ray cluster: auto, or HOST:PORT; default: this machine.")
+]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Run serially in this process, so that breakpoints work; the same results.")
+]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory, runs/<run_id>.")]
+
+
+@app.command()
+def run(
+    job: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")],
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", "-s", metavar="a.b=c", help="Override a field; may be given often.")
+    ] = None,
+    address: Address = None,
+    workspace: Workspace = Path(),
+    debug: Debug = False,
+    as_json: Json = False,
+) -> None:
+    """Run one job, on this machine or on a Ray cluster."""
+    from fleetune.spec import load, parse_overrides
+
+    spec = load(job, parse_overrides(assignments or []))
+    from fleetune.engine import launch
+    from fleetune.progress import make_progress
+
+    with make_progress(spec.name) as progress:
+        result = launch.run(spec, workspace=workspace, address=address, debug=debug, report=progress, warn=_say)
+    _show_result(result, as_json)
+
+
+@app.command()
+def resume(
+    run_dir: RunDir,
+    address: Address = None,
+    debug: Debug = False,
+    as_json: Json = False,
+) -> None:
+    """Go on with a run after its last finished round."""
+    from fleetune.engine import launch
+    from fleetune.progress import make_progress
+
+    with make_progress(run_dir.name) as progress:
+        result = launch.resume(run_dir, address=address, debug=debug, report=progress, warn=_say)
+    _show_result(result, as_json)
+
+
+@app.command()
+def sync(
+    run_dir: RunDir,
+    uri: Annotated[str | None, typer.Option(help="MLflow store; default: the run's own.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Send a run's records to MLflow, exactly once."""
+    from fleetune.records.tracking import sync as sync_run
+
+    sent = sync_run(run_dir, uri=uri)
+    if as_json:
+        _print_json(vars(sent))
+    else:
+        _say(f"{sent.uri}: sent {sent.num_metrics} metrics, {sent.num_params} params, {sent.num_artifacts} artifacts")
+
+
+@app.command()
+def report(
+    paths: Annotated[list[Path], typer.Argument(metavar="RUN_DIR…", help="Run or sweep directories.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for report.html and its figures.")] = Path("report"),
+    as_json: Json = False,
+) -> None:
+    """Learning curves, costs per device class and a timeline, as one HTML file with its figures."""
+    from fleetune.records.report import report as write_report
+
+    path = write_report(paths, out)
+    if as_json:
+        _print_json({"report": str(path)})
+    else:
+        print(path)
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="methods, devices, networks, models or datasets.")],
+    as_json: Json = False,
+) -> None:
+    """What exists: methods, devices, networks, models or datasets."""
+    from fleetune.catalogue import CATALOGUES
+
+    if kind not in CATALOGUES:
+        raise unknown_name("list", kind, CATALOGUES, field="KIND")
+    rows = CATALOGUES[kind]()
+    if as_json:
+        _print_json(rows)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*rows[0], box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+@app.command()
+def ui(
+    workspace: Workspace = Path(),
+    port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000,
+) -> None:
+    """Open the MLflow UI on this workspace's store."""
+    from fleetune.records.tracking import open_ui
+
+    open_ui(workspace, port)
+
+
+@app.command()
+def schema() -> None:
+    """Print the job file's JSON schema, for editors."""
+    from fleetune.spec import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+def main() -> None:
+    """Entry point: exit status 0 success, 1 a failed run, 2 the user's mistake."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(_guarded(lambda: app(standalone_mode=False)))
+
+
+def _guarded(command: Callable[[], Any]) -> int:
+    try:
+        command()
+    except UserError as error:
+        return _complain(str(error), error.to_dict(), status=2)
+    except RunFailed as error:
+        return _complain(f"the run failed: {error}", {"error": "failed", "reason": str(error)}, status=1)
+    except (typer.Abort, KeyboardInterrupt):
+        return _complain("stopped; go on with `fleetune resume RUN_DIR`", {"error": "stopped"}, status=130)
+    except Exception as error:
+        if not hasattr(error, "show"):  # not one of the option parser's own errors
+            raise
+        error.show()
+        return 2
+    return 0
+
+
+def _complain(text: str, document: dict[str, Any], *, status: int) -> int:
+    _say(f"fleetune: {text}")
+    if "--json" in sys.argv:
+        _print_json(document)
+    return status
+
+
+def _show_result(result: Any, as_json: bool) -> None:
+    from fleetune.progress import duration, size
+
+    if as_json:
+        _print_json(result.to_dict())
+        return
+    metrics, totals = result.metrics, result.totals
+    accuracy, before = metrics.get("eval_accuracy"), metrics.get("baseline_eval_accuracy")
+    if accuracy is not None:
+        start = f"{before:.1%} → " if before is not None else ""
+        print(f"accuracy   {start}{accuracy:.1%}")
+    if metrics.get("eval_loss") is not None:
+        print(f"eval loss  {metrics['baseline_eval_loss']:.3f} → {metrics['eval_loss']:.3f}")
+    print(f"virtual    {duration(totals['sim_seconds'])}, {totals['energy_joules'] / 1000:.1f} kJ on all devices")
+    print(f"links      {size(totals['uplink_bytes'])} up, {size(totals['downlink_bytes'])} down")
+    print(f"run        {result.run_dir}")
+    print(f"next       fleetune ui · fleetune report {result.run_dir}")
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(_finite(document), default=str), flush=True)
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities are no JSON: null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

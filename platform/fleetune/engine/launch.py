@@ -1,0 +1,347 @@
+"""From a spec to a finished run: checks, Ray or not, the run directory, MLflow, and going on after a kill."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from fleetune.engine.coordinator import Coordinator, Event
+from fleetune.engine.executor import SerialExecutor
+from fleetune.engine.problem import Inputs, Problem, build_problem, load_inputs, set_threads
+from fleetune.errors import UserError
+from fleetune.methods import METHODS
+from fleetune.records.run_directory import RunDirectory
+from fleetune.records.trace import write_trace
+from fleetune.records.tracking import Follower
+from fleetune.spec import RunSpec, from_dict
+
+if TYPE_CHECKING:
+    from fleetune.engine.actors import CoordinatorActor  # noqa: F401
+
+Report = Callable[[Event], None]
+MAX_COHORT = 16
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to."""
+
+    run_id: str
+    run_dir: Path
+    status: str
+    metrics: dict[str, Any] = field(default_factory=dict)
+    totals: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``--json`` prints it."""
+        return {**vars(self), "run_dir": str(self.run_dir)}
+
+
+def run(
+    spec: RunSpec,
+    *,
+    workspace: Path,
+    address: str | None = None,
+    debug: bool = False,
+    report: Report | None = None,
+    warn: Callable[[str], None] | None = None,
+    meta: dict[str, Any] | None = None,
+) -> Result:
+    """Check everything, then run. UserError before any actor starts; RunFailed leaves a directory that can be resumed."""
+    with engine(spec, address=address, debug=debug) as eng:
+        spec = eng.resolve(spec)
+        problem = build_problem(spec, eng.inputs(spec))
+        run_dir = _new_run_directory(spec, problem, workspace, meta or {})
+        return _execute(eng, problem, run_dir, report=report, warn=warn)
+
+
+def resume(
+    path: Path,
+    *,
+    address: str | None = None,
+    debug: bool = False,
+    report: Report | None = None,
+    warn: Callable[[str], None] | None = None,
+) -> Result:
+    """Go on after the last finished round, bit for bit as if nothing had happened."""
+    run_dir = RunDirectory.open(path)
+    spec = from_dict(run_dir.spec)
+    recorded = run_dir.meta.get("spec_hash")
+    if recorded is not None and recorded != spec.spec_hash:
+        raise UserError(
+            f"its spec.yaml is not the one it was started with (hash {spec.spec_hash}, started with {recorded})",
+            field="RUN_DIR",
+            value=str(path),
+            hint="restore spec.yaml, or start a new run from the job file",
+        )
+    result = run_dir.result()
+    if result is not None and result.get("status") == "finished":
+        return Result(run_dir.run_id, run_dir.path, "finished", result.get("metrics", {}), result.get("totals", {}))
+    with engine(spec, address=address, debug=debug) as eng:
+        problem = build_problem(spec, eng.inputs(spec))
+        return _execute(eng, problem, run_dir, report=report, warn=warn)
+
+
+def _execute(
+    eng: Engine, problem: Problem, run_dir: RunDirectory, *, report: Report | None, warn: Callable[[str], None] | None
+) -> Result:
+    tracked = problem.spec.tracking.enabled
+    with _locked(run_dir):
+        if tracked:
+            follower(warn).watch(run_dir.path)
+        event: Event = {}
+        try:
+            for event in eng.events(problem, run_dir):
+                if report is not None:
+                    report(event)
+        except BaseException as error:
+            if not isinstance(error, KeyboardInterrupt):
+                run_dir.consolidate()
+                run_dir.write_result({"status": "failed", "error": str(error), "metrics": {}, "totals": {}})
+            raise
+        finished = _finish(run_dir, event)
+    if tracked:
+        follower(warn).finished(run_dir.path, timeout_seconds=60)
+    return finished
+
+
+def _finish(run_dir: RunDirectory, event: Event) -> Result:
+    row = event["row"]
+    metrics = {name: row.get(name) for name in ("train_loss", "eval_loss", "eval_accuracy")}
+    metrics.update({f"baseline_{name}": value for name, value in event["baseline"].items()})
+    totals = {"num_rounds": event["num_rounds"], "sim_seconds": event["sim_seconds"], **event["totals"]}
+    write_trace(run_dir)
+    run_dir.write_result({"status": "finished", "metrics": metrics, "totals": totals})
+    return Result(run_dir.run_id, run_dir.path, "finished", metrics, totals)
+
+
+# -- engines: where a run's work is done ----------------------------------------------------------------------------------
+class Engine:
+    """Runs problems in this process, one host, nothing shared."""
+
+    def __init__(self, *, debug: bool = False):
+        self.debug = debug
+
+    def resolve(self, spec: RunSpec) -> RunSpec:
+        """The spec with every ``auto`` decided."""
+        return resolve_execution(spec, num_cores=num_cores())
+
+    def inputs(self, spec: RunSpec) -> Inputs:
+        """Model and data of a run."""
+        return load_inputs(spec)
+
+    def events(self, problem: Problem, run_dir: RunDirectory) -> Iterator[Event]:
+        """Run it."""
+        set_threads(int(problem.spec.execution.threads))
+        yield from Coordinator(problem, SerialExecutor(problem, debug=self.debug), run_dir).run()
+
+
+class RayEngine(Engine):
+    """A Ray cluster, with a coordinator and hosts that stay for the next run of this process."""
+
+    def __init__(self, address: str | None):
+        super().__init__()
+        self.address = address
+        self._ready = threading.Event()
+        self._error: BaseException | None = None
+        threading.Thread(target=self._connect, daemon=True).start()  # meanwhile model and data are read and checked
+        self._coordinators: dict[tuple[int, int], Any] = {}
+        self._bases: dict[str, tuple[Any, Any]] = {}
+
+    def _connect(self) -> None:
+        try:
+            connect(self.address)
+        except BaseException as error:
+            self._error = error
+        self._ready.set()
+        threading.Event().wait()  # Ray's processes end with the thread that started them, so this one stays
+
+    def wait(self) -> None:
+        """Until Ray is up. UserError where there is no cluster at the address."""
+        self._ready.wait()
+        if self._error is not None:
+            raise UserError(
+                f"no Ray cluster answers: {str(self._error).splitlines()[0]}",
+                field="--address",
+                value=self.address,
+                hint="start one with `ray start --head`, or leave --address out",
+            )
+
+    def resolve(self, spec: RunSpec) -> RunSpec:
+        """Hosts are chosen from the cluster's cores."""
+        if self.address is None:
+            return super().resolve(spec)
+        self.wait()
+        return resolve_execution(spec, num_cores=int(ray.cluster_resources().get("CPU", 1)))
+
+    def inputs(self, spec: RunSpec) -> Inputs:
+        """Model and data; a base model that is in the object store already is not read again."""
+        loaded = self._bases.get(_base_key(spec))
+        return load_inputs(spec, base=loaded[0] if loaded else None)
+
+    def events(self, problem: Problem, run_dir: RunDirectory) -> Iterator[Event]:
+        """Hand the run to the coordinator actor and pass on its events."""
+        from fleetune.engine.actors import SharedInputs
+
+        self.wait()
+        execution = problem.spec.execution
+        coordinator = self._coordinator(int(execution.hosts), int(execution.threads))
+        key = _base_key(problem.spec)
+        known = self._bases.get(key)
+        shared = SharedInputs.put(problem.inputs, base=known[1] if known else None)
+        self._bases[key] = (problem.inputs.base, shared.base)
+        stream = coordinator.run.options(num_returns="streaming").remote(key, problem.spec, shared, str(run_dir.path))
+        try:
+            for ref in stream:
+                yield ray.get(ref)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, Exception) else error from None
+
+    def _coordinator(self, num_hosts: int, threads: int) -> Any:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        from fleetune.engine.actors import CoordinatorActor
+
+        key = (num_hosts, threads)
+        if key not in self._coordinators:
+            for other in self._coordinators.values():  # its hosts' cores are needed
+                ray.kill(other)
+            self._coordinators.clear()
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+            self._coordinators[key] = CoordinatorActor.options(  # type: ignore[attr-defined]
+                scheduling_strategy=here
+            ).remote(num_hosts, threads)
+        return self._coordinators[key]
+
+
+_engines: dict[str | None, RayEngine] = {}
+_follower: Follower | None = None
+
+
+@contextlib.contextmanager
+def engine(spec: RunSpec, *, address: str | None, debug: bool) -> Iterator[Engine]:
+    """The engine that a spec asks for. A Ray engine stays for the next run of this process."""
+    execution = resolve_execution(spec, num_cores=num_cores()).execution
+    if debug or (execution.kind == "serial" and address is None):
+        yield Engine(debug=debug)
+        return
+    if address not in _engines:
+        _engines[address] = RayEngine(address)
+    try:
+        yield _engines[address]
+    except UserError:
+        if _engines[address]._error is not None:
+            del _engines[address]
+        raise
+
+
+def follower(warn: Callable[[str], None] | None = None) -> Follower:
+    """This process's MLflow follower."""
+    global _follower
+    if _follower is None:
+        _follower = Follower.start(warn=warn or (lambda text: print(text, file=sys.stderr)))
+    return _follower
+
+
+def connect(address: str | None) -> None:
+    """Join the cluster at ``address``, or start one on this machine."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if ray.is_initialized():
+        return
+    common: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "namespace": "fleetune"}
+    if address is None:
+        ray.init(num_cpus=max(num_cores(), 1), include_dashboard=False, **common)
+    else:
+        ray.init(address=address, runtime_env={"py_modules": [str(Path(__file__).parent.parent)]}, **common)
+
+
+def resolve_execution(spec: RunSpec, *, num_cores: int) -> RunSpec:
+    """Decide every ``auto`` of the execution: as many hosts as a round can keep busy, cores shared out, cohorts for all."""
+    chosen = spec.execution
+    per_round = spec.rounds.clients_per_round
+    coupled = getattr(METHODS[spec.method.name], "coupled", False)
+    hosts = chosen.hosts if chosen.hosts != "auto" else max(1, min(num_cores, per_round))
+    threads = chosen.threads if chosen.threads != "auto" else max(1, num_cores // int(hosts))
+    cohort = chosen.cohort if chosen.cohort != "auto" else min(MAX_COHORT, -(-per_round // int(hosts)))
+    kind = chosen.kind if chosen.kind != "auto" else ("ray" if int(hosts) > 1 and not coupled else "serial")
+    if int(hosts) * int(threads) > num_cores and chosen.hosts != "auto" and chosen.threads != "auto":
+        raise UserError(
+            f"times execution.threads={threads} exceeds the {num_cores} cores",
+            field="execution.hosts",
+            value=hosts,
+            hint="lower one of them, or set one to auto",
+        )
+    values = {"kind": kind, "hosts": hosts, "threads": threads, "cohort": cohort, "device": "cpu"}
+    return spec.model_copy(update={"execution": chosen.model_copy(update=values)})
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _base_key(spec: RunSpec) -> str:
+    return f"{spec.model.base}/{spec.model.quantization}"
+
+
+# -- run directories --------------------------------------------------------------------------------------------------------
+def _new_run_directory(spec: RunSpec, problem: Problem, workspace: Path, meta: dict[str, Any]) -> RunDirectory:
+    evaluation = problem.inputs.evaluation
+    dataset = {
+        "name": problem.inputs.dataset_name,
+        "source": spec.data.dataset,
+        "num_examples": len(problem.inputs.train),
+        "num_eval_examples": len(evaluation.data),
+    }
+    known = {"spec_hash": spec.spec_hash, "git_commit": _git_commit(), "dataset": dataset, **meta}
+    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{_slug(spec.name)}-{spec.spec_hash[:6]}"
+    number = 1
+    while (workspace / "runs" / run_id).exists():
+        number += 1
+        run_id = f"{run_id.removesuffix(f'-{number - 1}')}-{number}"
+    try:
+        return RunDirectory.create(workspace, run_id, spec.to_dict(), meta=known)
+    except OSError as error:
+        raise UserError(
+            f"cannot be written to: {error.strerror or error}",
+            field="--workspace",
+            value=str(workspace),
+            hint="choose another with --workspace, or set FLEETUNE_WORKSPACE",
+        ) from None
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in name.lower())[:40]
+
+
+def _git_commit() -> str | None:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        out = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+        return out.stdout.strip() or None
+    return None
+
+
+@contextlib.contextmanager
+def _locked(run_dir: RunDirectory) -> Iterator[None]:
+    """Nobody else runs this directory meanwhile; the lock goes with the process."""
+    import fcntl
+
+    with (run_dir.path / "checkpoint" / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                "another process is running it", field="RUN_DIR", value=str(run_dir.path), hint="wait for it, or end it"
+            ) from None
+        yield

@@ -1,0 +1,134 @@
+"""What a person sees while a run goes on: a bar with rounds, loss, virtual time and ETA on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Progresses(Protocol):
+    """Takes a coordinator's events; used as a context."""
+
+    def __enter__(self) -> Progresses: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Show an event."""
+        ...
+
+
+def make_progress(title: str) -> Progresses:
+    """A bar on a terminal, lines otherwise; always on stderr."""
+    return Bar(title) if sys.stderr.isatty() else Lines(title)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 43 s, 2 m 05 s or 3 h 20 m."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} m {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} m"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes as 512 B, 4.1 kB, 12.3 MB (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if num_bytes < 1000 or unit == "TB":
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    raise AssertionError
+
+
+def describe(row: dict[str, Any]) -> str:
+    """One round in a line."""
+    parts = []
+    if row.get("train_loss") is not None:
+        parts.append(f"loss {row['train_loss']:.3f}")
+    if row.get("eval_loss") is not None:
+        parts.append(f"eval loss {row['eval_loss']:.3f}")
+    if row.get("eval_accuracy") is not None:
+        parts.append(f"accuracy {row['eval_accuracy']:.1%}")
+    if "depth" in row:
+        parts.append(f"depth {row['depth']:.0f}")
+    for status in ("oom", "dropped", "late"):
+        if row.get(f"num_{status}"):
+            parts.append(f"{row[f'num_{status}']} {status}")
+    parts.append(f"sim {duration(row['sim_seconds'])}")
+    return " · ".join(parts)
+
+
+class Lines:
+    """One line per round."""
+
+    def __init__(self, title: str):
+        self.title = title
+        self.started = time.perf_counter()
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Print the event."""
+        if event["kind"] == "start":
+            _say(f"{self.title}: {event['num_rounds']} rounds" + _baseline(event))
+        elif event["kind"] == "round":
+            elapsed = time.perf_counter() - self.started
+            _say(f"round {event['round']}/{event['num_rounds']} · {describe(event['row'])} · {duration(elapsed)}")
+
+
+class Bar:
+    """A progress bar; evaluated rounds leave a line above it."""
+
+    def __init__(self, title: str):
+        self.title = title
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self.task = self.progress.add_task(f"{title} · starting", total=None, shown="")
+
+    def __enter__(self) -> Bar:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Move the bar."""
+        self.progress.update(self.task, description=self.title, total=event["num_rounds"], completed=event["round"])
+        if event["kind"] == "start":
+            self.progress.console.print(
+                f"{self.title}: {event['num_rounds']} rounds{_baseline(event)}", highlight=False
+            )
+        if event["kind"] == "round":
+            row = event["row"]
+            self.progress.update(self.task, shown=describe(row))
+            if row.get("eval_loss") is not None:
+                self.progress.console.print(f"round {event['round']}: {describe(row)}", highlight=False)
+
+
+def _baseline(event: dict[str, Any]) -> str:
+    base = event["baseline"]
+    if event["round"] > 0:
+        return f", going on after round {event['round']}"
+    if "eval_accuracy" in base:
+        return f", untrained accuracy {base['eval_accuracy']:.1%}"
+    return f", untrained loss {base['eval_loss']:.3f}" if "eval_loss" in base else ""
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
