@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fleetune.models.base import BaseModel
+from fleetune.models.block import norm, run_block
 from fleetune.models.config import LoRAConfig
 from fleetune.models.lora import AdaptedLinear
 from fleetune.models.quantize import quantized_linear
@@ -50,14 +51,14 @@ class Network:
         """Run blocks [start, stop) on (K b, S, D). Causal; batches are padded on the right, so no mask is needed."""
         inner = self.model.model
         positions = torch.arange(h.shape[1], device=h.device)[None]
-        rotary = inner.rotary_emb(h, positions)
+        cos, sin = (t[:, None] for t in inner.rotary_emb(h, positions))  # (1, 1, S, head size)
         for layer in inner.layers[start:stop]:
-            h = layer(h, attention_mask=None, position_ids=positions, position_embeddings=rotary)
+            h = run_block(layer, h, cos, sin)
         return h
 
     def logits(self, h: Tensor) -> Tensor:
         """Final norm and head on any leading shape: (…, D) -> (…, V)."""
-        return self.model.lm_head(self.model.model.norm(h))
+        return self.model.lm_head(norm(self.model.model.norm, h))
 
 
 def linear_sites(base: BaseModel, lora: LoRAConfig, num_layers: int | None = None) -> dict[str, tuple[int, int]]:
