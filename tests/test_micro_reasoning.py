@@ -102,6 +102,14 @@ def test_what_pretraining_tells_of_stories():
     assert not any("A thief takes" in e["prompt"] for e in solved)
 
 
+def test_common_turns_of_phrase_are_common():
+    """Gains have four turns of phrase of weights 1, 1/2, 1/3, 1/4: shares 0.48, 0.24, 0.16, 0.12."""
+    examples = micro_reasoning(split="train", num_examples=3000, skills=["gain"], num_steps=(1,))
+    marks = ("brings another", "in the mail", "picks up", "sends")
+    shares = [sum(mark in e["prompt"] for e in examples) / len(examples) for mark in marks]
+    assert shares == pytest.approx([0.48, 0.24, 0.16, 0.12], abs=0.03)
+
+
 def test_about_an_eighth_of_all_problems_is_for_testing():
     random = Random(0)
     sides = [draw_problem(random, skill="lose", num_steps=2, split=s) for s in ("train", "test") for _ in range(5)]

@@ -12,7 +12,7 @@ from random import Random
 from typing import Literal, TypedDict
 
 from fleetune.data.micro_problems import SKILLS, draw_problem, parse_skill
-from fleetune.data.micro_wording import STYLES, WORDINGS, question, solution
+from fleetune.data.micro_wording import STYLES, WORDINGS, Turns, question, solution
 from fleetune.errors import UserError, unknown_name
 from fleetune.seeds import seed_of
 
@@ -77,11 +77,11 @@ def _example(
     style: str,
     wording: str,
     num_steps: int,
-    num_turns: int | None = None,
+    turns: Turns = "zipf",
 ) -> Example:
     problem = draw_problem(random, skill=skill, num_steps=num_steps, split=split)
     return Example(
-        prompt=question(random, problem, wording=wording, num_turns=num_turns),
+        prompt=question(random, problem, wording=wording, turns=turns),
         response=solution(problem, style=style),
         reference=solution(problem, style=REFERENCE_STYLE[style]),
         answer=str(problem.answer),
@@ -105,10 +105,10 @@ def pretraining_text(*, seed: int, story_fraction: float, unsolved_fraction: flo
         skill, num_steps = random.choice(SKILLS), random.choice((1, 2, 2, 3))
         style = random.choice(("terse", "terse", "equations", "words"))
         if kind < story_fraction:
-            yield _example(random, "train", skill, style, "story", num_steps, num_turns=1)
+            yield _example(random, "train", skill, style, "story", num_steps, turns="first")
         elif kind < story_fraction + unsolved_fraction:
-            example = _example(random, "train", skill, style, "story", num_steps)
+            example = _example(random, "train", skill, style, "story", num_steps, turns="evenly")
             example["prompt"], example["response"] = example["prompt"].removesuffix("\nA:"), ""
             yield example
         else:
-            yield _example(random, "train", skill, style, "plain", num_steps)
+            yield _example(random, "train", skill, style, "plain", num_steps, turns="first")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from random import Random
+from typing import Literal, TypeVar
 
 from fleetune.data.micro_problems import Problem, Step
+
+Entry = TypeVar("Entry")
+Turns = Literal["zipf", "evenly", "first"]
 
 WORDINGS = ("story", "plain")
 STYLES = ("equations", "words", "terse")
@@ -56,7 +60,7 @@ START = {
 }
 
 # What a step says. {n} is the amount, {t} the number of groups or days; "skill:k" is for the amount k alone.
-EVENTS = {
+EVENTS: dict[str, dict[str, tuple[str, ...]]] = {
     "plain": {
         "gain": ("{name} gets {n} more.",),
         "lose": ("{name} loses {n}.",),
@@ -119,7 +123,7 @@ QUESTION = {
 }
 
 # What one step of reasoning says in each style: {x} the value before, {y} after, {z} = {t} * {n}.
-CHAINS = {
+CHAINS: dict[str, dict[str, str]] = {
     "equations": {
         "gain": "Gain: {x} + {n} = {y}.",
         "lose": "Loss: {x} - {n} = {y}.",
@@ -156,16 +160,17 @@ CHAINS = {
 }
 
 
-def question(random: Random, problem: Problem, *, wording: str, num_turns: int | None = None) -> str:
+def question(random: Random, problem: Problem, *, wording: str, turns: Turns = "zipf") -> str:
     """The question in one wording, ``"Q: …\\nA:"``: names, things and turns of phrase are drawn.
 
-    ``num_turns`` limits what a step says to the first so many turns of phrase.
+    ``turns``: how often each of a step's turns of phrase comes up: the k-th with weight 1 / k (``zipf``, as words do
+    in language), all ``evenly``, or ``first``, only the first.
     """
     name, other = random.sample(NAMES, 2)
     words = {"name": name, "other": other, "items": random.choice(ITEMS)}
     sentences = [random.choice(START[wording]).format(start=problem.start, **words)] if problem.start else []
     for step in problem.steps:
-        turn = random.choice(_look_up(EVENTS[wording], step)[:num_turns])
+        turn = _draw_turn(random, _look_up(EVENTS[wording], step), turns)
         sentences.append(turn.format(n=abs(step.amount), t=step.times, **words))
     if problem.steps[-1].skill not in ("share", "compare"):
         sentences.append(random.choice(QUESTION[wording]).format(**words))
@@ -181,7 +186,13 @@ def solution(problem: Problem, *, style: str) -> str:
     return " ".join([*lines, f"#### {problem.answer}"])
 
 
-def _look_up(table: dict, step: Step):
+def _draw_turn(random: Random, choices: tuple[str, ...], turns: Turns) -> str:
+    if turns == "zipf":
+        return random.choices(choices, [1 / k for k in range(1, len(choices) + 1)])[0]
+    return random.choice(choices if turns == "evenly" else choices[:1])
+
+
+def _look_up(table: dict[str, Entry], step: Step) -> Entry:
     """A step's entry: by skill, or by skill and amount (``double:2``) or sign (``compare:-``)."""
     sign = "+" if step.amount > 0 else "-"
     return table.get(step.skill) or table.get(f"{step.skill}:{step.amount}") or table[f"{step.skill}:{sign}"]
