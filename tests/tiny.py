@@ -15,8 +15,8 @@ from fleetune.spec import RunSpec, from_dict
 
 
 @functools.cache
-def model_folder() -> str:
-    """A saved random Llama (4 blocks, 32 wide, 2 heads) with micro-llama's tokenizer."""
+def model_folder(num_layers: int = 4) -> str:
+    """A saved random Llama (32 wide, 2 heads) with micro-llama's tokenizer."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -28,7 +28,7 @@ def model_folder() -> str:
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=4,
+        num_hidden_layers=num_layers,
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=128,

@@ -25,14 +25,15 @@ from pydantic import Field
 from torch import Tensor
 
 from fleetune.errors import UserError
-from fleetune.methods.base import Method, MethodConfig, Payload, State, Update
+from fleetune.methods.base import GlobalModel, Method, MethodConfig, Payload, PrivateStates, State, Update
 from fleetune.models.network import Network
-from fleetune.tensors import Stack, Tensors, add_weighted
+from fleetune.models.submodel import Submodel
+from fleetune.tensors import Stack, Tensors, add_weighted, select
 from fleetune.training.config import LocalConfig
 from fleetune.training.loss import cohort_loss
 from fleetune.training.optimizer import StackedAdamW, StackedSGD, clip_rows, make_optimizer
 from fleetune.training.plan import ClientTask, CohortUpdate, LocalPlan
-from fleetune.training.trainer import StackedAdapters, collate_step, row_lengths
+from fleetune.training.trainer import StackedAdapters, begin_training, collate_step, row_lengths
 from fleetune.training.worker import Worker
 
 
@@ -97,6 +98,11 @@ class SplitLoRA(Method):
             values["num_server_steps"] = int(server.pop("server.num_steps"))
         return State({**state.tensors, **total, **server}, values)
 
+    def evaluated(self, state: State, private: PrivateStates) -> GlobalModel:
+        """Both halves together; the server's moments are no part of the model."""
+        adapter = select(state.tensors, lambda name: name.startswith("layers."))
+        return GlobalModel(Submodel.prefix(self.context.num_layers), adapter)
+
     def columns(self, state: State) -> dict[str, float]:
         """Where the model is cut."""
         return {"split_point": float(self.config.split_point)}
@@ -107,9 +113,11 @@ class SplitLoRA(Method):
         plan = self.plan(payload)
         network = worker.network(plan.submodel)
         run = _SplitRound(self.config, network, plan, payload, tasks, worker.local)
+        begin_training(network, run.ranked)
         for step in range(max(len(task.rows) for task in tasks)):
             run.step(step, worker)
         network.set_adapter(None)
+        network.model.eval()
         return run.result()
 
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from fleetune.models.fused import rms_norm, rotary
 
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""(queries (B, heads, S, d), keys and values (B, kv heads, S, d), scale) -> (B, heads, S, d)."""
 
-def run_block(layer: Any, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """h (B, S, D) -> (B, S, D): causal attention and SwiGLU, each on a normed copy and added to the residual stream."""
-    h = h + _attention(layer.self_attn, norm(layer.input_layernorm, h), cos, sin)
+
+def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Every token sees itself and those before it."""
+    grouped = q.shape[1] != k.shape[1]
+    return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+
+
+def run_block(layer: Any, h: Tensor, cos: Tensor, sin: Tensor, attend: Attend = causal) -> Tensor:
+    """h (B, S, D) -> (B, S, D): attention and SwiGLU, each on a normed copy and added to the residual stream."""
+    h = h + _attention(layer.self_attn, norm(layer.input_layernorm, h), cos, sin, attend)
     x = norm(layer.post_attention_layernorm, h)
     mlp = layer.mlp
     return h + mlp.down_proj(nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
@@ -22,14 +32,11 @@ def norm(module: Any, x: Tensor) -> Tensor:
     return rms_norm(x, module.weight, module.variance_epsilon)
 
 
-def _attention(attention: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _attention(attention: Any, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
     heads = (*x.shape[:-1], -1, attention.head_dim)  # (B, S, heads, d)
     q, k, v = (project(x).view(heads) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
     if hasattr(attention, "q_norm"):  # Qwen3 norms every head
         q, k = norm(attention.q_norm, q), norm(attention.k_norm, k)
     q, k = rotary(q.transpose(1, 2), cos, sin), rotary(k.transpose(1, 2), cos, sin)
-    grouped = q.shape[1] != k.shape[1]
-    out = nn.functional.scaled_dot_product_attention(
-        q, k, v.transpose(1, 2), is_causal=True, scale=attention.scaling, enable_gqa=grouped
-    )
+    out = attend(q, k, v.transpose(1, 2), attention.scaling)
     return attention.o_proj(out.transpose(1, 2).reshape(*x.shape[:-1], -1))

@@ -26,6 +26,7 @@ class Network:
         self.submodel = submodel
         self.model = _assemble(base, submodel)
         self.sites = _adapt(self.model, lora)
+        self.model.eval()  # the adapted layers are new: without it they would drop out in an evaluation
 
     @property
     def num_layers(self) -> int:
@@ -47,12 +48,20 @@ class Network:
         """Token ids (K b, S) -> (K b, S, D)."""
         return self.model.model.embed_tokens(ids)
 
+    @property
+    def layers(self) -> Any:
+        """The blocks' modules."""
+        return self.model.model.layers
+
+    def rotary(self, h: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin (B or 1, 1, S, head size) of token positions (B or 1, S)."""
+        cos, sin = self.model.model.rotary_emb(h, positions)
+        return cos[:, None], sin[:, None]
+
     def blocks(self, h: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Run blocks [start, stop) on (K b, S, D). Causal; batches are padded on the right, so no mask is needed."""
-        inner = self.model.model
-        positions = torch.arange(h.shape[1], device=h.device)[None]
-        cos, sin = (t[:, None] for t in inner.rotary_emb(h, positions))  # (1, 1, S, head size)
-        for layer in inner.layers[start:stop]:
+        cos, sin = self.rotary(h, torch.arange(h.shape[1], device=h.device)[None])
+        for layer in self.layers[start:stop]:
             h = run_block(layer, h, cos, sin)
         return h
 

@@ -11,6 +11,7 @@ import torch
 
 from fleetune.models.network import Network
 from fleetune.tensors import Tensors
+from fleetune.training.generate import generate
 from fleetune.training.loss import cohort_loss
 
 if TYPE_CHECKING:
@@ -59,18 +60,10 @@ def _generate(network: Network, data: TokenizedDataset, rows: np.ndarray, tokeni
     from fleetune.data.batches import eval_prompts
 
     ids, mask = (torch.from_numpy(a) for a in eval_prompts(data, rows))
-    end = tokenizer.eos_token_id
-    out = network.model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=max_new,
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        eos_token_id=end,
-        pad_token_id=data.pad_token_id,
+    out = generate(
+        network, ids, mask, max_new_tokens=max_new, end=tokenizer.eos_token_id, padding=data.pad_token_id
     )
-    return tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+    return tokenizer.batch_decode(out, skip_special_tokens=True)
 
 
 def _count_correct(predictions: list[str], references: list[str], pattern: str) -> int:

@@ -74,9 +74,7 @@ def train_cohort(
     losses = np.zeros(len(tasks))
     num_tokens = np.zeros(len(tasks), np.int64)
 
-    network.model.train(bool(ranked) and _uses_dropout(network))
-    if _uses_dropout(network):
-        torch.manual_seed(ranked[0].seed)
+    begin_training(network, ranked)
     for step in range(len(ranked[0].rows) if ranked else 0):
         active = [task for task in ranked if len(task.rows) > step]
         n = len(active)
@@ -97,6 +95,14 @@ def train_cohort(
     network.set_adapter(None)
     network.model.eval()
     return _in_task_order(adapters.merged(), plan, ranked, order, losses, num_tokens)
+
+
+def begin_training(network: Network, tasks: Sequence[ClientTask]) -> None:
+    """Dropout on, where the adapter has any; it draws at the address of the first client."""
+    uses_dropout = bool(tasks) and any(site.dropout for site in network.sites.values())
+    network.model.train(uses_dropout)
+    if uses_dropout:
+        torch.manual_seed(tasks[0].seed)
 
 
 def row_lengths(data: TokenizedDataset, rows: np.ndarray) -> np.ndarray:
@@ -131,6 +137,3 @@ def _in_task_order(
         num_tokens=num_tokens[back],
     )
 
-
-def _uses_dropout(network: Network) -> bool:
-    return any(site.dropout for site in network.sites.values())
