@@ -31,13 +31,25 @@ class UserError(ValueError):
 
 
 class RunFailed(RuntimeError):
-    """A real failure that a retry did not cure: what happened, on which client, in which round and stage."""
+    """A real failure that a retry did not cure: what happened, on which client, in which round and stage.
 
-    def __init__(self, reason: str, *, round_idx: int, stage: int | None = None, client_ids: Iterable[int] = ()):
+    With a text alone it says just that, which is also how it arrives whole from another process.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        round_idx: int | None = None,
+        stage: int | None = None,
+        client_ids: Iterable[int] = (),
+    ):
         self.round_idx, self.stage, self.client_ids = round_idx, stage, tuple(client_ids)
         shown = ", ".join(map(str, self.client_ids[:8])) + (", …" if len(self.client_ids) > 8 else "")
-        who = f"client {shown}, " if self.client_ids else ""
-        super().__init__(f"{who}round {round_idx}, stage {stage if stage is not None else '-'}: {reason}")
+        where = [f"client {shown}"] if self.client_ids else []
+        where += [f"round {round_idx}"] if round_idx is not None else []
+        where += [f"stage {stage}"] if stage is not None else []
+        super().__init__(f"{', '.join(where)}: {reason}" if where else reason)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -26,8 +26,7 @@ from fleetune.engine.problem import (
     set_threads,
 )
 from fleetune.errors import RunFailed
-from fleetune.methods import METHODS
-from fleetune.methods.base import Context, GlobalModel, Payload, Provision
+from fleetune.methods.base import Context, GlobalModel, Method, Payload, Provision
 from fleetune.models.submodel import Submodel
 from fleetune.records.run_directory import RunDirectory
 from fleetune.spec import RunSpec
@@ -96,11 +95,13 @@ class HostActor:
         self._payloads: dict[Any, Payload] = {}
         self._networks: dict[Any, Any] = {}
 
-    def prepare(self, base_key: str, spec: RunSpec, base: Mapping[str, Any], rest: Mapping[str, Any]) -> None:
+    def prepare(
+        self, base_key: str, spec: RunSpec, method: type[Method], base: Mapping[str, Any], rest: Mapping[str, Any]
+    ) -> None:
         """Take up a run. Networks of a base model and adapter form that were assembled before are kept."""
         inputs = _inputs(base, rest)
         context = Context(inputs.base, spec.model.lora, inputs.sites, spec.rounds.num_rounds, spec.seed)
-        self.side = WorkerSide(spec, inputs, METHODS[spec.method.name](spec.method, context))
+        self.side = WorkerSide(spec, inputs, method(spec.method, context))
         self.side.worker.adopt(self._networks.setdefault((base_key, spec.model.lora), {}))
         self._payloads = {}
         self.side.worker.network(Submodel.prefix(inputs.base.num_layers))
@@ -128,20 +129,21 @@ class RayExecutor:
     """A pool of hosts. Lots are dealt longest first to whoever is free; replies are used in the order of the lots."""
 
     queued_per_host = 2  # one running, one waiting, so that a host never idles between lots
+    max_deaths = 3  # assumed: a call whose host dies so often is to blame itself (memory, a crash in native code)
 
     def __init__(self, num_hosts: int, threads: int):
         self.num_hosts, self.threads = num_hosts, threads
         self.hosts = [self._new_host() for _ in range(num_hosts)]
         self._setup: tuple[Any, ...] | None = None
+        self._prepared: list[Any] = []
 
     def _new_host(self) -> Any:
         return HostActor.options(num_cpus=self.threads).remote(self.threads)  # type: ignore[attr-defined]
 
-    def prepare(self, base_key: str, spec: RunSpec, shared: SharedInputs) -> None:
+    def prepare(self, base_key: str, spec: RunSpec, method: type[Method], shared: SharedInputs) -> None:
         """Hand a run to all hosts, without waiting for them."""
-        self._setup = (base_key, spec, shared.base, shared.rest)
-        for host in self.hosts:
-            host.prepare.remote(*self._setup)
+        self._setup = (base_key, spec, method, shared.base, shared.rest)
+        self._prepared = [host.prepare.remote(*self._setup) for host in self.hosts]
 
     def run(self, lots: Sequence[Lot], payloads: Mapping[int, Payload]) -> Iterator[LotReply]:
         """Carry out the lots. A host that dies is replaced and its lots run again; an error is tried once more."""
@@ -153,7 +155,8 @@ class RayExecutor:
 
         def failed(index: int, error: Exception) -> RunFailed:
             lot = lots[index]
-            return RunFailed(str(error), round_idx=lot.round_idx, stage=lot.stage, client_ids=lot.client_ids.tolist())
+            who = lot.client_ids.tolist()
+            return RunFailed(_told(error), round_idx=lot.round_idx, stage=lot.stage, client_ids=who)
 
         yield from self._dispatch(len(lots), submit, failed)
 
@@ -165,7 +168,7 @@ class RayExecutor:
             return host.evaluate.remote(ref, chunks[index])
 
         def failed(index: int, error: Exception) -> RunFailed:
-            return RunFailed(f"evaluation: {error}", round_idx=-1)
+            return RunFailed(f"evaluation: {_told(error)}")
 
         return list(self._dispatch(len(chunks), submit, failed))
 
@@ -175,6 +178,7 @@ class RayExecutor:
         done: dict[int, Any] = {}
         waiting = list(range(num_jobs))[::-1]
         load = [0] * self.num_hosts
+        deaths = [0] * num_jobs
         for wanted in range(num_jobs):
             while wanted not in done:
                 while waiting and min(load) < self.queued_per_host and len(done) < 4 * self.num_hosts:
@@ -184,11 +188,14 @@ class RayExecutor:
                 load[host] -= 1
                 try:
                     done[index] = ray.get(ref)
-                except RayActorError:
-                    self._replace(host, running, load, submit, index)
+                except RayActorError as error:
+                    first = self._replace(host, running, load, submit, index)
+                    deaths[first] += 1
+                    if deaths[first] >= self.max_deaths:
+                        raise failed(first, error) from error
                 except RayTaskError as error:
-                    cause = error.cause if isinstance(error.cause, Exception) else error
                     if attempt > 0:
+                        cause = self._cause(error, host)
                         raise cause if isinstance(cause, RunFailed) else failed(index, cause) from error
                     self._start(index, attempt + 1, submit, running, load)
                 except RayError as error:
@@ -200,18 +207,36 @@ class RayExecutor:
         running[submit(self.hosts[host], index, attempt)] = (index, host, attempt)
         load[host] += 1
 
-    def _replace(self, host: int, running: dict, load: list[int], submit: Any, index: int) -> None:
-        """A fresh host takes the dead one's place and its lots: calls are stateless, so the result is the same."""
+    def _cause(self, error: RayTaskError, host: int) -> Exception:
+        """What was raised on the host. One that could not take up the run fails in every call for that reason."""
+        try:
+            ray.get(self._prepared[host])
+        except RayTaskError as earlier:
+            error = earlier
+        return error.cause if isinstance(error.cause, Exception) else error
+
+    def _replace(self, host: int, running: dict, load: list[int], submit: Any, index: int) -> int:
+        """A fresh host takes the dead one's place and its lots: calls are stateless, so the result is the same.
+
+        Returns the lot that the host was at when it died: it works in their order.
+        """
         lost = sorted([index, *(job for job, where, _ in running.values() if where == host)])
         for ref in [ref for ref, (_, where, _) in running.items() if where == host]:
             del running[ref]
         self.hosts[host] = self._new_host()
         load[host] = 0
         if self._setup is not None:
-            self.hosts[host].prepare.remote(*self._setup)
+            self._prepared[host] = self.hosts[host].prepare.remote(*self._setup)
         for job in lost:
             running[submit(self.hosts[host], job, 0)] = (job, host, 0)
             load[host] += 1
+        return lost[0]
+
+
+def _told(error: Exception) -> str:
+    """An error in one line: its kind and what it says."""
+    name = "the host process died" if isinstance(error, RayActorError) else type(error).__name__
+    return f"{name}: {' '.join(str(error).split())}"
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
@@ -228,6 +253,6 @@ class CoordinatorActor:
 
     def run(self, base_key: str, spec: RunSpec, shared: SharedInputs, run_path: str) -> Iterator[Event]:
         """Run (or go on with) a run directory; yields the coordinator's events."""
-        self.executor.prepare(base_key, spec, shared)
         problem = build_problem(spec, _inputs(ray.get(shared.base), ray.get(shared.rest)))
+        self.executor.prepare(base_key, spec, type(problem.method), shared)
         yield from Coordinator(problem, self.executor, RunDirectory.open(run_path)).run()

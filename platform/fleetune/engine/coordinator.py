@@ -132,6 +132,8 @@ class Coordinator:
     def _draw_batches(self, round_idx: int, client_ids: np.ndarray) -> list[np.ndarray]:
         """Each client's examples, (steps, batch), drawn at the address (seed, round, client)."""
         local, part = self.spec.local, self.problem.partition
+        if not self.method.draws_batches:
+            return [np.zeros((0, local.batch_size), np.int64)] * len(client_ids)
         return [
             draw_batches(
                 part.shard(c),

@@ -43,9 +43,9 @@ class WorkerSide:
 
     def evaluate(self, model: GlobalModel, rows: np.ndarray) -> EvalSums:
         """Evaluate on held-out examples ``rows``."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.inputs.base.folder)
         config = self.spec.evaluation
+        if config.generate and self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.inputs.base.folder)
         return evaluate_rows(
             self.worker.network(model.submodel),
             model.adapter,
@@ -72,12 +72,20 @@ class SerialExecutor:
 
     def _run_one(self, lot: Lot, payloads: Mapping[int, Payload]) -> LotReply:
         try:
-            return self.side.run(lot, payloads, locate=self.debug)
-        except RunFailed:
-            raise
+            return self.side.run(lot, payloads)
         except Exception:
+            if self.debug:
+                raise
             return self.side.run(lot, payloads, locate=True)
 
     def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> list[EvalSums]:
         """One chunk after the other."""
-        return [self.side.evaluate(model, rows) for rows in chunks]
+        return [self._evaluate_one(model, rows) for rows in chunks]
+
+    def _evaluate_one(self, model: GlobalModel, rows: np.ndarray) -> EvalSums:
+        try:
+            return self.side.evaluate(model, rows)
+        except Exception as error:
+            if self.debug:
+                raise
+            raise RunFailed(f"evaluation: {type(error).__name__}: {error}") from error

@@ -273,7 +273,9 @@ def resolve_execution(spec: RunSpec, *, num_cores: int) -> RunSpec:
     coupled = getattr(METHODS[spec.method.name], "coupled", False)
     hosts = chosen.hosts if chosen.hosts != "auto" else max(1, min(num_cores, per_round))
     threads = chosen.threads if chosen.threads != "auto" else max(1, num_cores // int(hosts))
-    cohort = chosen.cohort if chosen.cohort != "auto" else min(MAX_COHORT, -(-per_round // int(hosts)))
+    per_host = -(-per_round // int(hosts))
+    num_cohorts = -(-per_host // MAX_COHORT)  # per host, so that all hosts get equally many
+    cohort = chosen.cohort if chosen.cohort != "auto" else -(-per_host // num_cohorts)
     kind = chosen.kind if chosen.kind != "auto" else ("ray" if int(hosts) > 1 and not coupled else "serial")
     if int(hosts) * int(threads) > num_cores and chosen.hosts != "auto" and chosen.threads != "auto":
         raise UserError(

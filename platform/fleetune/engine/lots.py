@@ -20,7 +20,9 @@ from fleetune.tensors import Packed, Tensors, add_weighted, pack
 from fleetune.training.plan import ClientTask, CohortUpdate
 from fleetune.training.worker import Worker
 
-MAX_LOTS = 32  # calls per round at most, so that a round of 10,000 clients costs no more calls than one of 300
+# Calls per round at most, so that a round of 10,000 clients costs no more calls than one of a thousand; fewer where clients
+# do not train, because a call costs about a millisecond and there is little to balance.
+MAX_LOTS, MAX_LOTS_WITHOUT_STEPS = 64, 8
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def make_lots(
     coupled: bool,
     private: Mapping[int, Packed],
 ) -> list[Lot]:
-    """Cohorts of at most ``cohort_size`` clients of one payload (all of them, if coupled), dealt to at most 32 lots.
+    """Cohorts of at most ``cohort_size`` clients of one payload (all of them, if coupled), dealt to a bounded number of lots.
 
     Clients with equally many steps stand together, the longest first; so do the lots, and a late host has little left to do.
     """
@@ -115,7 +117,8 @@ def make_lots(
         cohorts += np.array_split(members, num_cohorts)
     cohorts.sort(key=lambda members: (-int(steps[members].sum()), int(client_ids[members[0]])))
     lots = []
-    for index, part in enumerate(np.array_split(np.arange(len(cohorts)), min(MAX_LOTS, len(cohorts)))):
+    num_lots = min(MAX_LOTS if steps.any() else MAX_LOTS_WITHOUT_STEPS, len(cohorts))
+    for index, part in enumerate(np.array_split(np.arange(len(cohorts)), num_lots)):
         members = np.concatenate([cohorts[c] for c in part])
         stops = np.cumsum([len(cohorts[c]) for c in part])
         spans = tuple(

@@ -125,6 +125,9 @@ class Method:
     partial_sums: ClassVar[bool] = True
     """Whether `aggregate` needs only weighted sums, which workers then form per lot; otherwise it gets each update."""
 
+    draws_batches: ClassVar[bool] = True
+    """Whether clients work on batches of their examples; methods that only compose or forward do not."""
+
     def __init__(self, config: Any, context: Context):
         self.config, self.context = config, context
 
