@@ -7,6 +7,7 @@ store it travels as one contiguous buffer (`pack`), so that an adapter of 200 sm
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -69,7 +70,7 @@ class Packed:
         start = 0
         for name, dtype, shape in self.layout:
             torch_dtype = getattr(torch, dtype)
-            size = int(np.prod(shape, dtype=np.int64)) * torch_dtype.itemsize
+            size = math.prod(shape) * torch_dtype.itemsize
             out[name] = buffer[start : start + size].view(torch_dtype).view(shape)
             start += -(-size // 16) * 16
         return out
@@ -96,6 +97,7 @@ class Stack:
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], data: Tensor):
         self.shapes = dict(shapes)
+        self.sizes = [math.prod(shape) for shape in self.shapes.values()]
         self.data = data
 
     @classmethod
@@ -117,13 +119,8 @@ class Stack:
     def views(self, data: Tensor | None = None) -> Tensors:
         """name -> (K, *shape), views into the buffer (or into another of the same form, such as its gradient)."""
         data = self.data if data is None else data
-        out: Tensors = {}
-        start = 0
-        for name, shape in self.shapes.items():
-            size = int(np.prod(shape, dtype=np.int64))
-            out[name] = data[:, start : start + size].view(len(data), *shape)
-            start += size
-        return out
+        parts = zip(self.shapes.items(), data.split(self.sizes, dim=1), strict=True)
+        return {name: part.view(-1, *shape) for (name, shape), part in parts} if self.sizes else {}
 
     def client(self, k: int) -> Tensors:
         """The tensors of client k, views into the buffer."""
@@ -134,20 +131,50 @@ class Stack:
         return Stack(self.shapes, self.data[clients])
 
     def columns(self, keep: Callable[[str], bool]) -> Stack:
-        """The part of the stack whose names satisfy ``keep`` (a copy)."""
-        views = self.views()
+        """The part of the stack whose names satisfy ``keep``: a copy, or itself where that is all."""
         names = [name for name in self.shapes if keep(name)]
+        if len(names) == len(self.shapes):
+            return self
+        views = self.views()
         parts = [views[name].reshape(len(self), -1) for name in names]
         data = torch.cat(parts, dim=1) if parts else self.data.new_empty(len(self), 0)
         return Stack({name: self.shapes[name] for name in names}, data)
 
-    def weighted_sum(self, weights: Iterable[float]) -> Tensors:
-        """sum_k w_k u_k in row order; one row of weight 1 comes out bit for bit."""
+    def weighted_row(self, weights: Iterable[float]) -> Tensor:
+        """sum_k w_k u_k in row order, (P,); one row of weight 1 comes out bit for bit."""
         total: Tensor | None = None
         for row, weight in zip(self.data, weights, strict=True):
             total = row * weight if total is None else total.add_(row, alpha=weight)
         assert total is not None, "an empty stack has no sum"
-        return {name: view[0] for name, view in self.views(total[None]).items()}
+        return total
+
+    def weighted_sum(self, weights: Iterable[float]) -> Tensors:
+        """The weighted sum as named tensors."""
+        row = self.weighted_row(weights)
+        return {name: view[0] for name, view in self.views(row[None]).items()}
+
+
+class RunningSum:
+    """A sum over cohorts that is kept as one flat row per form of stack."""
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple, tuple[Stack, Tensor]] = {}
+
+    def add(self, stack: Stack, weights: Iterable[float]) -> None:
+        """Add sum_k w_k u_k."""
+        row = stack.weighted_row(weights)
+        form = tuple(stack.shapes.items())
+        if form in self._rows:
+            self._rows[form][1].add_(row)
+        else:
+            self._rows[form] = (stack, row)
+
+    def tensors(self) -> Tensors:
+        """The sum as named tensors."""
+        total: Tensors = {}
+        for stack, row in self._rows.values():
+            add_weighted(total, {name: view[0] for name, view in stack.views(row[None]).items()}, 1.0)
+        return total
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object] | None = None) -> None:

@@ -92,11 +92,18 @@ class HostActor:
     def __init__(self, threads: int):
         set_threads(threads)
         self.side: WorkerSide | None = None
+        self.run_number = 0
         self._payloads: dict[Any, Payload] = {}
         self._networks: dict[Any, Any] = {}
 
     def prepare(
-        self, base_key: str, spec: RunSpec, method: type[Method], base: Mapping[str, Any], rest: Mapping[str, Any]
+        self,
+        run_number: int,
+        base_key: str,
+        spec: RunSpec,
+        method: type[Method],
+        base: Mapping[str, Any],
+        rest: Mapping[str, Any],
     ) -> None:
         """Take up a run. Networks of a base model and adapter form that were assembled before are kept."""
         inputs = _inputs(base, rest)
@@ -105,17 +112,24 @@ class HostActor:
         self.side.worker.adopt(self._networks.setdefault((base_key, spec.model.lora), {}))
         self._payloads = {}
         self.side.worker.network(Submodel.prefix(inputs.base.num_layers))
+        self.run_number = run_number
 
-    def run(self, lot: Lot, payload_refs: dict[int, Any], locate: bool) -> LotReply:
+    def run(self, run_number: int, lot: Lot, payload_refs: dict[int, Any], locate: bool) -> LotReply:
         """Carry out a lot; payloads are fetched once per round."""
-        assert self.side is not None, "prepare comes first"
-        return self.side.run(lot, {key: self._payload(ref) for key, ref in payload_refs.items()}, locate=locate)
+        return self._side(run_number).run(
+            lot, {key: self._payload(ref) for key, ref in payload_refs.items()}, locate=locate
+        )
 
-    def evaluate(self, model: dict[str, Any], rows: np.ndarray) -> EvalSums:
+    def evaluate(self, run_number: int, model: dict[str, Any], rows: np.ndarray) -> EvalSums:
         """Evaluate on some held-out examples."""
-        assert self.side is not None, "prepare comes first"
         adapter = model["adapter"].unpack()
-        return self.side.evaluate(GlobalModel(Submodel.from_values(model["submodel"]), adapter), rows)
+        return self._side(run_number).evaluate(GlobalModel(Submodel.from_values(model["submodel"]), adapter), rows)
+
+    def _side(self, run_number: int) -> WorkerSide:
+        """What the run works with; where it could not be taken up, the former run's must not do its work."""
+        if self.side is None or self.run_number != run_number:
+            raise RuntimeError(f"this host has not taken up run {run_number}")
+        return self.side
 
     def _payload(self, ref: Any) -> Payload:
         if ref not in self._payloads:
@@ -136,13 +150,15 @@ class RayExecutor:
         self.hosts = [self._new_host() for _ in range(num_hosts)]
         self._setup: tuple[Any, ...] | None = None
         self._prepared: list[Any] = []
+        self._run_number = 0
 
     def _new_host(self) -> Any:
         return HostActor.options(num_cpus=self.threads).remote(self.threads)  # type: ignore[attr-defined]
 
     def prepare(self, base_key: str, spec: RunSpec, method: type[Method], shared: SharedInputs) -> None:
         """Hand a run to all hosts, without waiting for them."""
-        self._setup = (base_key, spec, method, shared.base, shared.rest)
+        self._run_number += 1
+        self._setup = (self._run_number, base_key, spec, method, shared.base, shared.rest)
         self._prepared = [host.prepare.remote(*self._setup) for host in self.hosts]
 
     def run(self, lots: Sequence[Lot], payloads: Mapping[int, Payload]) -> Iterator[LotReply]:
@@ -151,7 +167,7 @@ class RayExecutor:
 
         def submit(host: Any, index: int, attempt: int) -> Any:
             needed = {cohort.payload: refs[cohort.payload] for cohort in lots[index].cohorts}
-            return host.run.remote(lots[index], needed, attempt > 0)
+            return host.run.remote(self._run_number, lots[index], needed, attempt > 0)
 
         def failed(index: int, error: Exception) -> RunFailed:
             lot = lots[index]
@@ -165,7 +181,7 @@ class RayExecutor:
         ref = ray.put({"adapter": pack(model.adapter), "submodel": model.submodel.to_values()})
 
         def submit(host: Any, index: int, attempt: int) -> Any:
-            return host.evaluate.remote(ref, chunks[index])
+            return host.evaluate.remote(self._run_number, ref, chunks[index])
 
         def failed(index: int, error: Exception) -> RunFailed:
             return RunFailed(f"evaluation: {_told(error)}")
@@ -213,6 +229,8 @@ class RayExecutor:
             ray.get(self._prepared[host])
         except RayTaskError as earlier:
             error = earlier
+        except RayActorError:  # it has died meanwhile
+            pass
         return error.cause if isinstance(error.cause, Exception) else error
 
     def _replace(self, host: int, running: dict, load: list[int], submit: Any, index: int) -> int:

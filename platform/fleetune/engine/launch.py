@@ -257,6 +257,9 @@ def connect(address: str | None) -> None:
     """Join the cluster at ``address``, or start one on this machine."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Hosts keep the pages of large stacks instead of giving them back and faulting them in again for every cohort.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2 << 30))
     if ray.is_initialized():
         return
     common: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "namespace": "fleetune"}

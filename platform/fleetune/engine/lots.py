@@ -15,8 +15,7 @@ import numpy as np
 
 from fleetune.errors import RunFailed
 from fleetune.methods.base import Method, Payload
-from fleetune.seeds import seed_of
-from fleetune.tensors import Packed, Tensors, add_weighted, pack
+from fleetune.tensors import Packed, RunningSum, Tensors, add_weighted, pack
 from fleetune.training.plan import ClientTask, CohortUpdate
 from fleetune.training.worker import Worker
 
@@ -63,7 +62,7 @@ class Lot:
                     weight=float(self.weights[i]),
                     rows=self.rows[self.row_offsets[i] : self.row_offsets[i + 1]],
                     learning_rate=self.learning_rate,
-                    seed=seed_of(self.run_seed, "client", self.round_idx, client_id),
+                    address=(self.run_seed, self.round_idx),
                     private=private.unpack() if private is not None else None,
                 )
             )
@@ -159,7 +158,7 @@ def run_lot(
         np.zeros((2, n), np.int64),
         np.zeros(n),
     )
-    total: Tensors = {}
+    total = RunningSum()
     server: Tensors = {}
     for cohort in lot.cohorts:
         tasks = lot.tasks(cohort)
@@ -177,7 +176,8 @@ def run_lot(
             reply.cut_bytes[:, span] = update.cut_bytes
         _collect(reply, span, method, update, tasks, total)
         add_weighted(server, update.server, 1.0)
-    reply.partial_sum = pack(total) if total else None
+    summed = total.tensors()
+    reply.partial_sum = pack(summed) if summed else None
     reply.server = pack(server) if server else None
     return reply
 
@@ -195,7 +195,7 @@ def _collect(
     method: Method,
     update: CohortUpdate,
     tasks: list[ClientTask],
-    total: Tensors,
+    total: RunningSum,
 ) -> None:
     """Add the cohort's upload to the lot's sum, or keep each client's; late clients count for nothing."""
     counted = [k for k, task in enumerate(tasks) if task.weight > 0]
@@ -203,7 +203,7 @@ def _collect(
         reply.upload_bytes[span] = update.upload.data[0].nbytes
         if method.partial_sums and counted:
             rows = update.upload if len(counted) == len(tasks) else update.upload.rows(counted)
-            add_weighted(total, rows.weighted_sum([tasks[k].weight for k in counted]), 1.0)
+            total.add(rows, [tasks[k].weight for k in counted])
         elif not method.partial_sums:
             reply.each.update({tasks[k].client_id: pack(update.upload.client(k)) for k in counted})
     if update.private is not None:

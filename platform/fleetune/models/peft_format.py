@@ -23,11 +23,12 @@ def save_adapter(folder: Path, model: GlobalModel, base: BaseModel, lora: LoRACo
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
         lora_dropout=lora.dropout,
-        target_modules=sorted(lora.target_names),
+        target_modules=list(lora.target_names),
         task_type="CAUSAL_LM",
         base_model_name_or_path=base.folder,
         inference_mode=True,
     )
+    config.target_modules = sorted(lora.target_names)  # PEFT made a set of it, whose order differs by process
     config.save_pretrained(str(folder))
     save(folder / "adapter_model.safetensors", to_peft(model.adapter))
 

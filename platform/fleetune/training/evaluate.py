@@ -60,9 +60,7 @@ def _generate(network: Network, data: TokenizedDataset, rows: np.ndarray, tokeni
     from fleetune.data.batches import eval_prompts
 
     ids, mask = (torch.from_numpy(a) for a in eval_prompts(data, rows))
-    out = generate(
-        network, ids, mask, max_new_tokens=max_new, end=tokenizer.eos_token_id, padding=data.pad_token_id
-    )
+    out = generate(network, ids, mask, max_new_tokens=max_new, end=tokenizer.eos_token_id, padding=data.pad_token_id)
     return tokenizer.batch_decode(out, skip_special_tokens=True)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fleetune.models.submodel import Submodel
+from fleetune.seeds import seed_of
 from fleetune.tensors import Stack, Tensors, weighted_sum
 
 
@@ -51,10 +52,16 @@ class ClientTask:
     rows: np.ndarray
     """Examples of each step, (steps, batch), rows of the tokenised dataset."""
     learning_rate: float
-    seed: int
-    """Address of the client's own random draws in this round (dropout, directions)."""
+    address: tuple[int, int]
+    """Run seed and round: with the client's id, the address of its own random draws."""
     private: Tensors | None = None
     """What the client kept from its last round."""
+
+    @property
+    def seed(self) -> int:
+        """Of the client's own draws in this round (dropout, directions)."""
+        run_seed, round_idx = self.address
+        return seed_of(run_seed, "client", round_idx, self.client_id)
 
 
 @dataclass

@@ -136,4 +136,3 @@ def _in_task_order(
         losses=(losses / steps)[back],
         num_tokens=num_tokens[back],
     )
-
