@@ -135,7 +135,7 @@ class Recorder:
     def run(self, lots: Sequence[Lot], payloads: Mapping[int, Payload]) -> Iterator[LotReply]:
         """Pass on and note. The coordinator lets a reply's tensors go, so the sum is kept apart."""
         for lot, reply in zip(lots, self.inner.run(lots, payloads), strict=True):
-            self.passed.append(Passed(lot, dict(payloads), reply, reply.partial_sum))
+            self.passed.append(Passed(lot, dict(payloads), reply, reply.partial_sums.get(0)))
             yield reply
 
     def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> list[EvalSums]:

@@ -124,7 +124,7 @@ def world(**overrides: Any) -> tuple[Problem, list[Lot]]:
 def sums_of(problem: Problem, lots: list[Lot]) -> list[dict[str, torch.Tensor]]:
     payload = problem.method.broadcast(problem.method.start(), 0, None)
     replies = [run_lot(runs.worker(problem), problem.method, {0: payload}, lot) for lot in lots]
-    parts: list[Packed | None] = [reply.partial_sum for reply in replies]
+    parts: list[Packed | None] = [reply.partial_sums.get(0) for reply in replies]
     return [part.unpack() for part in parts if part is not None]
 
 
@@ -139,6 +139,17 @@ def test_a_lots_sum_is_of_its_clients_that_count():
     assert first.keys() == second.keys()
 
 
+def test_late_clients_are_left_out_where_each_update_is_wanted():
+    """Of the second lot's clients 3, 4 and 5 only 3 has a weight, so only its upload comes back."""
+    problem, lots = world()
+    problem.method.partial_sums = False
+    payload = problem.method.broadcast(problem.method.start(), 0, None)
+    reply = run_lot(runs.worker(problem), problem.method, {0: payload}, lots[1])
+    assert sorted(reply.each) == [3]
+    assert not reply.partial_sums
+    assert reply.losses.all()
+
+
 def test_a_lot_is_the_same_bits_on_any_worker_after_any_other():
     """A host that has carried out another lot before gives what a fresh one gives."""
     problem, lots = world()
@@ -146,9 +157,9 @@ def test_a_lot_is_the_same_bits_on_any_worker_after_any_other():
     used = runs.worker(problem)
     run_lot(used, problem.method, payload, lots[0])
     after, fresh = (run_lot(w, problem.method, payload, lots[1]) for w in (used, runs.worker(problem)))
-    assert after.partial_sum is not None
-    assert fresh.partial_sum is not None
-    runs.same_tensors(after.partial_sum.unpack(), fresh.partial_sum.unpack())
+    assert after.partial_sums
+    assert fresh.partial_sums
+    runs.same_tensors(after.partial_sums[0].unpack(), fresh.partial_sums[0].unpack())
     assert after.losses.tolist() == fresh.losses.tolist()
 
 

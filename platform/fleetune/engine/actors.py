@@ -7,7 +7,7 @@ round. Hosts outlive runs: a further run of the same process finds them warm.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,6 @@ from fleetune.engine.coordinator import Coordinator, Event
 from fleetune.engine.executor import WorkerSide
 from fleetune.engine.lots import Lot, LotReply
 from fleetune.engine.problem import (
-    EvalSet,
     Inputs,
     base_from_arrays,
     base_to_arrays,
@@ -44,26 +43,12 @@ class SharedInputs:
     @classmethod
     def put(cls, inputs: Inputs, *, base: Any = None) -> SharedInputs:
         """Put inputs into the object store; ``base``: the reference of a base that is there already."""
-        rest = {
-            "sites": inputs.sites,
-            "train": inputs.train,
-            "keys": inputs.keys,
-            "dataset_name": inputs.dataset_name,
-            "evaluation": inputs.evaluation,
-        }
+        rest = replace(inputs, base=None)  # type: ignore[arg-type]
         return cls(base or ray.put(base_to_arrays(inputs.base)), ray.put(rest))
 
 
-def _inputs(base: Mapping[str, Any], rest: Mapping[str, Any]) -> Inputs:
-    evaluation: EvalSet = rest["evaluation"]
-    return Inputs(
-        base=base_from_arrays(base),
-        sites=rest["sites"],
-        train=rest["train"],
-        keys=rest["keys"],
-        evaluation=evaluation,
-        dataset_name=rest["dataset_name"],
-    )
+def _inputs(base: Mapping[str, Any], rest: Inputs) -> Inputs:
+    return replace(rest, base=base_from_arrays(base))
 
 
 @dataclass(frozen=True)
@@ -103,7 +88,7 @@ class HostActor:
         spec: RunSpec,
         method: type[Method],
         base: Mapping[str, Any],
-        rest: Mapping[str, Any],
+        rest: Inputs,
     ) -> None:
         """Take up a run. Networks of a base model and adapter form that were assembled before are kept."""
         inputs = _inputs(base, rest)

@@ -43,7 +43,7 @@ class ExecutionConfig(Config):
     kind: Literal["auto", "ray", "serial"] = "auto"
     """ray: a pool of host actors; serial: in this process; auto: ray where more than one host can be busy."""
     hosts: int | Literal["auto"] = "auto"
-    """Host actors through which clients pass. auto: one per core (or GPU share), as many as a round can keep busy."""
+    """Host actors through which clients pass. auto: one per core, as many as a round can keep busy."""
     cohort: int | Literal["auto"] = "auto"
     """Clients that train stacked, as one batch over the shared base. auto: enough for every host, at most 16."""
     threads: int | Literal["auto"] = "auto"

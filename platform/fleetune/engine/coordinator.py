@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +31,10 @@ class Work:
     """What the sampled clients are given: payloads by group, each client's group, and its batches."""
 
     round_idx: int
+    groups: list[Hashable]
     payloads: list[Payload]
     group_of: np.ndarray
+    """Index of each client's group, (n,)."""
     rows: list[np.ndarray]
 
 
@@ -61,12 +63,11 @@ class Coordinator:
                 run_seed=self.spec.seed,
                 round_idx=round_idx,
             )
-            payloads, group_of = self._broadcast(state, round_idx, client_ids)
-            work = Work(round_idx, payloads, group_of, self._draw_batches(round_idx, client_ids))
+            work = self._work(state, round_idx, client_ids)
 
             # What it costs each of them, so who is refused, leaves, or comes too late.
-            provision = self._provision_bytes(payloads, group_of, client_ids)
-            costs = self.pricing.columns(round_idx, client_ids, payloads, group_of, work.rows, provision)
+            provision = self._provision_bytes(work, client_ids)
+            costs = self.pricing.columns(round_idx, client_ids, work.payloads, work.group_of, work.rows, provision)
             outcome = close_round(
                 self.spec.rounds,
                 sim_seconds=costs["sim_seconds"],
@@ -112,22 +113,20 @@ class Coordinator:
         return self._event("end", progress, rows[-1][0] if rows else {})
 
     # -- parts of a round -------------------------------------------------------------------------------------------------
-    def _broadcast(self, state: State, round_idx: int, client_ids: np.ndarray) -> tuple[list[Payload], np.ndarray]:
-        """One payload per group of clients, and each client's group: (n,)."""
+    def _work(self, state: State, round_idx: int, client_ids: np.ndarray) -> Work:
+        """One payload per group of clients, each client's group, and its batches."""
+        rows = self._draw_batches(round_idx, client_ids)
         if type(self.method).group is Method.group:
-            return [self.method.broadcast(state, round_idx, None)], np.zeros(len(client_ids), np.int64)
-        places: dict[Any, int] = {}
-        payloads: list[Payload] = []
-        group_of = np.zeros(len(client_ids), np.int64)
-        for i, client_id in enumerate(client_ids.tolist()):
-            device = self.problem.fleet.profile(client_id)
-            info = ClientInfo(client_id, device.name, device.budget_bytes, int(self.sizes[client_id]))
-            group = self.method.group(info)
-            if group not in places:
-                places[group] = len(payloads)
-                payloads.append(self.method.broadcast(state, round_idx, group))
-            group_of[i] = places[group]
-        return payloads, group_of
+            payloads = [self.method.broadcast(state, round_idx, None)]
+            return Work(round_idx, [None], payloads, np.zeros(len(client_ids), np.int64), rows)
+        mine = [self.method.group(self._info(client_id)) for client_id in client_ids.tolist()]
+        groups = list(dict.fromkeys(mine))
+        payloads = [self.method.broadcast(state, round_idx, group) for group in groups]
+        return Work(round_idx, groups, payloads, np.array([groups.index(group) for group in mine]), rows)
+
+    def _info(self, client_id: int) -> ClientInfo:
+        device = self.problem.fleet.profile(client_id)
+        return ClientInfo(client_id, device.name, device.budget_bytes, int(self.sizes[client_id]))
 
     def _draw_batches(self, round_idx: int, client_ids: np.ndarray) -> list[np.ndarray]:
         """Each client's examples, (steps, batch), drawn at the address (seed, round, client)."""
@@ -144,11 +143,11 @@ class Coordinator:
             for c in client_ids.tolist()
         ]
 
-    def _provision_bytes(self, payloads: list[Payload], group_of: np.ndarray, client_ids: np.ndarray) -> np.ndarray:
+    def _provision_bytes(self, work: Work, client_ids: np.ndarray) -> np.ndarray:
         """Bytes of weights that clients must be sent along, because they see them for the first time."""
         out = np.zeros(len(client_ids))
         for i, client_id in enumerate(client_ids.tolist()):
-            provision = payloads[group_of[i]].provision
+            provision = work.payloads[work.group_of[i]].provision
             if provision is not None and self.checkpoint.provisioned.get(client_id) != provision.key:
                 out[i] = provision.num_bytes
                 self.checkpoint.provisioned[client_id] = provision.key
@@ -179,27 +178,39 @@ class Coordinator:
             coupled=self.method.coupled,
             private=self.checkpoint.private(ids) if keeps else {},
         )
-        stream = self._updates(self.executor.run(lots, dict(enumerate(work.payloads))), weights, client_ids, replies)
+        run = self.executor.run(lots, dict(enumerate(work.payloads)))
+        stream = self._updates(run, work, weights, client_ids, replies)
         state = self.method.aggregate(state, stream, work.round_idx)
         for _ in stream:  # a method that does not look at every update still needs every client's record
             pass
         return state
 
     def _updates(
-        self, stream: Iterable[LotReply], weights: np.ndarray, client_ids: np.ndarray, replies: list[LotReply]
+        self,
+        stream: Iterable[LotReply],
+        work: Work,
+        weights: np.ndarray,
+        client_ids: np.ndarray,
+        replies: list[LotReply],
     ) -> Iterator[Update]:
         """Lots become updates one by one; their tensors are let go as soon as they are added."""
-        weight_of = dict(zip(client_ids.tolist(), weights.tolist(), strict=True))
+        place = {client_id: i for i, client_id in enumerate(client_ids.tolist())}
         for reply in stream:
-            counted = tuple(int(c) for c in reply.client_ids if weight_of[int(c)] > 0)
+            counted = [i for i in (place[int(c)] for c in reply.client_ids) if weights[i] > 0]
             server = reply.server.unpack() if reply.server is not None else {}
-            if reply.partial_sum is not None or server:
-                tensors = reply.partial_sum.unpack() if reply.partial_sum is not None else {}
-                yield Update(tensors, 1.0, counted, server)
-            for client_id in counted:
-                if client_id in reply.each:
-                    yield Update(reply.each[client_id].unpack(), weight_of[client_id], (client_id,))
-            reply.partial_sum, reply.server, reply.each = None, None, {}
+            for key in sorted({int(work.group_of[i]) for i in counted}):
+                mine = [i for i in counted if work.group_of[i] == key]
+                ids = tuple(client_ids[mine].tolist())
+                group, share = work.groups[key], float(weights[mine].sum())
+                if key in reply.partial_sums or server:
+                    packed = reply.partial_sums.get(key)
+                    yield Update(packed.unpack() if packed else {}, 1.0, ids, server, group, share)
+                    server = {}
+                for i, client_id in zip(mine, ids, strict=True):
+                    if client_id in reply.each:
+                        weight = float(weights[i])
+                        yield Update(reply.each[client_id].unpack(), weight, (client_id,), {}, group, weight)
+            reply.partial_sums, reply.server, reply.each = {}, None, {}
             replies.append(reply)
 
     def _kept_names(self, work: Work) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -11,7 +11,6 @@ from fleetune.engine.lots import Lot, LotReply, run_lot
 from fleetune.engine.problem import Inputs, Problem
 from fleetune.errors import RunFailed
 from fleetune.methods.base import GlobalModel, Method, Payload
-from fleetune.models.base import load_tokenizer
 from fleetune.spec import RunSpec
 from fleetune.training.evaluate import EvalSums, evaluate_rows
 from fleetune.training.worker import Worker
@@ -35,7 +34,6 @@ class WorkerSide:
     def __init__(self, spec: RunSpec, inputs: Inputs, method: Method):
         self.spec, self.inputs, self.method = spec, inputs, method
         self.worker = Worker(base=inputs.base, lora=spec.model.lora, local=spec.local, data=inputs.train)
-        self._tokenizer: Any = None
 
     def run(self, lot: Lot, payloads: Mapping[int, Payload], *, locate: bool = False) -> LotReply:
         """Carry out one lot."""
@@ -44,15 +42,13 @@ class WorkerSide:
     def evaluate(self, model: GlobalModel, rows: np.ndarray) -> EvalSums:
         """Evaluate on held-out examples ``rows``."""
         config = self.spec.evaluation
-        if config.generate and self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.inputs.base.folder)
         return evaluate_rows(
             self.worker.network(model.submodel),
             model.adapter,
             data=self.inputs.evaluation.data,
             responses=self.inputs.evaluation.responses,
             rows=rows,
-            tokenizer=self._tokenizer,
+            tokenizer=self.inputs.tokenizer,
             max_new_tokens=config.max_new_tokens if config.generate else None,
             answer_pattern=self.spec.data.answer_pattern,
         )

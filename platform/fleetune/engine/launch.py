@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,7 +134,7 @@ class Engine:
 
     def resolve(self, spec: RunSpec) -> RunSpec:
         """The spec with every ``auto`` decided."""
-        return resolve_execution(spec, num_cores=num_cores())
+        return resolve_execution(spec, node_cores=[num_cores()])
 
     def inputs(self, spec: RunSpec) -> Inputs:
         """Model and data of a run."""
@@ -182,7 +182,8 @@ class RayEngine(Engine):
         if self.address is None:
             return super().resolve(spec)
         self.wait()
-        return resolve_execution(spec, num_cores=int(ray.cluster_resources().get("CPU", 1)))
+        nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+        return resolve_execution(spec, node_cores=[cores for cores in nodes if cores] or [1])
 
     def inputs(self, spec: RunSpec) -> Inputs:
         """Model and data; a base model that is in the object store already is not read again."""
@@ -231,8 +232,7 @@ _follower: Follower | None = None
 @contextlib.contextmanager
 def engine(spec: RunSpec, *, address: str | None, debug: bool) -> Iterator[Engine]:
     """The engine that a spec asks for. A Ray engine stays for the next run of this process."""
-    execution = resolve_execution(spec, num_cores=num_cores()).execution
-    if debug or (execution.kind == "serial" and address is None):
+    if debug or (address is None and resolve_execution(spec, node_cores=[num_cores()]).execution.kind == "serial"):
         yield Engine(debug=debug)
         return
     if address not in _engines:
@@ -269,24 +269,35 @@ def connect(address: str | None) -> None:
         ray.init(address=address, runtime_env={"py_modules": [str(Path(__file__).parent.parent)]}, **common)
 
 
-def resolve_execution(spec: RunSpec, *, num_cores: int) -> RunSpec:
-    """Decide every ``auto`` of the execution: as many hosts as a round can keep busy, cores shared out, cohorts for all."""
+def resolve_execution(spec: RunSpec, *, node_cores: Sequence[int]) -> RunSpec:
+    """Decide every ``auto`` of the execution: as many hosts as a round can keep busy, cores shared out, cohorts for all.
+
+    ``node_cores``: cores of each node. A host lies on one node, so a node of c cores holds c // threads of them.
+    """
     chosen = spec.execution
     per_round = spec.rounds.clients_per_round
-    coupled = getattr(METHODS[spec.method.name], "coupled", False)
-    hosts = chosen.hosts if chosen.hosts != "auto" else max(1, min(num_cores, per_round))
-    threads = chosen.threads if chosen.threads != "auto" else max(1, num_cores // int(hosts))
-    per_host = -(-per_round // int(hosts))
-    num_cohorts = -(-per_host // MAX_COHORT)  # per host, so that all hosts get equally many
-    cohort = chosen.cohort if chosen.cohort != "auto" else -(-per_host // num_cohorts)
-    kind = chosen.kind if chosen.kind != "auto" else ("ray" if int(hosts) > 1 and not coupled else "serial")
-    if int(hosts) * int(threads) > num_cores and chosen.hosts != "auto" and chosen.threads != "auto":
+    coupled = METHODS[spec.method.name].couples(spec.method)
+
+    def room(threads: int) -> int:
+        return sum(cores // threads for cores in node_cores)
+
+    if chosen.threads != "auto":
+        threads = int(chosen.threads)
+    else:
+        wanted = int(chosen.hosts) if chosen.hosts != "auto" else min(room(1), per_round)
+        threads = next(t for t in range(max(node_cores), 0, -1) if t == 1 or room(t) >= wanted)
+    hosts = int(chosen.hosts) if chosen.hosts != "auto" else max(1, min(room(threads), per_round))
+    if hosts > room(threads):
         raise UserError(
-            f"times execution.threads={threads} exceeds the {num_cores} cores",
+            f"hosts of execution.threads={threads} do not fit on nodes of {', '.join(map(str, node_cores))} cores",
             field="execution.hosts",
             value=hosts,
             hint="lower one of them, or set one to auto",
         )
+    per_host = -(-per_round // hosts)
+    num_cohorts = -(-per_host // MAX_COHORT)  # per host, so that all hosts get equally many
+    cohort = int(chosen.cohort) if chosen.cohort != "auto" else -(-per_host // num_cohorts)
+    kind = chosen.kind if chosen.kind != "auto" else ("ray" if hosts > 1 and not coupled else "serial")
     values = {"kind": kind, "hosts": hosts, "threads": threads, "cohort": cohort, "device": "cpu"}
     return spec.model_copy(update={"execution": chosen.model_copy(update=values)})
 

@@ -71,7 +71,7 @@ class Lot:
 
 @dataclass
 class LotReply:
-    """Columns over the clients of a lot, and their tensors: one partial sum, or each by itself."""
+    """Columns over the clients of a lot, and their tensors: a partial sum per payload, or each by itself."""
 
     index: int
     client_ids: np.ndarray
@@ -80,7 +80,7 @@ class LotReply:
     upload_bytes: np.ndarray
     cut_bytes: np.ndarray
     wall_seconds: np.ndarray
-    partial_sum: Packed | None = None
+    partial_sums: dict[int, Packed] = field(default_factory=dict)
     each: dict[int, Packed] = field(default_factory=dict)
     server: Packed | None = None
     private: dict[int, Packed] = field(default_factory=dict)
@@ -158,7 +158,7 @@ def run_lot(
         np.zeros((2, n), np.int64),
         np.zeros(n),
     )
-    total = RunningSum()
+    totals: dict[int, RunningSum] = {}
     server: Tensors = {}
     for cohort in lot.cohorts:
         tasks = lot.tasks(cohort)
@@ -174,10 +174,10 @@ def run_lot(
         reply.losses[span], reply.num_tokens[span] = update.losses, update.num_tokens
         if update.cut_bytes is not None:
             reply.cut_bytes[:, span] = update.cut_bytes
-        _collect(reply, span, method, update, tasks, total)
+        _collect(reply, span, method, update, tasks, totals.setdefault(cohort.payload, RunningSum()))
         add_weighted(server, update.server, 1.0)
-    summed = total.tensors()
-    reply.partial_sum = pack(summed) if summed else None
+    sums = {key: total.tensors() for key, total in totals.items()}
+    reply.partial_sums = {key: pack(tensors) for key, tensors in sums.items() if tensors}
     reply.server = pack(server) if server else None
     return reply
 

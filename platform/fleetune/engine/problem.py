@@ -42,6 +42,8 @@ class Inputs:
     """What the partition goes by, int64 (n,)."""
     evaluation: EvalSet
     dataset_name: str
+    tokenizer: Any = None
+    """The model's own; only evaluation by generation needs it in a worker."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ def load_inputs(spec: RunSpec, *, base: BaseModel | None = None, cache_dir: Path
         keys=partition_keys(records.train, config=config.partition),
         evaluation=EvalSet(held_out, list(records.eval["response"])),
         dataset_name=records.name,
+        tokenizer=tokenizer,
     )
 
 

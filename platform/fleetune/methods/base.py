@@ -62,8 +62,13 @@ class Update:
 
     tensors: Tensors
     weight: float
+    """What the tensors still have to be multiplied by: p_k of one client, 1 for a partial sum."""
     client_ids: tuple[int, ...]
     server: Tensors = field(default_factory=dict)
+    group: Hashable = None
+    """The clients' group, as `Method.group` gave it."""
+    share: float = 1.0
+    """Sum of the clients' p_k, for a method that averages within groups."""
 
 
 class ClientInfo(NamedTuple):
@@ -120,8 +125,6 @@ class Method:
     Config: ClassVar[type[MethodConfig]]
     source: ClassVar[str]
     """One line for `fleetune list methods`: what it is and where it comes from."""
-    coupled: ClassVar[bool] = False
-    """Whether all clients of a round must be worked on together (a shared server half)."""
     partial_sums: ClassVar[bool] = True
     """Whether `aggregate` needs only weighted sums, which workers then form per lot; otherwise it gets each update."""
 
@@ -130,6 +133,12 @@ class Method:
 
     def __init__(self, config: Any, context: Context):
         self.config, self.context = config, context
+        self.coupled = self.couples(config)
+
+    @classmethod
+    def couples(cls, config: Any) -> bool:
+        """Whether all clients of a round must be worked on together (a shared server half)."""
+        return False
 
     # -- server ---------------------------------------------------------------------------------------------------------
     def check(self) -> None:

@@ -53,9 +53,10 @@ class SplitLoRA(Method):
     Config = SplitLoRAConfig
     source: ClassVar[str] = "cut the model between client and server (Lin et al. 2024, arXiv 2407.00952)"
 
-    def __init__(self, config: Any, context: Any):
-        super().__init__(config, context)
-        self.coupled = config.server != "per_client"  # type: ignore[misc]
+    @classmethod
+    def couples(cls, config: Any) -> bool:
+        """A shared server half sees all clients of a round."""
+        return config.server != "per_client"
 
     def check(self) -> None:
         """Client and server both need a block."""
