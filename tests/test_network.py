@@ -167,3 +167,23 @@ def test_the_norm_of_three_and_four():
     module = torch.nn.Module()
     module.weight, module.variance_epsilon = torch.tensor([2.0, 1.0]), 0.0  # type: ignore[assignment]
     torch.testing.assert_close(norm(module, torch.tensor([3.0, 4.0])), torch.tensor([1.69706, 1.13137]))
+
+
+def test_an_attention_window_shorter_than_the_examples_is_refused(tmp_path):
+    """Blocks attend to all earlier tokens, so a Mistral with a window of 16 cannot take examples of 32 tokens."""
+    import json
+    import shutil
+
+    import pytest
+    import tiny
+
+    from fleetune.engine.problem import load_inputs
+    from fleetune.errors import UserError
+
+    folder = tmp_path / "windowed"
+    shutil.copytree(tiny.model_folder(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.update(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=16)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="attention window of 16"):
+        load_inputs(tiny.spec({"model.base": str(folder)}))

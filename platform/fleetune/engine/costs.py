@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from fleetune.cost.estimate import estimate
-from fleetune.cost.shapes import ARCHITECTURES, ModelShape
+from fleetune.cost.shapes import ARCHITECTURES
 from fleetune.cost.work import LocalWork, lora_targets
 from fleetune.data.dataset import TokenizedDataset
 from fleetune.engine.problem import Problem
@@ -47,7 +47,7 @@ class Costing:
 
     def __init__(self, spec: RunSpec, base: BaseModel):
         self.spec = spec
-        self.trained = ModelShape.from_hf_config(base.hf_config())
+        self.trained = base.shape
         self.shape = ARCHITECTURES[spec.cost.model] if spec.cost.model else self.trained
         self.depth_ratio = self.shape.num_layers / self.trained.num_layers
 

@@ -78,6 +78,14 @@ def load_inputs(spec: RunSpec, *, base: BaseModel | None = None, cache_dir: Path
             value=config.max_tokens,
             hint="lower it",
         )
+    window = base.config.get("sliding_window")
+    if window and base.config.get("use_sliding_window", True) and config.max_tokens > int(window):
+        raise UserError(
+            f"exceeds the model's attention window of {window}; every token attends to all before it here",
+            field="data.max_tokens",
+            value=config.max_tokens,
+            hint=f"lower it to at most {window}",
+        )
     vocabulary = int(base.config["vocab_size"])
     if int(train.tokens.max(initial=0)) >= vocabulary:
         raise UserError(

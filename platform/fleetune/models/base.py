@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fleetune.cost.shapes import ModelShape
 from fleetune.errors import UserError, nearest
 from fleetune.models.config import ModelConfig
 from fleetune.models.quantize import quantize_linears
@@ -45,6 +48,11 @@ class BaseModel:
             values["num_hidden_layers"] = num_layers
             values.pop("layer_types", None)
         return AutoConfig.for_model(**values)
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """The architecture's sizes, without loading transformers."""
+        return ModelShape.from_hf_config(SimpleNamespace(**self.config))
 
     @property
     def num_layers(self) -> int:

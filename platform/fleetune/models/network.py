@@ -18,6 +18,8 @@ from fleetune.models.quantize import quantized_linear
 from fleetune.models.submodel import Submodel
 from fleetune.tensors import Tensors
 
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
 
 class Network:
     """A causal language model whose adapted linear layers take the adapters of K clients at once."""
@@ -70,14 +72,14 @@ class Network:
         return self.model.lm_head(norm(self.model.model.norm, h))
 
 
-def linear_sites(base: BaseModel, lora: LoRAConfig, num_layers: int | None = None) -> dict[str, tuple[int, int]]:
-    """{site: (in, out)} of the layers that get an adapter, found on the architecture without weights."""
-    model = _skeleton(base, num_layers or base.num_layers)
-    return {
-        name.removeprefix("model."): (module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.split(".")[-1] in lora.target_names
-    }
+def linear_sites(base: BaseModel, lora: LoRAConfig) -> dict[str, tuple[int, int]]:
+    """{site: (in, out)} of the linear layers that get an adapter, in the order of the model's modules."""
+    out = {}
+    for layer in range(base.num_layers):
+        for name, shape in base.shape.linears.items():
+            if name in lora.target_names:
+                out[f"layers.{layer}.{'self_attn' if name in ATTENTION else 'mlp'}.{name}"] = shape
+    return out
 
 
 def _skeleton(base: BaseModel, num_layers: int) -> Any:

@@ -1,7 +1,11 @@
-"""Adapters in PEFT's own format, which ``PeftModel.from_pretrained`` loads."""
+"""Adapters in PEFT's own format, which ``PeftModel.from_pretrained`` loads (a test does).
+
+The configuration is written by hand, because importing PEFT takes longer than many a run's last round.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,21 +19,20 @@ if TYPE_CHECKING:
 
 def save_adapter(folder: Path, model: GlobalModel, base: BaseModel, lora: LoRAConfig) -> None:
     """Write adapter_config.json and adapter_model.safetensors for an adapter of the whole model."""
-    from peft import LoraConfig
-
     assert model.submodel.is_whole(base.num_layers), "an adapter is shipped for the whole model"
     folder.mkdir(parents=True, exist_ok=True)
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.target_names),
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base.folder,
-        inference_mode=True,
-    )
-    config.target_modules = sorted(lora.target_names)  # PEFT made a set of it, whose order differs by process
-    config.save_pretrained(str(folder))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base.folder,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": sorted(lora.target_names),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     save(folder / "adapter_model.safetensors", to_peft(model.adapter))
 
 
