@@ -65,8 +65,9 @@ def learning_curve(runs: Sequence[RunDirectory], *, path: Path) -> Path:
     known = [panel for panel in panels if any(f[panel[0]].notna().any() for frames in groups.values() for f in frames)]
     with _figure(path, columns=max(1, len(known))) as axes:
         for ax, (column, title) in zip(axes, known or panels[:1], strict=False):
-            ax.set(title=title, xlabel="round")
-            _lines(ax, groups, _over("round"), column)
+            ax.set(title=title, xlabel="rounds finished")
+            ax.xaxis.get_major_locator().set_params(integer=True)
+            _lines(ax, groups, _over("finished"), column)
             if column == "eval_accuracy":
                 _percent(ax)
             if len(runs) == 1:
@@ -239,12 +240,26 @@ def _groups(runs: Sequence[RunDirectory]) -> dict[str, list[pd.DataFrame]]:
     """Label -> the rounds of its runs, with the totals since the start."""
     groups = {}
     for label, members in list(group_labels(list(runs)).items())[:MAX_GROUPS]:
-        frames = [run.rounds() for run in members]
-        groups[label] = [
-            frame.assign(uplink_total=frame["uplink_bytes"].cumsum(), energy_total=frame["energy_joules"].cumsum())
-            for frame in frames
-        ]
+        groups[label] = [_from_the_start(run) for run in members]
     return groups
+
+
+def _from_the_start(run: RunDirectory) -> pd.DataFrame:
+    """A run's rounds with the totals since its start, and a first row for the untrained model, if it was evaluated."""
+    import pandas as pd
+
+    frame = run.rounds()
+    frame = frame.assign(
+        finished=frame["round"] + 1,
+        uplink_total=frame["uplink_bytes"].cumsum(),
+        energy_total=frame["energy_joules"].cumsum(),
+    )
+    baseline = run.meta.get("baseline")
+    if not baseline or frame.empty:
+        return frame
+    zeros = {"finished": 0, "sim_seconds": 0.0, "uplink_total": 0.0, "energy_total": 0.0}
+    first = pd.DataFrame([{"round": -1, "stage": frame["stage"].iloc[0], **zeros, **baseline}])
+    return pd.concat([first.reindex(columns=frame.columns).astype(frame.dtypes, errors="ignore"), frame])
 
 
 def _over(column: str, divisor: float = 1.0) -> XOf:
@@ -325,7 +340,7 @@ def _effect(ax: Axes, values: list[Any], y: np.ndarray) -> None:
 def _mark_stages(ax: Axes, frame: pd.DataFrame) -> None:
     stage = frame["stage"].to_numpy(dtype=float)
     for i in np.flatnonzero(stage[1:] != stage[:-1]) if np.isfinite(stage).all() else ():
-        ax.axvline(frame["round"].iloc[i + 1] - 0.5, color="#999999", lw=0.9, ls=":")
+        ax.axvline(frame["finished"].iloc[i + 1] - 0.5, color="#999999", lw=0.9, ls=":")
 
 
 def _device_ticks(ax: Axes, order: pd.DataFrame) -> None:
