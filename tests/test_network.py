@@ -175,8 +175,8 @@ def test_an_attention_window_shorter_than_the_examples_is_refused(tmp_path):
     import shutil
 
     import pytest
-    import tiny
 
+    import tiny
     from fleetune.engine.problem import load_inputs
     from fleetune.errors import UserError
 

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -171,18 +172,21 @@ class RunningSum:
 
     def tensors(self) -> Tensors:
         """The sum as named tensors."""
-        total: Tensors = {}
-        for stack, row in self._rows.values():
-            add_weighted(total, {name: view[0] for name, view in stack.views(row[None]).items()}, 1.0)
-        return total
+        sums = [{name: view[0] for name, view in stack.views(row[None]).items()} for stack, row in self._rows.values()]
+        if len(sums) == 1:
+            return sums[0]  # as it is: a copy would cost as much memory again
+        return weighted_sum((1.0, tensors) for tensors in sums)
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object] | None = None) -> None:
-    """Write a safetensors file atomically: it is there whole, or not at all."""
+    """Write a safetensors file atomically: it is there whole, or not at all.
+
+    The names' order is kept, because sums over all tensors go in it: safetensors sorts them.
+    """
     from safetensors.torch import save_file
 
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    meta = {"metadata": json.dumps(dict(metadata))} if metadata is not None else None
+    meta = {"names": json.dumps(list(tensors)), "metadata": json.dumps(dict(metadata or {}))}
     save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, scratch, metadata=meta)
     os.replace(scratch, path)
 
@@ -192,5 +196,9 @@ def load(path: Path) -> tuple[Tensors, dict]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        meta = json.loads((file.metadata() or {}).get("metadata", "{}"))
-        return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in saved_names(file)}, json.loads(file.metadata()["metadata"])
+
+
+def saved_names(file: Any) -> list[str]:
+    """The names in an open file that `save` wrote, in the order in which they were given."""
+    return json.loads(file.metadata()["names"])

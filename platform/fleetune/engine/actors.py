@@ -182,7 +182,7 @@ class RayExecutor:
         deaths = [0] * num_jobs
         for wanted in range(num_jobs):
             while wanted not in done:
-                while waiting and min(load) < self.queued_per_host and len(done) < 4 * self.num_hosts:
+                while waiting and min(load) < self.queued_per_host and len(done) < 2 * self.num_hosts:
                     self._start(waiting.pop(), 0, submit, running, load)
                 (ref,), _ = ray.wait(list(running), num_returns=1, fetch_local=True)
                 index, host, attempt = running.pop(ref)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fleetune.methods.base import State
-from fleetune.tensors import Packed, Tensors, load, pack, save
+from fleetune.tensors import Packed, Tensors, load, pack, save, saved_names
 
 
 @dataclass
@@ -97,7 +97,7 @@ class Checkpoint:
             if round_idx not in files:
                 file = safe_open(self._file(round_idx), framework="pt")
                 names: dict[int, list[str]] = {}
-                for key in file.keys():  # noqa: SIM118
+                for key in saved_names(file):
                     names.setdefault(int(key.partition("/")[0]), []).append(key)
                 files[round_idx] = (file, names)
             file, names = files[round_idx]
