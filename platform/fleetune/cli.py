@@ -157,7 +157,9 @@ def main() -> None:
 
 def _guarded(command: Callable[[], Any]) -> int:
     try:
-        command()
+        status = command()
+        if status == 130:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
     except UserError as error:
         return _complain(str(error), error.to_dict(), status=2)
     except RunFailed as error:
@@ -169,7 +171,7 @@ def _guarded(command: Callable[[], Any]) -> int:
             raise
         error.show()
         return 2
-    return 0
+    return status if isinstance(status, int) else 0
 
 
 def _complain(text: str, document: dict[str, Any], *, status: int) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from fleetune.engine.coordinator import Coordinator, Event
+from fleetune.engine.coordinator import Baselines, Coordinator, Event
 from fleetune.engine.executor import WorkerSide
 from fleetune.engine.lots import Lot, LotReply
 from fleetune.engine.problem import (
@@ -249,6 +249,7 @@ class CoordinatorActor:
     def __init__(self, num_hosts: int, threads: int):
         set_threads(threads)
         self.executor = RayExecutor(num_hosts, threads)
+        self.baselines: Baselines = {}
 
     def hosts(self) -> list[Any]:
         """Handles of the host actors."""
@@ -258,4 +259,5 @@ class CoordinatorActor:
         """Run (or go on with) a run directory; yields the coordinator's events."""
         problem = build_problem(spec, _inputs(ray.get(shared.base), ray.get(shared.rest)))
         self.executor.prepare(base_key, spec, type(problem.method), shared)
-        yield from Coordinator(problem, self.executor, RunDirectory.open(run_path)).run()
+        run_dir = RunDirectory.open(run_path)
+        yield from Coordinator(problem, self.executor, run_dir, baselines=self.baselines).run()

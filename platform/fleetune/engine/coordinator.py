@@ -24,6 +24,7 @@ from fleetune.tensors import Packed
 from fleetune.training.evaluate import totals
 
 Event = dict[str, Any]
+Baselines = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,11 @@ class Work:
 class Coordinator:
     """Runs a problem's rounds on an executor and writes what happened to the run directory."""
 
-    def __init__(self, problem: Problem, executor: Executor, run_dir: RunDirectory):
+    def __init__(
+        self, problem: Problem, executor: Executor, run_dir: RunDirectory, *, baselines: Baselines | None = None
+    ):
         self.problem, self.executor, self.run_dir = problem, executor, run_dir
+        self.baselines = baselines if baselines is not None else {}
         self.spec, self.method = problem.spec, problem.method
         self.pricing = Pricing(problem)
         self.checkpoint = Checkpoint(run_dir.path / "checkpoint", problem.fleet.num_clients)
@@ -99,7 +103,7 @@ class Coordinator:
             return saved
         self.run_dir.truncate(0)
         state = self.method.start()
-        progress = Progress(baseline=self._evaluate(state))
+        progress = Progress(baseline=self._baseline(state))
         self.run_dir.update_meta(baseline=progress.baseline)
         return state, progress
 
@@ -225,6 +229,23 @@ class Coordinator:
         size = self.spec.evaluation.batch_size
         chunks = [np.arange(start, min(start + size, num_examples)) for start in range(0, num_examples, size)]
         return totals(self.executor.evaluate(self.method.evaluated(state, self._private_states), chunks))
+
+    def _baseline(self, state: State) -> dict[str, float]:
+        """The untrained model's quality. With B = 0 it is the base model's, so runs on one base and data share it."""
+        model = self.method.evaluated(state, self._private_states)
+        is_base = model.submodel.is_whole(self.problem.inputs.base.num_layers) and not any(
+            tensor.any() for name, tensor in model.adapter.items() if name.endswith(".lora_B")
+        )
+        if not is_base:
+            return self._evaluate(state)
+        spec = self.spec
+        data = spec.data.model_dump_json(exclude={"partition"})
+        key = (
+            f"{spec.model.base} {spec.model.quantization} {data} {spec.evaluation} {spec.seed} {spec.execution.threads}"
+        )
+        if key not in self.baselines:
+            self.baselines[key] = self._evaluate(state)
+        return self.baselines[key]
 
     def _private_states(self) -> Iterator[tuple[int, int, Any]]:
         return self.checkpoint.all_private(self.sizes)

@@ -56,6 +56,8 @@ def write_figures(run: RunDirectory) -> list[Path]:
 
 def learning_curve(runs: Sequence[RunDirectory], *, path: Path) -> Path:
     """Training loss, evaluation loss and accuracy over rounds; dotted lines mark a single run's stages."""
+    from matplotlib.ticker import MaxNLocator
+
     panels = [
         ("train_loss", "Training loss"),
         ("eval_loss", "Evaluation loss"),
@@ -66,7 +68,7 @@ def learning_curve(runs: Sequence[RunDirectory], *, path: Path) -> Path:
     with _figure(path, columns=max(1, len(known))) as axes:
         for ax, (column, title) in zip(axes, known or panels[:1], strict=False):
             ax.set(title=title, xlabel="rounds finished")
-            ax.xaxis.get_major_locator().set_params(integer=True)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             _lines(ax, groups, _over("finished"), column)
             if column == "eval_accuracy":
                 _percent(ax)
