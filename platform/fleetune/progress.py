@@ -77,7 +77,7 @@ class Lines:
     def __call__(self, event: dict[str, Any]) -> None:
         """Print the event."""
         if event["kind"] == "start":
-            _say(f"{self.title}: {event['num_rounds']} rounds" + _baseline(event))
+            _say(_heading(self.title, event))
         elif event["kind"] == "round":
             elapsed = time.perf_counter() - self.started
             _say(f"round {event['round']}/{event['num_rounds']} · {describe(event['row'])} · {duration(elapsed)}")
@@ -111,14 +111,24 @@ class Bar:
         """Move the bar."""
         self.progress.update(self.task, description=self.title, total=event["num_rounds"], completed=event["round"])
         if event["kind"] == "start":
-            self.progress.console.print(
-                f"{self.title}: {event['num_rounds']} rounds{_baseline(event)}", highlight=False
-            )
+            self.progress.console.print(_heading(self.title, event), highlight=False)
         if event["kind"] == "round":
             row = event["row"]
             self.progress.update(self.task, shown=describe(row))
             if row.get("eval_loss") is not None:
                 self.progress.console.print(f"round {event['round']}: {describe(row)}", highlight=False)
+
+
+def _heading(title: str, event: dict[str, Any]) -> str:
+    """What is run, and what was picked for its execution."""
+    chosen = event["execution"]
+    where = (
+        "this process"
+        if chosen["kind"] == "serial"
+        else f"{chosen['hosts']} Ray hosts of {chosen['threads']} thread(s)"
+    )
+    shown = f"{title}: {event['num_rounds']} rounds in {where}, cohorts of {chosen['cohort']}"
+    return shown + _baseline(event)
 
 
 def _baseline(event: dict[str, Any]) -> str:

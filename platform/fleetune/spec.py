@@ -6,7 +6,9 @@ import functools
 import hashlib
 import json
 import operator
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +31,14 @@ if TYPE_CHECKING:
 else:
     _configs = functools.reduce(operator.or_, (method.Config for method in METHODS.values()))
     AnyMethodConfig = Annotated[_configs, Field(discriminator="name")]
+
+
+# What PyYAML raises on text that it cannot make a value of: 2001-13-45, !!bool maybe, !!timestamp x, [[[[…
+NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
+TRIED_TYPE = re.compile(r"(int|str|float|bool|(literal|dict|tuple|list)\[.*)$")  # in pydantic's error locations
+MAX_DEPTH = 50  # assumed: a job file has five levels
+MAX_VALUES = 10_000  # assumed: a job file has a hundred; aliases of aliases double with every line
+MAX_INTEGER = 2**63 - 1
 
 
 class RunSpec(Config):
@@ -82,15 +92,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        beside = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+    except (OSError, ValueError) as error:
+        beside = [p.name for p in path.parent.glob("*.y*ml")] if os.path.isdir(path.parent) else []
         guess = nearest(path.name, beside)
         hint = f"did you mean {path.parent / guess}?" if guess else "give the path of a .yaml job file"
         raise UserError(f"the job file cannot be read: {error}", field="JOB", value=str(path), hint=hint) from None
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"not valid YAML: {' '.join(str(error).split())}", field="JOB", value=str(path)) from None
+    except NOT_YAML as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"not valid YAML: {reason}", field="JOB", value=str(path)) from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -112,7 +123,7 @@ def parse_overrides(assignments: list[str]) -> dict[str, Any]:
             )
         try:
             out[path.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except NOT_YAML:
             out[path.strip()] = text
     return out
 
@@ -124,15 +135,14 @@ def from_dict(values: Mapping[str, Any], overrides: Mapping[str, Any] | None = N
         spec = RunSpec.model_validate(merged)
     except ValidationError as error:
         raise _user_error(error) from None
-    except RecursionError:
-        raise UserError("is nested too deeply", field="JOB") from None
     _check(spec)
     return spec
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Lay dotted fields over nested data. Another ``method.name`` starts from that method's defaults."""
-    out = json.loads(json.dumps(dict(values), default=str))
+    out = _plain(values)
+    overrides = {path: _plain(value, path) for path, value in overrides.items()}
     name = overrides.get("method.name")
     if name is not None and isinstance(out.get("method"), dict) and out["method"].get("name") != name:
         out["method"] = {"name": name}
@@ -145,6 +155,22 @@ def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
             place = place[parent]
         place[last] = value
     return out
+
+
+def _plain(value: Any, field: str = "", depth: int = 0, budget: Iterator[int] | None = None) -> Any:
+    """A copy of what YAML gave, in JSON's types. UserError for what has no end, or what 64 bits cannot hold."""
+    budget = iter(range(MAX_VALUES)) if budget is None else budget
+    if depth > MAX_DEPTH or next(budget, None) is None:
+        rule = "is nested too deeply, or holds itself" if depth > MAX_DEPTH else f"holds more than {MAX_VALUES} values"
+        raise UserError(rule, field=field.partition(".")[0] or "JOB")
+    if isinstance(value, Mapping):
+        named = {str(_plain(key, field, depth + 1, budget)): part for key, part in value.items()}
+        return {name: _plain(part, f"{field}.{name}".lstrip("."), depth + 1, budget) for name, part in named.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part, field, depth + 1, budget) for part in value]
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:
+        raise UserError("is too large a number", field=field or "JOB", hint="integers have 64 bits")
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -163,10 +189,9 @@ def json_schema() -> dict[str, Any]:
 
 def _user_error(error: ValidationError) -> UserError:
     """The first error in our words: dotted field, value, rule, and the nearest right name."""
-    first = error.errors(include_url=False)[0]
-    tags = set(METHODS)
-    where = [str(part) for part in first["loc"]]
-    where = [part for i, part in enumerate(where) if not (i == 1 and where[0] == "method" and part in tags)]
+    errors = error.errors(include_url=False)
+    first = errors[0]
+    where = _place(first["loc"])
     field = ".".join(where)
     if first["type"] == "extra_forbidden":
         known = _fields_at(where[:-1], first["loc"])
@@ -179,11 +204,20 @@ def _user_error(error: ValidationError) -> UserError:
     raised = first.get("ctx", {}).get("error")
     if isinstance(raised, UserError):
         return raised
-    rule = first["msg"].removeprefix("Value error, ")
+    here = [e for e in errors if _place(e["loc"]) == where]  # one for each type that the field may have
+    rule = " or ".join(dict.fromkeys(e["msg"].removeprefix("Value error, ") for e in here))
     value = first.get("input")
     shown = value if isinstance(value, (str, int, float, bool, list, type(None))) else type(value).__name__
-    others = error.error_count() - 1
+    others = len(errors) - len(here)
     return UserError(rule, field=field or "JOB", value=shown, hint=f"and {others} more" if others else None)
+
+
+def _place(loc: tuple[Any, ...]) -> list[str]:
+    """Where an error is, as the job file has it: without the method's tag and the types that were tried."""
+    where = [str(part) for part in loc]
+    if where[:1] == ["method"] and len(where) > 1 and where[1] in METHODS:
+        del where[1]
+    return [part for i, part in enumerate(where) if i < 2 or not TRIED_TYPE.match(part)]
 
 
 def _fields_at(path: list[str], loc: tuple[Any, ...]) -> list[str]:

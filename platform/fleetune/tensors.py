@@ -186,8 +186,9 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, objec
     from safetensors.torch import save_file
 
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    meta = {"names": json.dumps(list(tensors)), "metadata": json.dumps(dict(metadata or {}))}
-    save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, scratch, metadata=meta)
+    header = json.dumps({"names": list(tensors), "metadata": dict(metadata or {})})
+    copies = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
+    save_file(copies, scratch, metadata={"fleetune": header})  # one entry: safetensors writes several in any order
     os.replace(scratch, path)
 
 
@@ -196,9 +197,10 @@ def load(path: Path) -> tuple[Tensors, dict]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in saved_names(file)}, json.loads(file.metadata()["metadata"])
+        header = json.loads(file.metadata()["fleetune"])
+        return {name: file.get_tensor(name) for name in header["names"]}, header["metadata"]
 
 
 def saved_names(file: Any) -> list[str]:
     """The names in an open file that `save` wrote, in the order in which they were given."""
-    return json.loads(file.metadata()["names"])
+    return json.loads(file.metadata()["fleetune"])["names"]

@@ -86,6 +86,6 @@ class DataConfig(Config):
     def _pattern_compiles(cls, pattern: str) -> str:
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:  # x{99999999999} overflows
             raise ValueError(f"not a regular expression: {error}") from None
         return pattern

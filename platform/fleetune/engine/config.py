@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, field_validator, model_validator
 
 from fleetune.config import Config
 
@@ -56,13 +56,16 @@ class ExecutionConfig(Config):
     def _auto(cls, value: Any) -> Any:
         return {} if value == "auto" else value
 
-    @model_validator(mode="after")
-    def _positive(self) -> ExecutionConfig:
-        for name in ("hosts", "cohort", "threads"):
-            value = getattr(self, name)
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"{name} must be auto or at least 1, got {value}")
-        return self
+    @field_validator("hosts", "cohort", "threads", mode="wrap")
+    @classmethod
+    def _auto_or_positive(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            number = handler(value)
+        except ValidationError:
+            number = 0
+        if number != "auto" and number < 1:
+            raise ValueError("must be auto or a whole number from 1")
+        return number
 
 
 class CostConfig(Config):

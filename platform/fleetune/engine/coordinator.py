@@ -285,5 +285,6 @@ class Coordinator:
             "row": row or {},
             "baseline": progress.baseline,
             "sim_seconds": progress.sim_seconds,
+            "execution": self.spec.execution.model_dump(),
             "totals": dict(progress.totals),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ import ray
 from fleetune.engine.coordinator import Coordinator, Event
 from fleetune.engine.executor import SerialExecutor
 from fleetune.engine.problem import Inputs, Problem, build_problem, load_inputs, set_threads
-from fleetune.errors import UserError
+from fleetune.errors import RunFailed, UserError
 from fleetune.methods import METHODS
 from fleetune.records.run_directory import RunDirectory
 from fleetune.records.trace import write_trace
@@ -59,7 +60,7 @@ def run(
 ) -> Result:
     """Check everything, then run. UserError before any actor starts; RunFailed leaves a directory that can be resumed."""
     with engine(spec, address=address, debug=debug) as eng:
-        spec = eng.resolve(spec)
+        spec = eng.placed(eng.resolve(spec))
         problem = build_problem(spec, eng.inputs(spec))
         run_dir = _new_run_directory(spec, problem, workspace, meta or {})
         return _execute(eng, problem, run_dir, report=report, warn=warn)
@@ -88,6 +89,7 @@ def resume(
     if result is not None and result.get("status") == "finished":
         return Result(run_dir.run_id, run_dir.path, "finished", result.get("metrics", {}), result.get("totals", {}))
     with engine(spec, address=address, debug=debug) as eng:
+        spec = eng.placed(spec)
         problem = build_problem(spec, eng.inputs(spec))
         return _execute(eng, problem, run_dir, report=report, warn=warn)
 
@@ -129,8 +131,14 @@ def _finish(run_dir: RunDirectory, event: Event) -> Result:
 class Engine:
     """Runs problems in this process, one host, nothing shared."""
 
+    kind = "serial"
+
     def __init__(self, *, debug: bool = False):
         self.debug = debug
+
+    def placed(self, spec: RunSpec) -> RunSpec:
+        """The spec with where this engine runs it, which may be elsewhere than it says (``--debug``, ``--address``)."""
+        return spec.model_copy(update={"execution": spec.execution.model_copy(update={"kind": self.kind})})
 
     def resolve(self, spec: RunSpec) -> RunSpec:
         """The spec with every ``auto`` decided."""
@@ -148,6 +156,8 @@ class Engine:
 
 class RayEngine(Engine):
     """A Ray cluster, with a coordinator and hosts that stay for the next run of this process."""
+
+    kind = "ray"
 
     def __init__(self, address: str | None):
         super().__init__()
@@ -171,7 +181,7 @@ class RayEngine(Engine):
         self._ready.wait()
         if self._error is not None:
             raise UserError(
-                f"no Ray cluster answers: {str(self._error).splitlines()[0]}",
+                f"no Ray cluster answers: {(str(self._error).splitlines() or [type(self._error).__name__])[0]}",
                 field="--address",
                 value=self.address,
                 hint="start one with `ray start --head`, or leave --address out",
@@ -196,17 +206,24 @@ class RayEngine(Engine):
 
         self.wait()
         execution = problem.spec.execution
-        coordinator = self._coordinator(int(execution.hosts), int(execution.threads))
         key = _base_key(problem.spec)
         known = self._bases.get(key)
         shared = SharedInputs.put(problem.inputs, base=known[1] if known else None)
         self._bases[key] = (problem.inputs.base, shared.base)
-        stream = coordinator.run.options(num_returns="streaming").remote(key, problem.spec, shared, str(run_dir.path))
-        try:
-            for ref in stream:
-                yield ray.get(ref)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, Exception) else error from None
+        call = (key, problem.spec, shared, str(run_dir.path))
+        for is_last in (False, True):  # a coordinator that dies is replaced once, and goes on after the last round
+            coordinator = self._coordinator(int(execution.hosts), int(execution.threads))
+            stream = coordinator.run.options(num_returns="streaming").remote(*call)
+            try:
+                for ref in stream:
+                    yield ray.get(ref)
+                return
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause if isinstance(error.cause, Exception) else error from None
+            except ray.exceptions.RayActorError as error:
+                self._coordinators.clear()
+                if is_last:
+                    raise RunFailed(f"the coordinator died: {' '.join(str(error).split())}") from error
 
     def _coordinator(self, num_hosts: int, threads: int) -> Any:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -264,10 +281,20 @@ def connect(address: str | None) -> None:
     if ray.is_initialized():
         return
     common: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "namespace": "fleetune"}
-    if address is None:
-        ray.init(num_cpus=max(num_cores(), 1), include_dashboard=False, **common)
+    if address is None:  # "local", because without it Ray joins whatever cluster runs on this machine
+        ray.init(address="local", num_cpus=max(num_cores(), 1), include_dashboard=False, **common)
     else:
+        _knock(address)
         ray.init(address=address, runtime_env={"py_modules": [str(Path(__file__).parent.parent)]}, **common)
+
+
+def _knock(address: str) -> None:
+    """OSError where nobody listens at HOST:PORT: Ray itself tries for minutes before it says so."""
+    host, colon, port = address.rpartition(":")
+    if colon and "://" not in address:
+        if not port.isdecimal() or int(port) > 65535:
+            raise OSError(f"{port!r} is no port")
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def resolve_execution(spec: RunSpec, *, node_cores: Sequence[int]) -> RunSpec:

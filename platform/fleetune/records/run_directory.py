@@ -82,8 +82,14 @@ class RunDirectory:
 
     @property
     def spec(self) -> dict[str, Any]:
-        """The resolved spec as plain data."""
-        return yaml.safe_load((self.path / "spec.yaml").read_text()) or {}
+        """The resolved spec as plain data. UserError where somebody broke the file."""
+        try:
+            values = yaml.safe_load((self.path / "spec.yaml").read_text())
+        except (yaml.YAMLError, ValueError) as error:
+            raise self._damaged("spec.yaml", error) from None
+        if not isinstance(values, dict):
+            raise self._damaged("spec.yaml", "it holds no fields")
+        return values
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -248,9 +254,20 @@ class RunDirectory:
         self.write(name, json.dumps(_plain(value), indent=2).encode())
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
-        with contextlib.suppress(FileNotFoundError):
-            return json.loads((self.path / name).read_text())
-        return None
+        try:
+            value = json.loads((self.path / name).read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise self._damaged(name, error) from None
+        if not isinstance(value, dict):
+            raise self._damaged(name, "it holds no fields")
+        return value
+
+    def _damaged(self, name: str, reason: object) -> UserError:
+        """Every file is written in one step, so this was no kill."""
+        rule = f"its {name} is damaged: {' '.join(str(reason).split())}"
+        return UserError(rule, field="run_dir", value=str(self.path), hint="restore the file, or start a new run")
 
     @property
     def _records(self) -> Path:

@@ -1,0 +1,55 @@
+"""Every job file that ships loads, names only what there is, and builds: fleet, partition and method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tiny
+from fleetune.engine.problem import build_problem, load_inputs
+from fleetune.methods import METHODS
+from fleetune.spec import RunSpec, load, read_yaml
+
+JOBS = Path(__file__).parent.parent / "jobs"
+FILES = sorted(JOBS.rglob("*.yaml"))
+
+every_job = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(JOBS)))
+
+
+def test_every_method_has_its_job():
+    assert {path.stem for path in JOBS.glob("methods/*.yaml")} == set(METHODS)
+    assert all(load(path).method.name == path.stem for path in JOBS.glob("methods/*.yaml"))
+
+
+@every_job
+def test_a_job_loads(path: Path):
+    """It opens with how to run it, and runs of different jobs do not share an experiment by mistake."""
+    spec = load(path)
+    assert f"fleetune run jobs/{path.relative_to(JOBS)}" in path.read_text(encoding="utf-8")
+    assert spec.name == path.stem
+    assert set(read_yaml(path)) <= set(RunSpec.model_fields)
+
+
+def test_the_methods_jobs_differ_in_the_method_alone():
+    """So that their runs can be compared."""
+    hashes = {load(path, {"method": {"name": "fedit"}}).spec_hash for path in JOBS.glob("methods/*.yaml")}
+    assert len(hashes) == 1
+
+
+@every_job
+def test_a_job_builds(path: Path):
+    """On the built-in model; data that one has to fetch is stood in for by a small file."""
+    spec = load(path)
+    if spec.data.dataset.endswith(".jsonl"):
+        columns = {"prompt": "prompt", "response": "response"}
+        stand_in = {"data.dataset": tiny.data_file(), "data.eval_dataset": None, "data.columns": columns}
+        spec = load(path, {**stand_in, "data.template": "{prompt}"})
+    else:
+        spec = load(path, {"data.num_examples": 400, "data.num_eval_examples": 8})
+    problem = build_problem(spec, load_inputs(spec))
+    assert problem.fleet.num_clients == spec.fleet.num_clients
+    assert len(problem.eligible) >= spec.rounds.clients_per_round
+    dealt = np.sort(problem.partition.indices)
+    assert np.array_equal(dealt, np.arange(len(problem.inputs.train)))
