@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,8 @@ from fleetune.records.run_directory import RunDirectory
 from fleetune.spec import RunSpec
 
 pytestmark = pytest.mark.ray
+
+NUM_CORES = 5  # those that Ray counts, not those of this machine: three hosts, and two of a coordinator
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in METHODS},
@@ -62,11 +65,6 @@ def on(executor: RayExecutor) -> runs.MakeExecutor:
     return make
 
 
-def end(executor: RayExecutor) -> None:
-    for host in executor.hosts:
-        ray.kill(host)
-
-
 def same_adapters(a: runs.Finished, b: runs.Finished) -> None:
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         both = [(run.run_dir.path / "adapter" / name).read_bytes() for run in (a, b)]
@@ -84,7 +82,7 @@ def second_round_client(case: str) -> int:
 def cluster() -> Iterator[None]:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # as a method in a script or a notebook travels
     ray.init(
-        num_cpus=4,
+        num_cpus=NUM_CORES,
         address="local",
         include_dashboard=False,
         logging_level="ERROR",
@@ -97,43 +95,58 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda n: f"hosts={n}")
-def hosts(request: pytest.FixtureRequest) -> Iterator[RayExecutor]:
-    """The same hosts for all cases: each is prepared for the next while it still holds the former."""
-    executor = RayExecutor(request.param, threads=1)
-    yield executor
-    end(executor)
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[list[Any]]:
+    """Three hosts for all tests: each is prepared for a run while it still holds the former."""
+    executor = RayExecutor(3, threads=1)
+    yield executor.hosts
+    for host in executor.hosts:
+        ray.kill(host)
 
 
+class Borrowed(RayExecutor):
+    """An executor over the first few of the hosts that are there; successors of dead ones stay when it is gone."""
+
+    num_borrowed = itertools.count()
+
+    def __init__(self, hosts: list[Any], num_hosts: int):
+        super().__init__(0, threads=1)
+        self.num_hosts, self.hosts = num_hosts, hosts
+        self._run_number = 1000 * next(Borrowed.num_borrowed)  # no host mistakes its run for that of another executor
+
+
+@pytest.mark.parametrize("num_hosts", [1, 2, 3])
 @pytest.mark.parametrize("case", CASES)
-def test_any_number_of_hosts_gives_the_bits_of_a_serial_run(hosts: RayExecutor, case: str):
-    run = runs.run(spec_of(case), on(hosts))
+def test_any_number_of_hosts_gives_the_bits_of_a_serial_run(hosts: list[Any], case: str, num_hosts: int):
+    run = runs.run(spec_of(case), on(Borrowed(hosts, num_hosts)))
     runs.same_runs(run, serially(case))
     same_adapters(run, serially(case))
 
 
 # -- hosts that die ---------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def pair() -> Iterator[RayExecutor]:
-    executor = RayExecutor(2, threads=1)
-    yield executor
-    end(executor)
+@pytest.fixture
+def pair(hosts: list[Any]) -> RayExecutor:
+    return Borrowed(hosts, 2)
 
 
-class Dying(RayExecutor):
+class Dying(Borrowed):
     """Hosts die right after they were handed one of these lots, counted from 0 over the whole run."""
 
     max_deaths = 2
 
     def __init__(self, hosts: list[Any], dies_at: range):
-        super().__init__(0, threads=1)
-        self.num_hosts, self.hosts = len(hosts), [Watched(host, self) for host in hosts]
+        super().__init__([Watched(host, self) for host in hosts], len(hosts))
         self.dies_at = dies_at
         self.num_calls = 0
         self.killed: list[Any] = []
 
     def _new_host(self) -> Any:
         return Watched(super()._new_host(), self)
+
+    @property
+    def unwatched(self) -> list[Any]:
+        """The hosts as they are now."""
+        return [watched.host for watched in self.hosts]
 
 
 class Watched:
@@ -152,33 +165,33 @@ class Watched:
         return ref
 
 
-def test_a_host_that_is_killed_changes_nothing(pair: RayExecutor):
+def test_a_host_that_is_killed_changes_nothing(hosts: list[Any]):
     """Lot 4 is the second of round 1: one of two hosts dies with it, and its successor carries it out."""
-    pool = Dying(pair.hosts, range(4, 5))
+    pool = Dying(hosts[:2], range(4, 5))
     run = runs.run(spec_of("fedsa-lora"), on(pool))
-    pair.hosts = [watched.host for watched in pool.hosts]
+    hosts[:2] = pool.unwatched
     assert len(pool.killed) == 1
-    assert pool.killed[0] not in pair.hosts
+    assert pool.killed[0] not in hosts
     assert pool.num_calls > 9  # three rounds of three lots, and those that the host took with it
     runs.same_runs(run, serially("fedsa-lora"))
     same_adapters(run, serially("fedsa-lora"))
 
 
-def test_a_host_that_died_between_two_runs_is_replaced(pair: RayExecutor):
-    before = list(pair.hosts)
-    ray.kill(pair.hosts[1], no_restart=True)
+def test_a_host_that_died_between_two_runs_is_replaced(hosts: list[Any], pair: RayExecutor):
+    before = list(hosts)
+    ray.kill(hosts[1], no_restart=True)
     runs.same_runs(runs.run(spec_of("fedit"), on(pair)), serially("fedit"))
-    assert pair.hosts[0] is before[0]
-    assert pair.hosts[1] is not before[1]
+    assert hosts[0] is before[0]
+    assert hosts[1] is not before[1]
 
 
-def test_work_that_always_kills_its_host_ends_the_run(pair: RayExecutor):
+def test_work_that_always_kills_its_host_ends_the_run(hosts: list[Any]):
     """A crash in native code, or a client too big for the machine: it is given another host, then it is named."""
-    pool = Dying([pair.hosts[0]], range(3, 99))
+    pool = Dying(hosts[:1], range(3, 99))
     with pytest.raises(RunFailed, match=r"^client \d, round 1, stage 0: the host process died") as failure:
         runs.run(spec_of("fedit"), on(pool))
+    hosts[:1] = pool.unwatched
     assert len(pool.killed) >= pool.max_deaths
-    pair.hosts[0] = pool.hosts[0].host
     assert failure.value.round_idx == 1
     assert len(failure.value.client_ids) == 1
 
@@ -249,9 +262,9 @@ def test_a_failing_evaluation_is_told(place: str, pair: RayExecutor, monkeypatch
 
 # -- the coordinator as an actor ----------------------------------------------------------------------------------------
 @pytest.fixture
-def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cluster above counts four, so that two hosts are allowed whatever this machine has."""
-    monkeypatch.setattr(launch, "num_cores", lambda: 4)
+def cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cluster above says how many there are, whatever this machine has."""
+    monkeypatch.setattr(launch, "num_cores", lambda: NUM_CORES)
 
 
 def on_ray(num_hosts: int = 1) -> RunSpec:
@@ -271,7 +284,7 @@ def coordinators() -> dict[tuple[int, int], Any]:
     return launch._engines[None]._coordinators
 
 
-@pytest.mark.usefixtures("four_cores")
+@pytest.mark.usefixtures("cores")
 def test_further_runs_find_the_actors_warm(tmp_path: Path):
     events: list[dict[str, Any]] = []
     first = launch.run(on_ray(), workspace=tmp_path, report=events.append)
@@ -288,7 +301,7 @@ def test_further_runs_find_the_actors_warm(tmp_path: Path):
     assert ray.get(coordinator.hosts.remote()) == hosts
 
 
-@pytest.mark.usefixtures("four_cores")
+@pytest.mark.usefixtures("cores")
 def test_a_failed_run_names_its_client_and_can_be_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     victim = second_round_client("fedit")
     with monkeypatch.context() as patch:
@@ -309,7 +322,7 @@ def test_a_failed_run_names_its_client_and_can_be_gone_on_with(tmp_path: Path, m
     same_records(run_path, serially("fedit"))
 
 
-@pytest.mark.usefixtures("four_cores")
+@pytest.mark.usefixtures("cores")
 def test_a_coordinator_that_dies_is_replaced_and_goes_on(tmp_path: Path):
     """Killed after round 0 (and however much of round 1): its hosts go with it, and new ones do the rest."""
     events: list[dict[str, Any]] = []
@@ -337,13 +350,12 @@ def test_a_coordinator_that_always_dies_ends_the_run(tmp_path: Path):
     assert coordinators() == {}
 
 
-@pytest.mark.usefixtures("four_cores")
-@pytest.mark.timeout(200)
-def test_another_number_of_hosts_takes_the_place_of_the_former(pair: RayExecutor, tmp_path: Path):
-    """1 + 2 hosts and the pair of the tests above are one more than the cluster has cores for: one has to go first."""
+@pytest.mark.usefixtures("cores")
+def test_another_number_of_hosts_takes_the_place_of_the_former(hosts: list[Any], tmp_path: Path):
+    """Three hosts of the tests above, then 1 + 2: one more than the cluster has cores for, so the former has to go."""
+    assert len(hosts) + 1 + 2 == NUM_CORES + 1
     launch.run(on_ray(1), workspace=tmp_path)
     assert list(coordinators()) == [(1, 1)]
-    assert len(pair.hosts) == 2
     result = launch.run(on_ray(2), workspace=tmp_path)
     assert list(coordinators()) == [(2, 1)]
     same_records(result.run_dir, serially("fedit"))

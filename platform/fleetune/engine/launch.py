@@ -184,7 +184,7 @@ class RayEngine(Engine):
                 f"no Ray cluster answers: {(str(self._error).splitlines() or [type(self._error).__name__])[0]}",
                 field="--address",
                 value=self.address,
-                hint="start one with `ray start --head`, or leave --address out",
+                hint="start one with `ray start --head`, or leave --address out; if it wants a token: RAY_AUTH_MODE=token",
             )
 
     def resolve(self, spec: RunSpec) -> RunSpec:

@@ -1,0 +1,192 @@
+"""Launching: what `auto` becomes, whose cluster is joined, what is left behind, and who may run a directory."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import pytest
+
+import commands
+import tiny
+from fleetune.engine import launch
+from fleetune.errors import UserError
+from fleetune.records.run_directory import RunDirectory
+from fleetune.spec import RunSpec
+
+
+def resolved(node_cores: list[int], method: str = "fedit", **overrides: Any) -> dict[str, Any]:
+    auto = {"execution": "auto", "rounds.clients_per_round": 6}
+    spec = tiny.spec({**auto, **overrides}, method=method)
+    return launch.resolve_execution(spec, node_cores=node_cores).execution.model_dump()
+
+
+# -- what auto becomes --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("node_cores", "overrides", "kind", "hosts", "threads", "cohort"),
+    [
+        ([1], {}, "serial", 1, 1, 6),
+        ([2], {}, "ray", 2, 1, 3),
+        ([4], {}, "ray", 4, 1, 2),
+        ([64], {}, "ray", 6, 10, 1),  # no more hosts than clients in a round; they share the cores
+        ([8, 8], {}, "ray", 6, 2, 1),
+        ([4], {"execution.hosts": 2}, "ray", 2, 2, 3),
+        ([4], {"execution.threads": 4}, "serial", 1, 4, 6),
+        ([4], {"execution.hosts": 2, "execution.threads": 1}, "ray", 2, 1, 3),
+        ([4], {"execution.cohort": 5}, "ray", 4, 1, 5),
+        ([2], {"execution.kind": "serial"}, "serial", 2, 1, 3),  # the cohorts, and so the bits, of the run on Ray
+    ],
+)
+def test_auto_keeps_every_core_busy(
+    node_cores: list[int], overrides: dict[str, Any], kind: str, hosts: int, threads: int, cohort: int
+):
+    chosen = resolved(node_cores, **overrides)
+    assert (chosen["kind"], chosen["hosts"], chosen["threads"], chosen["cohort"]) == (kind, hosts, threads, cohort)
+
+
+def test_clients_that_share_a_server_half_are_one_host_s_work():
+    """SplitLoRA's clients meet in every step: a second host would only wait."""
+    assert resolved([4], "split-lora")["kind"] == "serial"
+
+
+def test_hosts_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match=r"execution\.hosts=3: .* of 2 cores \(lower one of them, or set one to auto\)"):
+        resolved([2], **{"execution.hosts": 3, "execution.threads": 1})
+    with pytest.raises(UserError, match="nodes of 3, 3 cores"):  # six cores, but no host has a foot on two nodes
+        resolved([3, 3], **{"execution.hosts": 3, "execution.threads": 2})
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:x", "127.0.0.1:99999", "127.0.0.1:"])
+def test_an_address_that_is_none_is_told_at_once(address: str):
+    with pytest.raises(OSError, match="is no port"):
+        launch.connect(address)
+
+
+# -- who may run a directory ----------------------------------------------------------------------------------------------
+def test_a_run_that_goes_on_elsewhere_is_not_resumed(tmp_path: Path):
+    spec = tiny.spec({**commands.QUICK, "rounds.num_rounds": 1})
+    result = launch.run(spec, workspace=tmp_path)
+    (result.run_dir / "result.json").unlink()
+    with (result.run_dir / "checkpoint" / "lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is running it"):
+            launch.resume(result.run_dir)
+    assert launch.resume(result.run_dir).metrics == result.metrics
+
+
+def test_the_hash_is_that_of_what_decides_results():
+    spec = tiny.spec()
+    same = {"name": "other", "tracking.enabled": True, "execution.kind": "ray", "execution.hosts": 1}
+    other = {"seed": 1, "execution.cohort": 1, "execution.threads": 2, "rounds.num_rounds": 4, "local.steps": 1}
+    assert all(tiny.spec({path: value}).spec_hash == spec.spec_hash for path, value in same.items())
+    assert len({tiny.spec({path: value}).spec_hash for path, value in other.items()} | {spec.spec_hash}) == 6
+
+
+# -- clusters ---------------------------------------------------------------------------------------------------------------
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def cluster(folder: Path, variables: dict[str, str]) -> Iterator[str]:
+    """A cluster of somebody else on this machine: two cores, no dashboard. Yields its address."""
+    port = free_port()
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2"),
+            *(f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}", "--disable-usage-stats"),
+            *("--node-ip-address=127.0.0.1", f"--object-store-memory={200 * 2**20}"),
+        ],
+        env={**os.environ, **variables},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            assert process.poll() is None, "ray start ended"
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.2)
+        yield f"127.0.0.1:{port}"
+    finally:
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)  # what Ctrl-C in its terminal does: it ends its own processes
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=30)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        for child in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+
+
+def same_records(one: Path, other: Path) -> None:
+    a, b = (RunDirectory.open(path) for path in (one, other))
+    told = ["run_id", "wall_seconds"]
+    pd.testing.assert_frame_equal(a.rounds().drop(columns=told), b.rounds().drop(columns=told), check_exact=True)
+    pd.testing.assert_frame_equal(a.clients().drop(columns=told), b.clients().drop(columns=told), check_exact=True)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_joins_a_cluster_only_where_it_is_told_to(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path):
+    """The same job on a running cluster, beside it on a Ray of its own, and serially: three times the same records."""
+    job = commands.job_file(tmp_path, {"execution.hosts": 1, "execution.kind": "ray"})
+    access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}  # its own, whatever this machine has
+    with cluster(tmp_path_factory.mktemp("r"), access) as address:
+        joined = commands.finish(commands.start("run", job, "-w", tmp_path, "--json", "--address", address, **access))
+        assert joined.status == 0, joined.stderr
+        assert joined.document["status"] == "finished"
+        # Without --address, Ray would join the cluster that runs here, whoever's it is.
+        beside = commands.finish(commands.start("run", job, "-w", tmp_path, "--json"))
+        assert beside.status == 0, beside.stderr
+    serial = launch.run(quiet(job), workspace=tmp_path)
+    for document in (joined.document, beside.document):
+        same_records(Path(document["run_dir"]), serial.run_dir)
+
+
+def quiet(job: Path) -> RunSpec:
+    from fleetune.spec import load
+
+    return load(job, {"execution.kind": "serial"})
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_mistake_that_shows_while_ray_starts_leaves_no_process_behind(tmp_path: Path):
+    """The model is looked for while Ray starts beside it."""
+    job = commands.job_file(tmp_path, {"execution.kind": "ray"})
+    process = commands.start("run", job, "-w", tmp_path, "--json", "--set", "model.base=./nowhere")
+    out = commands.finish(process)
+    assert (out.status, out.document["field"]) == (2, "model.base")
+    assert not (tmp_path / "runs").exists()
+    deadline = time.monotonic() + 30
+    while (left := in_session(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left, [one.cmdline() for one in left]
+
+
+def in_session(session_id: int) -> list[psutil.Process]:
+    """Processes that a command started, whatever group they are in: all are in its session."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getsid(process.pid) == session_id and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
