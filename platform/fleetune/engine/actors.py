@@ -79,6 +79,7 @@ class HostActor:
         self.side: WorkerSide | None = None
         self.run_number = 0
         self._payloads: dict[Any, Payload] = {}
+        self._round_idx = -1
         self._networks: dict[Any, Any] = {}
 
     def prepare(
@@ -101,6 +102,11 @@ class HostActor:
 
     def run(self, run_number: int, lot: Lot, payload_refs: dict[int, Any], locate: bool) -> LotReply:
         """Carry out a lot; payloads are fetched once per round."""
+        if (
+            lot.round_idx != self._round_idx
+        ):  # the payloads of rounds gone by would keep their place in the object store
+            self._round_idx = lot.round_idx
+            self._payloads = {}
         return self._side(run_number).run(
             lot, {key: self._payload(ref) for key, ref in payload_refs.items()}, locate=locate
         )
@@ -118,8 +124,6 @@ class HostActor:
 
     def _payload(self, ref: Any) -> Payload:
         if ref not in self._payloads:
-            if len(self._payloads) >= 64:  # rounds of the past; a round has few distinct payloads
-                self._payloads.clear()
             self._payloads[ref] = ray.get(ref).unpack()
         return self._payloads[ref]
 

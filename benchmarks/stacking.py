@@ -1,0 +1,136 @@
+"""Clients stacked in one cohort beside the same clients one by one, for 1 to 32 clients, in one process.
+
+    python benchmarks/stacking.py                    # three models, one thread and two
+    python benchmarks/stacking.py --model deep --threads 1 --clients 1 16
+
+One-by-one runs the same code with cohorts of one client. Both are timed in turn, so that a busy machine hits both;
+--cpu-time takes the processor's time instead of the clock's, so that waiting for a core does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+import measure
+import workload
+from fleetune.engine.problem import set_threads
+from fleetune.models.base import BaseModel, load_base
+from fleetune.models.config import LoRAConfig, ModelConfig
+from fleetune.models.lora import init_lora
+from fleetune.models.network import Network, linear_sites
+from fleetune.models.submodel import Submodel
+from fleetune.tensors import Tensors
+from fleetune.training.config import LocalConfig
+from fleetune.training.plan import ClientTask, LocalPlan
+from fleetune.training.trainer import train_cohort
+
+NUM_STEPS, NUM_TOKENS = 2, 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """A base model, which of its layers are adapted, and the examples per step."""
+
+    base: BaseModel
+    targets: Any
+    batch_size: int
+
+
+def make_case(name: str) -> Case:
+    """``wide`` is the LoRA workload; ``deep`` has small products and many of them; ``micro`` is the model of the quickstart."""
+    qv = ["q_proj", "v_proj"]
+    if name == "wide":
+        return Case(workload.Llama().build(), qv, 4)
+    if name == "deep":
+        return Case(workload.Llama(num_layers=16, hidden_size=64, intermediate_size=172).build(), qv, 1)
+    return Case(load_base(ModelConfig()), "all-linear", 8)
+
+
+class Trial:
+    """One case with everything that the trainer needs, for up to ``num_clients`` clients."""
+
+    def __init__(self, case: Case, num_clients: int):
+        lora = LoRAConfig(rank=8, alpha=16.0, targets=case.targets)
+        submodel = Submodel.prefix(case.base.num_layers)
+        self.network, self.plan = Network(case.base, submodel, lora), LocalPlan(submodel)
+        self.local = LocalConfig(steps=NUM_STEPS, batch_size=case.batch_size)
+        self.start: Tensors = init_lora(linear_sites(case.base, lora), lora, run_seed=0)
+        per_client = NUM_STEPS * case.batch_size
+        self.data = workload.random_tokens(num_clients * per_client, NUM_TOKENS, int(case.base.config["vocab_size"]))
+        rows = np.arange(num_clients * per_client).reshape(num_clients, NUM_STEPS, case.batch_size)
+        self.tasks = [ClientTask(k, 1.0 / num_clients, rows[k], 1e-3, (0, k)) for k in range(num_clients)]
+
+    def train(self, num_clients: int, cohort: int) -> None:
+        """Train the first clients in cohorts of ``cohort``."""
+        for first in range(0, num_clients, cohort):
+            tasks = self.tasks[first : min(first + cohort, num_clients)]
+            train_cohort(self.network, self.plan, self.start, tasks, data=self.data, local=self.local)
+
+    def flops_per_step(self) -> int:
+        """FLOPs of one client's step, counted by PyTorch while it is carried out."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False) as counter:
+            self.train(1, 1)
+        return counter.get_total_flops() // NUM_STEPS
+
+
+def compare(trial: Trial, num_clients: int, *, repeats: int, clock: Callable[[], float]) -> tuple[float, float]:
+    """Seconds per client-step, stacked and one by one: medians of interleaved repetitions."""
+    seconds: dict[int, list[float]] = {num_clients: [], 1: []}
+    for repeat in range(repeats + 1):
+        for cohort, taken in seconds.items():
+            started = clock()
+            trial.train(num_clients, cohort)
+            if repeat:  # the first one warms up
+                taken.append((clock() - started) / (num_clients * NUM_STEPS))
+    return measure.median_and_min(seconds[num_clients])[0], measure.median_and_min(seconds[1])[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("wide", "deep", "micro"), nargs="*", default=["wide", "deep", "micro"])
+    parser.add_argument("--clients", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="processor time instead of wall-clock time; one thread only"
+    )
+    args = parser.parse_args()
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    rows = []
+    for threads in [1] if args.cpu_time else args.threads:
+        set_threads(threads)
+        for name in args.model:
+            trial = Trial(make_case(name), max(args.clients))
+            flops = trial.flops_per_step()
+            for num_clients in args.clients:
+                peak = (
+                    measure.matmul_flops_per_second()
+                )  # beside each case, as the machine's rate changes with its load
+                stacked, single = compare(trial, num_clients, repeats=args.repeats, clock=clock)
+                rows.append(
+                    {
+                        "model": name,
+                        "threads": torch.get_num_threads(),
+                        "clients": num_clients,
+                        "stacked_ms": 1e3 * stacked,
+                        "one_by_one_ms": 1e3 * single,
+                        "speedup": single / stacked,
+                        "gflops": flops / stacked / 1e9,
+                        "matmul_gflops": peak / 1e9,
+                        "share": flops / stacked / peak,
+                    }
+                )
+    measure.report("stacking", rows)
+
+
+if __name__ == "__main__":
+    main()
