@@ -27,9 +27,11 @@ from fleetune.records.run_directory import RunDirectory
 from fleetune.spec import RunSpec
 
 
-def resolved(node_cores: list[int], method: str = "fedit", **overrides: Any) -> dict[str, Any]:
+def resolved(
+    node_cores: list[int], overrides: dict[str, Any] | None = None, *, method: str = "fedit"
+) -> dict[str, Any]:
     auto = {"execution": "auto", "rounds.clients_per_round": 6}
-    spec = tiny.spec({**auto, **overrides}, method=method)
+    spec = tiny.spec({**auto, **(overrides or {})}, method=method)
     return launch.resolve_execution(spec, node_cores=node_cores).execution.model_dump()
 
 
@@ -52,20 +54,20 @@ def resolved(node_cores: list[int], method: str = "fedit", **overrides: Any) -> 
 def test_auto_keeps_every_core_busy(
     node_cores: list[int], overrides: dict[str, Any], kind: str, hosts: int, threads: int, cohort: int
 ):
-    chosen = resolved(node_cores, **overrides)
+    chosen = resolved(node_cores, overrides)
     assert (chosen["kind"], chosen["hosts"], chosen["threads"], chosen["cohort"]) == (kind, hosts, threads, cohort)
 
 
 def test_clients_that_share_a_server_half_are_one_host_s_work():
     """SplitLoRA's clients meet in every step: a second host would only wait."""
-    assert resolved([4], "split-lora")["kind"] == "serial"
+    assert resolved([4], method="split-lora")["kind"] == "serial"
 
 
 def test_hosts_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match=r"execution\.hosts=3: .* of 2 cores \(lower one of them, or set one to auto\)"):
-        resolved([2], **{"execution.hosts": 3, "execution.threads": 1})
+        resolved([2], {"execution.hosts": 3, "execution.threads": 1})
     with pytest.raises(UserError, match="nodes of 3, 3 cores"):  # six cores, but no host has a foot on two nodes
-        resolved([3, 3], **{"execution.hosts": 3, "execution.threads": 2})
+        resolved([3, 3], {"execution.hosts": 3, "execution.threads": 2})
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:x", "127.0.0.1:99999", "127.0.0.1:"])

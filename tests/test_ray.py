@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from fleetune.engine.executor import SerialExecutor
 from fleetune.engine.problem import Problem
 from fleetune.errors import RunFailed
 from fleetune.methods import METHODS
+from fleetune.methods.fedavg import FedIT
 from fleetune.records.run_directory import RunDirectory
 from fleetune.spec import RunSpec
 
@@ -85,7 +87,7 @@ def cluster() -> Iterator[None]:
         num_cpus=NUM_CORES,
         address="local",
         include_dashboard=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
         log_to_driver=False,
         object_store_memory=200 * 2**20,
         namespace="fleetune",
@@ -212,7 +214,7 @@ def test_a_failing_client_is_named(place: str, pair: RayExecutor, monkeypatch: p
     assert (failure.value.client_ids, failure.value.round_idx, failure.value.stage) == ((victim,), 1, 0)
 
 
-class FailsOnce(METHODS["fedit"]):  # type: ignore[misc]
+class FailsOnce(FedIT):
     """Fails the first time that a process works on it."""
 
     failed = False
@@ -225,7 +227,7 @@ class FailsOnce(METHODS["fedit"]):  # type: ignore[misc]
         return super().local_update(*args, **kwargs)
 
 
-class Unpreparable(METHODS["fedit"]):  # type: ignore[misc]
+class Unpreparable(FedIT):
     """Cannot be made on a host."""
 
     def __init__(self, *args: Any):

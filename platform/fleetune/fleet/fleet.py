@@ -25,7 +25,7 @@ DEFAULT_DEVICES = {"jetson-nano": 0.5, "jetson-orin-nano-8gb": 0.3, "jetson-agx-
 class FleetConfig(Config):
     """The simulated clients: how many, on which devices, behind which links."""
 
-    num_clients: int = Field(default=20, gt=0)
+    num_clients: int = Field(default=20, gt=0, le=10_000_000)
     """Registered clients."""
     devices: dict[str, float] = Field(default_factory=lambda: dict(DEFAULT_DEVICES))
     """Fraction of the clients on each device, summing to 1.
