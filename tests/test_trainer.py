@@ -11,14 +11,14 @@ import torch
 import models
 import runs
 import tiny
-from fleetune.data.batches import collate
+from fleetune.data.batches import IGNORED, collate
 from fleetune.engine.problem import Problem
 from fleetune.methods.base import is_lora_a, is_lora_b
 from fleetune.models.config import LoRAConfig
 from fleetune.models.network import Network
 from fleetune.models.submodel import Submodel
 from fleetune.tensors import Tensors
-from fleetune.training.loss import IGNORE, cohort_loss
+from fleetune.training.loss import cohort_loss
 from fleetune.training.plan import ClientTask, CohortUpdate, LocalPlan
 from fleetune.training.trainer import train_cohort
 
@@ -56,7 +56,7 @@ def test_the_loss_of_each_client_is_plain_cross_entropy_over_its_tokens():
     network = network_of("llama")
     ids = models.random_ids(4, 6)
     labels = ids.clone()
-    labels[0, :2], labels[1, 4:], labels[2], labels[3, :4] = IGNORE, IGNORE, IGNORE, IGNORE
+    labels[0, :2], labels[1, 4:], labels[2], labels[3, :4] = IGNORED, IGNORED, IGNORED, IGNORED
     h = network.blocks(network.embed(ids)).detach().requires_grad_()
     losses, counts = cohort_loss(network, h, labels, 2)
     assert counts.tolist() == [7, 2]
@@ -64,7 +64,7 @@ def test_the_loss_of_each_client_is_plain_cross_entropy_over_its_tokens():
     for k in range(2):
         mine = slice(2 * k, 2 * k + 2)
         expected = torch.nn.functional.cross_entropy(
-            logits[mine, :-1].flatten(0, 1), labels[mine, 1:].flatten(), ignore_index=IGNORE
+            logits[mine, :-1].flatten(0, 1), labels[mine, 1:].flatten(), ignore_index=IGNORED
         )
         torch.testing.assert_close(losses[k], expected.detach(), rtol=1e-5, atol=1e-6)
 
@@ -82,7 +82,7 @@ def test_the_loss_of_one_client_has_no_gradient_for_another():
 def test_a_client_without_counted_tokens_has_loss_zero():
     network = network_of("llama")
     ids = models.random_ids(2, 5)
-    losses, counts = cohort_loss(network, network.embed(ids), torch.full_like(ids, IGNORE), 2)
+    losses, counts = cohort_loss(network, network.embed(ids), torch.full_like(ids, IGNORED), 2)
     assert losses.tolist() == [0.0, 0.0]
     assert counts.tolist() == [0, 0]
 

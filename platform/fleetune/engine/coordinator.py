@@ -161,7 +161,7 @@ class Coordinator:
         self, state: State, client_ids: np.ndarray, work: Work, outcome: Outcome, replies: list[LotReply]
     ) -> State:
         """Carry out the work of the clients that count (late ones too, where they keep something) and aggregate it."""
-        keeps = any(True for _ in self._kept_names(work))
+        keeps = self._keeps(work)
         active = np.flatnonzero((outcome.status == OK) | ((outcome.status == LATE) & keeps))
         if not (outcome.status == OK).any():
             return state
@@ -217,10 +217,10 @@ class Coordinator:
             reply.partial_sums, reply.server, reply.each = {}, None, {}
             replies.append(reply)
 
-    def _kept_names(self, work: Work) -> Iterator[str]:
-        for payload in work.payloads:
-            plan = self.method.plan(payload)
-            yield from (name for name in self.method.client_adapter(payload) if plan.keeps(name))
+    def _keeps(self, work: Work) -> bool:
+        """Whether clients of this work keep something of their own for the next time."""
+        plans = ((self.method.plan(payload), payload) for payload in work.payloads)
+        return any(plan.keeps(name) for plan, payload in plans for name in self.method.client_adapter(payload))
 
     # -- records ----------------------------------------------------------------------------------------------------------
     def _evaluate(self, state: State) -> dict[str, float]:

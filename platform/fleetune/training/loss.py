@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fleetune.data.batches import IGNORED
 from fleetune.models.network import Network
-
-IGNORE = -100
 
 
 def cohort_loss(network: Network, h: Tensor, labels: Tensor, num_clients: int) -> tuple[Tensor, Tensor]:
@@ -19,7 +18,7 @@ def cohort_loss(network: Network, h: Tensor, labels: Tensor, num_clients: int) -
     Returns losses (K,) and counted tokens (K,).
     """
     targets = labels[:, 1:].reshape(-1)
-    counted = (targets != IGNORE).nonzero().squeeze(1)  # (M,), client by client
+    counted = (targets != IGNORED).nonzero().squeeze(1)  # (M,), client by client
     positions = counted + counted // (labels.shape[1] - 1)  # the same tokens in h, whose rows are one longer
     logits = network.logits(h.reshape(-1, h.shape[-1]).index_select(0, positions))
     token_losses = nn.functional.cross_entropy(logits, targets[counted], reduction="none")
