@@ -77,6 +77,9 @@ def quantized_linear(
             device="meta",
         )
         layer.weight = bnb.nn.Params4bit.from_prequantized(weights[name], stats, requires_grad=False, device="cpu")
+        # On processors with AVX512-BF16 the layer would pack its codes anew for bf16 products: in place, although they are
+        # shared, only for some shapes, and only where nothing is differentiated, so that evaluation rounded differently.
+        layer.support_avx512bf16_for_cpu = False
     else:
         layer = bnb.nn.Linear8bitLt(
             num_in, num_out, bias=bias is not None, has_fp16_weights=False, threshold=6.0, device="meta"
