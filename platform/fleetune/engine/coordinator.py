@@ -3,40 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-from fleetune.data.batches import draw_batches
 from fleetune.engine.checkpoint import Checkpoint, Progress
 from fleetune.engine.columns import client_columns, round_row
-from fleetune.engine.costs import Pricing
 from fleetune.engine.executor import Executor
 from fleetune.engine.lots import LotReply, make_lots
 from fleetune.engine.problem import Problem
-from fleetune.engine.rounds import LATE, OK, Outcome, close_round, sample_clients
-from fleetune.methods.base import ClientInfo, Method, Payload, State, Update
+from fleetune.engine.rounds import LATE, OK, Outcome
+from fleetune.engine.schedule import Schedule, Work
+from fleetune.methods.base import State, Update
 from fleetune.records.run_directory import RunDirectory
-from fleetune.seeds import seed_of
 from fleetune.tensors import Packed
 from fleetune.training.evaluate import totals
 
 Event = dict[str, Any]
 Baselines = dict[str, dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Work:
-    """What the sampled clients are given: payloads by group, each client's group, and its batches."""
-
-    round_idx: int
-    groups: list[Hashable]
-    payloads: list[Payload]
-    group_of: np.ndarray
-    """Index of each client's group, (n,)."""
-    rows: list[np.ndarray]
 
 
 class Coordinator:
@@ -48,9 +33,9 @@ class Coordinator:
         self.problem, self.executor, self.run_dir = problem, executor, run_dir
         self.baselines = baselines if baselines is not None else {}
         self.spec, self.method = problem.spec, problem.method
-        self.pricing = Pricing(problem)
+        self.schedule = Schedule(problem)
         self.checkpoint = Checkpoint(run_dir.path / "checkpoint", problem.fleet.num_clients)
-        self.sizes = np.diff(problem.partition.offsets)
+        self.sizes = self.schedule.sizes
 
     def run(self) -> Iterator[Event]:
         """All rounds that are left. Yields an event when the run starts, after each round, and at its end."""
@@ -59,25 +44,10 @@ class Coordinator:
         for round_idx in range(progress.next_round, self.spec.rounds.num_rounds):
             started = time.perf_counter()
 
-            # What the server sends, to whom, and what they will do with it.
+            # What the server sends, to whom, and what it costs each of them; so who is refused, leaves, or comes too late.
             state = self.method.begin_round(state, round_idx)
-            client_ids = sample_clients(
-                self.problem.eligible,
-                self.spec.rounds.clients_per_round,
-                run_seed=self.spec.seed,
-                round_idx=round_idx,
-            )
-            work = self._work(state, round_idx, client_ids)
-
-            # What it costs each of them, so who is refused, leaves, or comes too late.
-            provision = self._provision_bytes(work, client_ids)
-            costs = self.pricing.columns(round_idx, client_ids, work.payloads, work.group_of, work.rows, provision)
-            outcome = close_round(
-                self.spec.rounds,
-                sim_seconds=costs["sim_seconds"],
-                over_budget=costs["over_budget"],
-                dropped=self.problem.fleet.dropped(self.spec.seed, round_idx, client_ids),
-            )
+            now = self.schedule.round(state, round_idx, self.checkpoint.provisioned)
+            client_ids, work, costs, outcome = now.client_ids, now.work, now.costs, now.outcome
 
             # The work itself, and the new state.
             replies: list[LotReply] = []
@@ -117,46 +87,6 @@ class Coordinator:
         return self._event("end", progress, rows[-1][0] if rows else {})
 
     # -- parts of a round -------------------------------------------------------------------------------------------------
-    def _work(self, state: State, round_idx: int, client_ids: np.ndarray) -> Work:
-        """One payload per group of clients, each client's group, and its batches."""
-        rows = self._draw_batches(round_idx, client_ids)
-        if type(self.method).group is Method.group:
-            payloads = [self.method.broadcast(state, round_idx, None)]
-            return Work(round_idx, [None], payloads, np.zeros(len(client_ids), np.int64), rows)
-        mine = [self.method.group(self._info(client_id)) for client_id in client_ids.tolist()]
-        groups = list(dict.fromkeys(mine))
-        payloads = [self.method.broadcast(state, round_idx, group) for group in groups]
-        return Work(round_idx, groups, payloads, np.array([groups.index(group) for group in mine]), rows)
-
-    def _info(self, client_id: int) -> ClientInfo:
-        device = self.problem.fleet.profile(client_id)
-        return ClientInfo(client_id, device.name, device.budget_bytes, int(self.sizes[client_id]))
-
-    def _draw_batches(self, round_idx: int, client_ids: np.ndarray) -> list[np.ndarray]:
-        """Each client's examples, (steps, batch), drawn at the address (seed, round, client)."""
-        local, part = self.spec.local, self.problem.partition
-        if not self.method.draws_batches:
-            return [np.zeros((0, local.batch_size), np.int64)] * len(client_ids)
-        return [
-            draw_batches(
-                part.shard(c),
-                num_steps=local.num_steps(int(self.sizes[c])),
-                batch_size=local.batch_size,
-                seed=seed_of(self.spec.seed, "batches", round_idx, c),
-            )
-            for c in client_ids.tolist()
-        ]
-
-    def _provision_bytes(self, work: Work, client_ids: np.ndarray) -> np.ndarray:
-        """Bytes of weights that clients must be sent along, because they see them for the first time."""
-        out = np.zeros(len(client_ids))
-        for i, client_id in enumerate(client_ids.tolist()):
-            provision = work.payloads[work.group_of[i]].provision
-            if provision is not None and self.checkpoint.provisioned.get(client_id) != provision.key:
-                out[i] = provision.num_bytes
-                self.checkpoint.provisioned[client_id] = provision.key
-        return out
-
     def _update(
         self, state: State, client_ids: np.ndarray, work: Work, outcome: Outcome, replies: list[LotReply]
     ) -> State:

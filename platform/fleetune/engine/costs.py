@@ -114,11 +114,10 @@ class Pricing:
         client_ids: np.ndarray,
         payloads: Sequence[Payload],
         group_of: np.ndarray,
-        rows: Sequence[np.ndarray],
+        load: Load,
         provision_bytes: np.ndarray,
     ) -> dict[str, np.ndarray]:
         """The cost table's columns and the bytes of both links, one entry per client."""
-        load = batch_load(self.problem.inputs.train, rows)
         out: dict[str, np.ndarray] = {}
         for key, payload in enumerate(payloads):
             where = np.flatnonzero(group_of == key)
