@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from fleetune.errors import UserError
-from fleetune.records import RunDirectory, find_runs, schema
+from fleetune.records import RunDirectory, SweepDirectory, find_runs, schema
 from fleetune.records.naming import flatten, group_labels, run_name, varied_fields
 from fleetune.records.trace import write_trace
 from synthetic_runs import make_run, make_spec, rounds_of
@@ -172,15 +173,60 @@ def test_spec_meta_and_result_come_back(tmp_path: Path):
     assert again.result() == {"status": "finished", "metrics": {"eval_accuracy": 0.5}}
 
 
+def make_sweep(workspace: Path, values: dict[int, int | float | str]) -> SweepDirectory:
+    """A sweep with a trial for each growth rate, the first of which has not started."""
+    spec = {"name": "growth", "grid": {"method.growth_rate": list(values.values())}}
+    sweep = SweepDirectory.create(workspace, "growth-1", spec, directory=workspace / "sweeps")
+    rows: list[dict[str, Any]] = []
+    for number, value in values.items():
+        rows.append({"trial": number, "status": "missing", "overrides": {"method.growth_rate": value}})
+        if number > 0:
+            run = RunDirectory.create(workspace, f"t{number}", make_spec(seed=number))
+            rows[-1] |= {"status": "running", "run_id": run.run_id, "run_dir": run.path, "eval_loss": 0.5 * number}
+    sweep.write_trials(rows)
+    return sweep
+
+
 def test_find_runs(tmp_path: Path):
-    """A workspace, a sweep that keeps its trials beside it, and a run itself."""
-    sweep = RunDirectory.create(tmp_path, "sweep", {"name": "growth", "grid": {"seed": [0, 1]}})
-    meta = {"parent_run_dir": "../sweep"}
-    trials = [RunDirectory.create(tmp_path, f"t{i}", make_spec(seed=i), meta=meta) for i in (0, 1)]
+    """A workspace, a sweep whose trials are among its runs, and a run itself."""
+    sweep = make_sweep(tmp_path, {0: 2, 1: 4, 2: 8})
     other = RunDirectory.create(tmp_path, "z", make_spec())
-    assert [run.path for run in find_runs([sweep.path])] == [run.path for run in trials]
-    assert len(find_runs([tmp_path, other.path])) == 4
+    assert [run.run_id for run in find_runs([sweep.path])] == ["t1", "t2"]
+    assert [run.run_id for run in find_runs([tmp_path, sweep.path])] == ["t1", "t2", "z"]
     assert [run.path for run in find_runs([other.path])] == [other.path]
+
+
+def test_a_sweep_s_table_comes_back(tmp_path: Path):
+    """Swept fields are columns of their own type; what a trial has not got is null; a workspace can be moved."""
+    sweep = make_sweep(tmp_path / "here", {0: 2, 1: 4})
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = SweepDirectory.open(tmp_path / "there" / "sweeps" / sweep.path.name)
+    table = moved.trials()
+    assert [column.name for column in schema.TRIAL_COLUMNS] + ["set.method.growth_rate"] == list(table.columns)
+    assert table["set.method.growth_rate"].tolist() == [2, 4]
+    assert table["status"].tolist() == ["missing", "running"]
+    assert pd.isna(table["eval_loss"][0])
+    assert table["eval_loss"][1] == 0.5
+    assert table["run_dir"][1] == str(tmp_path / "there" / "runs" / "t1")
+    assert [run.path for run in moved.runs()] == [tmp_path / "there" / "runs" / "t1"]
+    assert moved.spec["grid"] == {"method.growth_rate": [2, 4]}
+
+
+def test_values_of_several_kinds_share_a_column(tmp_path: Path):
+    """Whole numbers beside fractions are numbers; beside words all are text."""
+    numbers = make_sweep(tmp_path / "a", {0: 1, 1: 0.5}).trials()["set.method.growth_rate"]
+    assert numbers.tolist() == [1.0, 0.5]
+    words = make_sweep(tmp_path / "b", {0: 1, 1: "auto"}).trials()["set.method.growth_rate"]
+    assert words.tolist() == ["1", "auto"]
+
+
+def test_no_sweep_directory(tmp_path: Path):
+    with pytest.raises(UserError, match="no sweep directory"):
+        SweepDirectory.open(tmp_path)
+    empty = SweepDirectory.create(tmp_path, "s", {"name": "s"})
+    assert empty.runs() == []
+    with pytest.raises(UserError, match="no trials yet"):
+        empty.trials()
 
 
 def test_names_say_what_tells_runs_apart(tmp_path: Path):
@@ -224,3 +270,4 @@ def test_the_documented_columns_are_the_columns():
     text = (Path(__file__).parents[1] / "docs" / "records.md").read_text()
     assert schema.markdown_table(schema.CLIENT_COLUMNS) in text
     assert schema.markdown_table(schema.ROUND_COLUMNS) in text
+    assert schema.markdown_table(schema.TRIAL_COLUMNS) in text

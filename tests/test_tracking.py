@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from fleetune.errors import UserError
-from fleetune.records import RunDirectory
+from fleetune.records import RunDirectory, SweepDirectory
 from fleetune.records.metrics import RoundMetrics
 from fleetune.records.tracking import QUIET, Follower, default_uri, sync, without_password
 from synthetic_runs import make_run, make_spec, rounds_of
@@ -120,7 +120,7 @@ def test_rounds_run_again_after_a_resume_are_not_sent_again(workspace: Path):
 def test_trials_are_children_of_their_sweep(workspace: Path):
     import mlflow
 
-    sweep = RunDirectory.create(
+    sweep = SweepDirectory.create(
         workspace, "growth", {"name": "growth", "grid": {"seed": [0, 1]}}, meta={"sweep": "growth"}
     )
     ids = []

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from fleetune.records.run_directory import RunDirectory
+from fleetune.records.sweep_directory import open_directory
 
 if TYPE_CHECKING:
     from fleetune.records.tracking import Tracker
@@ -145,7 +145,7 @@ class _Watched:
             return False
         try:
             if self.tracker is None:
-                self.tracker = Tracker(RunDirectory.open(self.path), live=True)
+                self.tracker = Tracker(open_directory(self.path), live=True)
             over = self.tracker.run.result() is not None
             self.tracker.push(interrupted=interrupted)
         except Exception:
@@ -214,7 +214,7 @@ def _store_of(path: str) -> str:
     from fleetune.records.tracking import Tracker, without_password
 
     try:
-        return without_password(Tracker(RunDirectory.open(path)).uri)
+        return without_password(Tracker(open_directory(path)).uri)
     except Exception:
         return "its store"
 

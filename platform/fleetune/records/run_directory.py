@@ -24,10 +24,13 @@ from fleetune.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
+    from typing_extensions import Self
 
 
 class RunDirectory:
     """One run's files. Make one with :meth:`create` or :meth:`open`."""
+
+    SPEC = "spec.yaml"
 
     def __init__(self, path: Path):
         self.path = path
@@ -43,7 +46,7 @@ class RunDirectory:
         *,
         meta: Mapping[str, Any] | None = None,
         directory: str | Path | None = None,
-    ) -> RunDirectory:
+    ) -> Self:
         """A new run in ``<workspace>/runs/<run_id>``, or in ``<directory>/<run_id>`` where one is given.
 
         ``meta`` (plain data) may hold ``git_commit``, ``spec_hash``, ``sweep``, ``overrides`` (dotted field
@@ -51,7 +54,7 @@ class RunDirectory:
         num_examples). Raises UserError where the directory already holds a run.
         """
         path = Path(directory or Path(workspace) / "runs").absolute() / run_id
-        if (path / "spec.yaml").exists():
+        if (path / cls.SPEC).exists():
             hint = f"resume it with: fleetune resume {path}"
             raise UserError("this directory already holds a run", field="run_dir", value=str(path), hint=hint)
         (path / "checkpoint" / "records").mkdir(parents=True, exist_ok=True)
@@ -61,16 +64,17 @@ class RunDirectory:
             "checkpoint/meta.json",
             {"run_id": run_id, "workspace": place, "started_at": time.time(), **(meta or {})},
         )
-        run.write("spec.yaml", yaml.safe_dump(_plain(spec), sort_keys=False, allow_unicode=True).encode())
+        run.write(cls.SPEC, yaml.safe_dump(_plain(spec), sort_keys=False, allow_unicode=True).encode())
         return run
 
     @classmethod
-    def open(cls, path: str | Path) -> RunDirectory:
+    def open(cls, path: str | Path) -> Self:
         """The run in ``path``; UserError where there is none."""
         path = Path(path).absolute()
-        if not (path / "spec.yaml").is_file():
-            hint = "a run directory is runs/<run_id> in a workspace and holds spec.yaml"
-            raise UserError("this is no run directory", field="run_dir", value=str(path), hint=hint)
+        if not (path / cls.SPEC).is_file():
+            kind, place = ("run", "runs/<run_id>") if cls is RunDirectory else ("sweep", "sweeps/<name>-<id>")
+            hint = f"a {kind} directory is {place} in a workspace and holds {cls.SPEC}"
+            raise UserError(f"this is no {kind} directory", field=f"{kind}_dir", value=str(path), hint=hint)
         return cls(path)
 
     # ------------------------------------------------------------------ what was run
@@ -84,11 +88,11 @@ class RunDirectory:
     def spec(self) -> dict[str, Any]:
         """The resolved spec as plain data. UserError where somebody broke the file."""
         try:
-            values = yaml.safe_load((self.path / "spec.yaml").read_text())
+            values = yaml.safe_load((self.path / self.SPEC).read_text())
         except (yaml.YAMLError, ValueError) as error:
-            raise self._damaged("spec.yaml", error) from None
+            raise self._damaged(self.SPEC, error) from None
         if not isinstance(values, dict):
-            raise self._damaged("spec.yaml", "it holds no fields")
+            raise self._damaged(self.SPEC, "it holds no fields")
         return values
 
     @property
@@ -294,17 +298,16 @@ def find_runs(paths: Iterable[str | Path]) -> list[RunDirectory]:
 
 
 def _runs_of(path: Path) -> Iterator[RunDirectory]:
+    from fleetune.records.sweep_directory import SweepDirectory
+
     path = path.absolute()
     inside = sorted(p.parent for pattern in ("runs/*/spec.yaml", "*/spec.yaml") for p in path.glob(pattern))
-    is_run = (path / "spec.yaml").is_file()
-    if inside:
+    if (path / SweepDirectory.SPEC).is_file():
+        yield from SweepDirectory(path).runs()
+    elif inside:
         yield from map(RunDirectory, inside)
-    elif is_run:
-        trials = []
-        if not RunDirectory(path).round_rows():
-            siblings = [RunDirectory(p.parent) for p in sorted(path.parent.glob("*/spec.yaml"))]
-            trials = [run for run in siblings if parent_of(run) == path]
-        yield from trials or [RunDirectory(path)]
+    elif (path / "spec.yaml").is_file():
+        yield RunDirectory(path)
 
 
 def parent_of(run: RunDirectory) -> Path | None:

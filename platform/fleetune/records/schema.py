@@ -71,6 +71,30 @@ ROUND_COLUMNS: tuple[Column, ...] = (
     Column("peak_memory_bytes_max", "int64", "largest peak memory of a client that was not refused"),
 )
 
+TRIAL_COLUMNS: tuple[Column, ...] = (
+    Column("trial", "int32", "number of the trial, from 0"),
+    Column("run_id", "string", "its run"),
+    Column("run_dir", "string", "the run's directory, relative to the sweep's"),
+    Column("status", "string", "finished, stopped (early, by the sweep), failed, running or missing (not started)"),
+    Column("error", "string", "why it failed"),
+    Column("spec_hash", "string", "identity of its results"),
+    Column("method", "string", "the method's name"),
+    Column("seed", "int64", "the run's seed"),
+    Column("num_rounds", "int32", "rounds that are recorded"),
+    Column("train_loss", "double", "training loss of the last round"),
+    Column("eval_loss", "double", "loss on the evaluation set, of the last evaluation"),
+    Column("eval_accuracy", "double", "share right on the evaluation set, 0 to 1, of the last evaluation"),
+    Column("baseline_eval_loss", "double", "loss of the untrained model"),
+    Column("baseline_eval_accuracy", "double", "share right of the untrained model"),
+    Column("sim_seconds", "double", "virtual time of the run"),
+    Column("uplink_bytes", "double", "bytes that all clients sent"),
+    Column("downlink_bytes", "double", "bytes that all clients received"),
+    Column("energy_joules", "double", "energy that all clients spent"),
+    Column("num_oom", "double", "times a client was refused for memory"),
+    Column("num_dropped", "double", "times a client left in the middle"),
+    Column("num_late", "double", "times a client came after the round's close"),
+)
+
 
 def arrow_schema(columns: tuple[Column, ...]) -> pa.Schema:
     """The Arrow schema of a table with these columns."""

@@ -28,13 +28,16 @@ from fleetune.records.follower import Follower
 from fleetune.records.metrics import RoundMetrics, number
 from fleetune.records.naming import flatten, method_of, run_name, shown
 from fleetune.records.run_directory import RunDirectory, parent_of
+from fleetune.records.sweep_directory import SweepDirectory, open_directory
 
 __all__ = ["Follower", "SyncReport", "Tracker", "TrackingConfig", "default_uri", "open_ui", "sync"]
 
 # Artifacts of a run, where they exist. The adapter and the figures are folders.
 ARTIFACTS = (
     "spec.yaml",
+    "sweep.yaml",
     "result.json",
+    "trials.parquet",
     "rounds.parquet",
     "clients.parquet",
     "trace.json",
@@ -95,7 +98,7 @@ def default_uri(workspace: str | Path) -> str:
 
 def sync(run_dir: str | Path, *, uri: str | None = None) -> SyncReport:
     """Sends what the store does not hold of this run yet. UserError where the store cannot be used."""
-    run = RunDirectory.open(run_dir)
+    run = open_directory(run_dir)
     tracker = Tracker(run, uri=uri)
     try:
         return tracker.push()
@@ -211,8 +214,8 @@ class Tracker:
             "mlflow.note.content": summary(self.run),
         }
         parent = parent_of(self.run)
-        if parent and (parent / "spec.yaml").is_file():
-            tags["mlflow.parentRunId"] = Tracker(RunDirectory.open(parent), uri=self.uri).run_id()
+        if parent and (parent / SweepDirectory.SPEC).is_file():
+            tags["mlflow.parentRunId"] = Tracker(SweepDirectory.open(parent), uri=self.uri).run_id()
         return {k: str(v) for k, v in tags.items() if v is not None}
 
     def run_id(self) -> str:
