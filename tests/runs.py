@@ -16,7 +16,7 @@ import torch
 
 from fleetune.engine.checkpoint import Checkpoint
 from fleetune.engine.coordinator import Coordinator, Event
-from fleetune.engine.executor import Executor, SerialExecutor
+from fleetune.engine.executor import Evaluation, Executor, SerialExecutor
 from fleetune.engine.lots import Lot, LotReply
 from fleetune.engine.problem import Inputs, Problem, build_problem, load_inputs
 from fleetune.methods.base import GlobalModel, Payload, State
@@ -25,7 +25,6 @@ from fleetune.models.config import ModelConfig
 from fleetune.records.run_directory import RunDirectory
 from fleetune.spec import RunSpec
 from fleetune.tensors import Packed, Tensors
-from fleetune.training.evaluate import EvalSums
 from fleetune.training.worker import Worker
 
 MakeExecutor = Callable[[Problem], Executor]
@@ -138,7 +137,7 @@ class Recorder:
             self.passed.append(Passed(lot, dict(payloads), reply, reply.partial_sums.get(0)))
             yield reply
 
-    def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> list[EvalSums]:
+    def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> Evaluation:
         """Pass on."""
         return self.inner.evaluate(model, chunks)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ import torch
 import runs
 import tiny
 from fleetune.engine.coordinator import Coordinator
-from fleetune.engine.executor import SerialExecutor
+from fleetune.engine.executor import Evaluated, SerialExecutor
 from fleetune.errors import RunFailed
-from fleetune.methods.base import ClientInfo, Payload, State, Update
+from fleetune.methods.base import ClientInfo, GlobalModel, Payload, State, Update
 from fleetune.methods.fedavg import FedIT
 from fleetune.records.run_directory import RunDirectory
+from fleetune.training.evaluate import EvalSums
 from fleetune.training.plan import ClientTask, CohortUpdate
 from fleetune.training.worker import Worker
 
@@ -188,6 +189,49 @@ def test_evaluation_is_every_so_many_rounds_and_at_the_end():
     assert np.isfinite(done.rounds["eval_loss"]).tolist() == [False, True, False, True, True]
     assert done.rounds["eval_accuracy"].dropna().between(0, 1).all()
     assert set(done.events[0]["baseline"]) == {"eval_loss", "eval_accuracy"}
+
+
+class Tardy(SerialExecutor):
+    """An evaluation is not there before somebody waits for it."""
+
+    @dataclass
+    class Slow:
+        inner: Evaluated
+        is_waited_for: bool = False
+
+        def is_done(self) -> bool:
+            return self.is_waited_for
+
+        def sums(self) -> list[EvalSums]:
+            self.is_waited_for = True
+            return self.inner.sums()
+
+    def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> Any:
+        return self.Slow(super().evaluate(model, chunks))
+
+
+def test_a_late_evaluation_changes_nothing_but_when_a_round_is_written():
+    """Every round is evaluated: round t is written while t + 2 is worked on, with the same bits; none is left out."""
+    spec = tiny.spec({**FAST, "rounds.num_rounds": 4, "evaluation.every": 1}, method="fedsa-lora")
+    late, prompt = runs.run(spec, Tardy), runs.run(spec)
+    runs.same_runs(late, prompt)
+    assert late.events[0]["baseline"] == {}
+    assert [e["round"] for e in late.events] == [0, 1, 2, 3, 4, 4]
+    for one, other in zip(late.events[1:], prompt.events[1:], strict=True):
+        for event in (one, other):
+            event["totals"].pop("wall_seconds")
+            event["row"].pop("wall_seconds")
+            event["row"].pop("run_id", None)
+        assert one == other
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_a_run_that_is_killed_while_an_evaluation_is_under_way_goes_on(stop_after: int, tmp_path: Path):
+    """What waited for it is done again, round and evaluation, with what clients kept before that round."""
+    spec = tiny.spec({**FAST, "rounds.num_rounds": 4, "evaluation.every": 2}, method="fedsa-lora")
+    runs.run(spec, Tardy, folder=tmp_path, stop_after=stop_after)
+    assert len(RunDirectory.open(tmp_path / "runs" / "tiny").rounds()) == stop_after
+    runs.same_runs(runs.run(spec, Tardy, folder=tmp_path), runs.run(spec))
 
 
 def test_chunks_of_the_evaluation_set_add_up():

@@ -41,7 +41,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "fedsa-lora",
         {"fleet.dropout": 0.3, "rounds.close": "first_k", "rounds.first_k": 2},
     ),
-    "generated answers": ("fedit", {"evaluation.generate": True, "evaluation.batch_size": 3}),
+    "generated answers": ("fedit", {"evaluation.generate": True, "evaluation.batch_size": 3, "evaluation.every": 1}),
 }
 
 

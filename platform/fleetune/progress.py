@@ -68,6 +68,7 @@ class Lines:
     def __init__(self, title: str):
         self.title = title
         self.started = time.perf_counter()
+        self.baseline = Untrained()
 
     def __enter__(self) -> Lines:
         return self
@@ -77,8 +78,10 @@ class Lines:
     def __call__(self, event: dict[str, Any]) -> None:
         """Print the event."""
         if event["kind"] == "start":
-            _say(_heading(self.title, event))
+            _say(_heading(self.title, event) + self.baseline.first_told(event))
         elif event["kind"] == "round":
+            if told := self.baseline.first_told(event):
+                _say(f"{self.title}{told}")
             elapsed = time.perf_counter() - self.started
             _say(f"round {event['round']}/{event['num_rounds']} · {describe(event['row'])} · {duration(elapsed)}")
 
@@ -88,6 +91,7 @@ class Bar:
 
     def __init__(self, title: str):
         self.title = title
+        self.baseline = Untrained()
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -111,8 +115,11 @@ class Bar:
         """Move the bar."""
         self.progress.update(self.task, description=self.title, total=event["num_rounds"], completed=event["round"])
         if event["kind"] == "start":
-            self.progress.console.print(_heading(self.title, event), highlight=False)
+            heading = _heading(self.title, event) + self.baseline.first_told(event)
+            self.progress.console.print(heading, highlight=False)
         if event["kind"] == "round":
+            if told := self.baseline.first_told(event):
+                self.progress.console.print(f"{self.title}{told}", highlight=False)
             row = event["row"]
             self.progress.update(self.task, shown=describe(row))
             if row.get("eval_loss") is not None:
@@ -128,16 +135,26 @@ def _heading(title: str, event: dict[str, Any]) -> str:
         else f"{chosen['hosts']} Ray hosts of {chosen['threads']} thread(s)"
     )
     shown = f"{title}: {event['num_rounds']} rounds in {where}, cohorts of {chosen['cohort']}"
-    return shown + _baseline(event)
+    return f"{shown}, going on after round {event['round']}" if event["round"] > 0 else shown
 
 
-def _baseline(event: dict[str, Any]) -> str:
-    base = event["baseline"]
-    if event["round"] > 0:
-        return f", going on after round {event['round']}"
-    if "eval_accuracy" in base:
-        return f", untrained accuracy {base['eval_accuracy']:.1%}"
-    return f", untrained loss {base['eval_loss']:.3f}" if "eval_loss" in base else ""
+class Untrained:
+    """The untrained model's quality, told once: on Ray it is worked out beside the first round."""
+
+    def __init__(self) -> None:
+        self.is_told = False
+
+    def first_told(self, event: dict[str, Any]) -> str:
+        """What to add to a line; empty where it is not known yet, was told, or the run goes on."""
+        base = event["baseline"]
+        if self.is_told or not base:
+            return ""
+        self.is_told = True
+        if event["kind"] == "start" and event["round"] > 0:
+            return ""
+        if "eval_accuracy" in base:
+            return f", untrained accuracy {base['eval_accuracy']:.1%}"
+        return f", untrained loss {base['eval_loss']:.3f}"
 
 
 def _say(text: str) -> None:

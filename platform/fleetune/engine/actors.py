@@ -6,7 +6,8 @@ round. Hosts outlive runs: a further run of the same process finds them warm.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -128,8 +129,28 @@ class HostActor:
         return self._payloads[ref]
 
 
+class Job:
+    """One call to a host: how it is made, how its failure is told, and what came of it."""
+
+    def __init__(self, submit: Callable[[Any, bool], Any], failed: Callable[[Exception], RunFailed], *, is_lot: bool):
+        self.submit, self.failed, self.is_lot = submit, failed, is_lot
+        self.is_retry, self.num_deaths, self.is_done = False, 0, False
+        self.result: Any = None
+        self.error: RunFailed | None = None
+
+    def take(self) -> Any:
+        """The result, which is let go of here. Raises what went wrong."""
+        if self.error is not None:
+            raise self.error
+        result, self.result = self.result, None
+        return result
+
+
 class RayExecutor:
-    """A pool of hosts. Lots are dealt longest first to whoever is free; replies are used in the order of the lots."""
+    """A pool of hosts. Lots are dealt longest first to whoever is free; replies are used in the order of the lots.
+
+    Evaluations go to hosts that lots leave idle: at the end of a round, and while the coordinator prepares the next one.
+    """
 
     queued_per_host = 2  # one running, one waiting, so that a host never idles between lots
     max_deaths = 3  # assumed: a call whose host dies so often is to blame itself (memory, a crash in native code)
@@ -140,77 +161,134 @@ class RayExecutor:
         self._setup: tuple[Any, ...] | None = None
         self._prepared: list[Any] = []
         self._run_number = 0
+        self._forget()
 
     def _new_host(self) -> Any:
         return HostActor.options(num_cpus=self.threads).remote(self.threads)  # type: ignore[attr-defined]
 
+    def _forget(self) -> None:
+        """Nothing is asked of any host: calls of a run that was broken off are nobody's any more."""
+        self._lots: deque[Job] = deque()
+        self._evaluations: deque[Job] = deque()
+        self._running: dict[Any, tuple[Job, int]] = {}  # reference -> its job and host, in the order of submission
+        self._load = [0] * self.num_hosts
+        self._num_unread = 0
+
     def prepare(self, base_key: str, spec: RunSpec, method: type[Method], shared: SharedInputs) -> None:
         """Hand a run to all hosts, without waiting for them."""
         self._run_number += 1
+        self._forget()
         self._setup = (self._run_number, base_key, spec, method, shared.base, shared.rest)
         self._prepared = [host.prepare.remote(*self._setup) for host in self.hosts]
 
     def run(self, lots: Sequence[Lot], payloads: Mapping[int, Payload]) -> Iterator[LotReply]:
-        """Carry out the lots. A host that dies is replaced and its lots run again; an error is tried once more."""
+        """Begin the lots. A host that dies is replaced and its lots run again; an error is tried once more."""
         refs = {key: ray.put(PackedPayload.of(payload)) for key, payload in payloads.items()}
 
-        def submit(host: Any, index: int, attempt: int) -> Any:
-            needed = {cohort.payload: refs[cohort.payload] for cohort in lots[index].cohorts}
-            return host.run.remote(self._run_number, lots[index], needed, attempt > 0)
+        def job(lot: Lot) -> Job:
+            needed = {cohort.payload: refs[cohort.payload] for cohort in lot.cohorts}
 
-        def failed(index: int, error: Exception) -> RunFailed:
-            lot = lots[index]
-            who = lot.client_ids.tolist()
-            return RunFailed(_told(error), round_idx=lot.round_idx, stage=lot.stage, client_ids=who)
+            def submit(host: Any, is_retry: bool) -> Any:
+                return host.run.remote(self._run_number, lot, needed, is_retry)
 
-        yield from self._dispatch(len(lots), submit, failed)
+            def failed(error: Exception) -> RunFailed:
+                who = lot.client_ids.tolist()
+                return RunFailed(_told(error), round_idx=lot.round_idx, stage=lot.stage, client_ids=who)
 
-    def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> list[EvalSums]:
-        """Evaluate the chunks on all hosts."""
+            return Job(submit, failed, is_lot=True)
+
+        jobs = [job(lot) for lot in lots]
+        self._lots.extend(jobs)
+        self._fill()
+        return self._replies(jobs)
+
+    def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> RayEvaluation:
+        """Begin an evaluation on the hosts that are idle."""
         ref = ray.put({"adapter": pack(model.adapter), "submodel": model.submodel.to_values()})
 
-        def submit(host: Any, index: int, attempt: int) -> Any:
-            return host.evaluate.remote(self._run_number, ref, chunks[index])
+        def job(rows: np.ndarray) -> Job:
+            def submit(host: Any, is_retry: bool) -> Any:
+                return host.evaluate.remote(self._run_number, ref, rows)
 
-        def failed(index: int, error: Exception) -> RunFailed:
-            return RunFailed(f"evaluation: {_told(error)}")
+            return Job(submit, lambda error: RunFailed(f"evaluation: {_told(error)}"), is_lot=False)
 
-        return list(self._dispatch(len(chunks), submit, failed))
+        jobs = [job(rows) for rows in chunks]
+        self._evaluations.extend(jobs)
+        self._fill()
+        return RayEvaluation(self, jobs)
 
-    def _dispatch(self, num_jobs: int, submit: Any, failed: Any) -> Iterator[Any]:
-        """Results of jobs 0 … n-1 in order, at most a few of them in the object store at a time."""
-        running: dict[Any, tuple[int, int, int]] = {}  # reference -> (job, host, attempt)
-        done: dict[int, Any] = {}
-        waiting = list(range(num_jobs))[::-1]
-        load = [0] * self.num_hosts
-        deaths = [0] * num_jobs
-        for wanted in range(num_jobs):
-            while wanted not in done:
-                while waiting and min(load) < self.queued_per_host and len(done) < 2 * self.num_hosts:
-                    self._start(waiting.pop(), 0, submit, running, load)
-                (ref,), _ = ray.wait(list(running), num_returns=1, fetch_local=True)
-                index, host, attempt = running.pop(ref)
-                load[host] -= 1
-                try:
-                    done[index] = ray.get(ref)
-                except RayActorError as error:
-                    first = self._replace(host, running, load, submit, index)
-                    deaths[first] += 1
-                    if deaths[first] >= self.max_deaths:
-                        raise failed(first, error) from error
-                except RayTaskError as error:
-                    if attempt > 0:
-                        cause = self._cause(error, host)
-                        raise cause if isinstance(cause, RunFailed) else failed(index, cause) from error
-                    self._start(index, attempt + 1, submit, running, load)
-                except RayError as error:
-                    raise failed(index, error) from error
-            yield done.pop(wanted)
+    def step(self, *, timeout_seconds: float | None = None, evaluations_first: bool = False) -> bool:
+        """Wait for one call to end and deal out what waits; False where none ended in time, or none is under way."""
+        self._fill(evaluations_first)
+        ended, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout_seconds) if self._running else ([], [])
+        for ref in ended:
+            self._settle(ref)
+        self._fill(evaluations_first)
+        return bool(ended)
 
-    def _start(self, index: int, attempt: int, submit: Any, running: dict, load: list[int]) -> None:
-        host = load.index(min(load))
-        running[submit(self.hosts[host], index, attempt)] = (index, host, attempt)
-        load[host] += 1
+    def _replies(self, jobs: Sequence[Job]) -> Iterator[LotReply]:
+        for job in jobs:
+            while not job.is_done:
+                self.step()
+            self._num_unread -= 1
+            yield job.take()
+
+    def _fill(self, evaluations_first: bool = False) -> None:
+        """Deal out. Few replies at a time wait to be read; an evaluation takes an idle host, or any where it is waited for."""
+        if evaluations_first:
+            self._begin_evaluations(self.queued_per_host)
+        while self._lots and self._num_unread < 2 * self.num_hosts and self._has_room(self.queued_per_host):
+            self._start(self._lots.popleft())
+        self._begin_evaluations(queued_per_host=1)
+
+    def _begin_evaluations(self, queued_per_host: int) -> None:
+        while self._evaluations and self._has_room(queued_per_host):
+            self._start(self._evaluations.popleft())
+
+    def _has_room(self, queued_per_host: int) -> bool:
+        return min(self._load) < queued_per_host
+
+    def _start(self, job: Job, host: int | None = None) -> None:
+        if host is None:
+            host = self._load.index(min(self._load))
+        self._running[job.submit(self.hosts[host], job.is_retry)] = (job, host)
+        self._load[host] += 1
+
+    def _settle(self, ref: Any) -> None:
+        """A call has ended: take its result, try it once more, or note why it failed."""
+        job, host = self._running[ref]
+        try:
+            result = ray.get(ref)
+        except RayActorError as error:
+            self._replace(host, error)
+            return
+        except RayTaskError as error:
+            self._end(ref)
+            if not job.is_retry:
+                job.is_retry = True
+                self._start(job)
+                return
+            cause = self._cause(error, host)
+            self._fail(job, cause if isinstance(cause, RunFailed) else job.failed(cause))
+            return
+        except RayError as error:
+            self._end(ref)
+            self._fail(job, job.failed(error))
+            return
+        self._end(ref)
+        job.result, job.is_done = result, True
+        self._num_unread += job.is_lot
+
+    def _end(self, ref: Any) -> None:
+        _, host = self._running.pop(ref)
+        self._load[host] -= 1
+
+    def _fail(self, job: Job, error: RunFailed) -> None:
+        """Whoever takes the job's result is told. The lots that are not begun yet would be for nothing."""
+        job.error, job.is_done = error, True
+        if job.is_lot:
+            self._num_unread += 1
+            self._lots.clear()
 
     def _cause(self, error: RayTaskError, host: int) -> Exception:
         """What was raised on the host. One that could not take up the run fails in every call for that reason."""
@@ -222,22 +300,44 @@ class RayExecutor:
             pass
         return error.cause if isinstance(error.cause, Exception) else error
 
-    def _replace(self, host: int, running: dict, load: list[int], submit: Any, index: int) -> int:
-        """A fresh host takes the dead one's place and its lots: calls are stateless, so the result is the same.
+    def _replace(self, host: int, error: RayActorError) -> None:
+        """A fresh host takes the dead one's place and its jobs: calls are stateless, so the result is the same.
 
-        Returns the lot that the host was at when it died: it works in their order.
+        The job that the host was at when it died, the first of them, may be what killed it.
         """
-        lost = sorted([index, *(job for job, where, _ in running.values() if where == host)])
-        for ref in [ref for ref, (_, where, _) in running.items() if where == host]:
-            del running[ref]
+        refs = [ref for ref, (_, where) in self._running.items() if where == host]
+        lost = [self._running.pop(ref)[0] for ref in refs]
         self.hosts[host] = self._new_host()
-        load[host] = 0
+        self._load[host] = 0
         if self._setup is not None:
             self._prepared[host] = self.hosts[host].prepare.remote(*self._setup)
+        lost[0].num_deaths += 1
+        if lost[0].num_deaths >= self.max_deaths:
+            self._fail(lost[0], lost[0].failed(error))
+            del lost[0]
         for job in lost:
-            running[submit(self.hosts[host], job, 0)] = (job, host, 0)
-            load[host] += 1
-        return lost[0]
+            job.is_retry = False
+            self._start(job, host)
+
+
+@dataclass(frozen=True)
+class RayEvaluation:
+    """An evaluation on hosts."""
+
+    executor: RayExecutor
+    jobs: list[Job]
+
+    def is_done(self) -> bool:
+        """Whether all chunks have come back."""
+        while not all(job.is_done for job in self.jobs) and self.executor.step(timeout_seconds=0):
+            pass
+        return all(job.is_done for job in self.jobs)
+
+    def sums(self) -> list[EvalSums]:
+        """The sums over each chunk, in order; waits for them."""
+        while not all(job.is_done for job in self.jobs):
+            self.executor.step(evaluations_first=True)
+        return [job.take() for job in self.jobs]
 
 
 def _told(error: Exception) -> str:

@@ -7,7 +7,7 @@ file is written last and replaces the former in one step, so a run that is kille
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,16 @@ class Progress:
     baseline: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A run as it stood after a round, for as long as that round waits for its evaluation."""
+
+    state: State
+    progress: Progress
+    last_round: np.ndarray
+    provisioned: dict[int, str]
+
+
 class Checkpoint:
     """The checkpoint folder of one run."""
 
@@ -39,17 +49,27 @@ class Checkpoint:
         """Round whose file holds the client's private tensors; -1: it has none."""
         self.provisioned: dict[int, str] = {}
         """Client -> key of the weights that it was sent last."""
+        self._unwritten: list[Snapshot] = []
 
     @property
     def state_file(self) -> Path:
         """The file whose presence means that the run can go on."""
         return self.folder / "state.safetensors"
 
-    def save(self, state: State, progress: Progress) -> None:
-        """Write everything but private tensors, which `keep` has written before."""
-        meta = {"values": state.values, "provisioned": self.provisioned, **vars(progress)}
-        tensors = {f"state/{name}": tensor for name, tensor in state.tensors.items()}
-        save(self.state_file, {**tensors, "last_round": torch.from_numpy(self.last_round)}, meta)
+    def snapshot(self, state: State, progress: Progress) -> Snapshot:
+        """The run as it stands now; `save` writes it, now or when later rounds have changed what is here."""
+        copied = replace(progress, totals=dict(progress.totals))
+        made = Snapshot(state, copied, self.last_round.copy(), dict(self.provisioned))
+        self._unwritten.append(made)
+        return made
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Write all but private tensors, which `keep` has written before, and delete those that nobody needs any more."""
+        meta = {"values": snapshot.state.values, "provisioned": snapshot.provisioned, **vars(snapshot.progress)}
+        tensors = {f"state/{name}": tensor for name, tensor in snapshot.state.tensors.items()}
+        save(self.state_file, {**tensors, "last_round": torch.from_numpy(snapshot.last_round)}, meta)
+        self._unwritten.remove(snapshot)
+        self._forget_unneeded(snapshot)
 
     def load(self) -> tuple[State, Progress] | None:
         """State and progress of the last finished round; None where there is none yet."""
@@ -63,16 +83,17 @@ class Checkpoint:
 
     # -- clients' private tensors -----------------------------------------------------------------------------------------
     def keep(self, round_idx: int, private: Mapping[int, Packed]) -> None:
-        """Write what clients keep after a round, and forget files that no client needs any more."""
+        """Write what clients keep after a round."""
         if not private:
             return
         tensors = {f"{c}/{name}": t for c, packed in private.items() for name, t in packed.unpack().items()}
         save(self._file(round_idx), tensors)
         self.last_round[list(private)] = round_idx
 
-    def forget_unneeded(self) -> None:
-        """Delete private files that the saved state does not point to."""
-        needed = {self._file(int(r)).name for r in np.unique(self.last_round) if r >= 0}
+    def _forget_unneeded(self, written: Snapshot) -> None:
+        """Delete private files that neither the saved state points to nor one that is still to be saved."""
+        pointed = [np.unique(snapshot.last_round) for snapshot in (written, *self._unwritten)]
+        needed = {self._file(int(r)).name for r in np.unique(np.concatenate(pointed)) if r >= 0}
         for path in self.clients.glob("*.safetensors"):
             if path.name not in needed:
                 path.unlink(missing_ok=True)

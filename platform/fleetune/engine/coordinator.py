@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -11,17 +12,26 @@ import numpy as np
 from fleetune.engine.checkpoint import Checkpoint, Progress
 from fleetune.engine.columns import client_columns, round_row
 from fleetune.engine.executor import Executor
+from fleetune.engine.ledger import Evaluating, FinishedRound, Ledger
 from fleetune.engine.lots import LotReply, make_lots
 from fleetune.engine.problem import Problem
 from fleetune.engine.rounds import LATE, OK, Outcome
 from fleetune.engine.schedule import Schedule, Work
+from fleetune.errors import RunFailed
 from fleetune.methods.base import State, Update
 from fleetune.records.run_directory import RunDirectory
-from fleetune.tensors import Packed
-from fleetune.training.evaluate import totals
 
 Event = dict[str, Any]
-Baselines = dict[str, dict[str, float]]
+Baselines = dict[str, Evaluating]
+TOTALS = (
+    "uplink_bytes",
+    "downlink_bytes",
+    "energy_joules",
+    "wall_seconds",
+    "num_oom",
+    "num_dropped",
+    "num_late",
+)
 
 
 class Coordinator:
@@ -35,34 +45,45 @@ class Coordinator:
         self.spec, self.method = problem.spec, problem.method
         self.schedule = Schedule(problem)
         self.checkpoint = Checkpoint(run_dir.path / "checkpoint", problem.fleet.num_clients)
+        self.ledger = Ledger(run_dir, self.checkpoint)
         self.sizes = self.schedule.sizes
 
     def run(self) -> Iterator[Event]:
-        """All rounds that are left. Yields an event when the run starts, after each round, and at its end."""
+        """All rounds that are left. Yields an event when the run starts, when a round is on record, and at the end."""
         state, progress = self._start()
         yield self._event("start", progress)
-        for round_idx in range(progress.next_round, self.spec.rounds.num_rounds):
-            started = time.perf_counter()
+        try:
+            for round_idx in range(progress.next_round, self.spec.rounds.num_rounds):
+                started = time.perf_counter()
 
-            # What the server sends, to whom, and what it costs each of them; so who is refused, leaves, or comes too late.
-            state = self.method.begin_round(state, round_idx)
-            now = self.schedule.round(state, round_idx, self.checkpoint.provisioned)
-            client_ids, work, costs, outcome = now.client_ids, now.work, now.costs, now.outcome
+                # What the server sends, to whom, and what it costs each of them; so who is refused, leaves, or comes too late.
+                state = self.method.begin_round(state, round_idx)
+                now = self.schedule.round(state, round_idx, self.checkpoint.provisioned)
+                client_ids, work, costs, outcome = now.client_ids, now.work, now.costs, now.outcome
+                progress.sim_seconds += outcome.sim_seconds
 
-            # The work itself, and the new state.
-            replies: list[LotReply] = []
-            state = self._update(state, client_ids, work, outcome, replies)
-            progress.sim_seconds += outcome.sim_seconds
+                # The work itself. While hosts are at it, the round before is written and the next one's batches are drawn.
+                replies: list[LotReply] = []
+                updates = self._begin(client_ids, work, outcome, replies)
+                yield from self._written()
+                self.schedule.draw_ahead(round_idx + 1)
+                state = self._aggregate(state, updates, round_idx)
 
-            # Evaluation, records, checkpoint.
-            clients = client_columns(self.problem, client_ids, costs, outcome, replies, work.rows)
-            row = round_row(round_idx, self.method.stage(round_idx), clients, outcome, progress.sim_seconds)
-            row.update(self.method.columns(state))
-            if self._is_evaluated(round_idx):
-                row.update(self._evaluate(state))
-            row["wall_seconds"] = time.perf_counter() - started
-            self._record(state, row, clients, replies, progress)
-            yield self._event("round", progress, row)
+                # What there is to record, and the evaluation, which goes on beside the next round's work.
+                clients = client_columns(self.problem, client_ids, costs, outcome, replies, work.rows)
+                row = round_row(round_idx, self.method.stage(round_idx), clients, outcome, progress.sim_seconds)
+                row.update(self.method.columns(state))
+                self.checkpoint.keep(round_idx, {c: kept for reply in replies for c, kept in reply.private.items()})
+                evaluation = self._evaluate(state) if self._is_evaluated(round_idx) else None
+                row["wall_seconds"] = time.perf_counter() - started
+                _count(progress, row)
+                self.ledger.add(FinishedRound(row, clients, self.checkpoint.snapshot(state, progress), evaluation))
+        except RunFailed:
+            # Rounds that were done before go on record, if their evaluation lets them.
+            with contextlib.suppress(RunFailed):
+                yield from self._written(everything=True)
+            raise
+        yield from self._written(everything=True)
         yield self._finish(state, progress)
 
     # -- start and end ----------------------------------------------------------------------------------------------------
@@ -70,12 +91,17 @@ class Coordinator:
         saved = self.checkpoint.load()
         if saved is not None:
             self.run_dir.truncate(saved[1].next_round)
+            self.ledger.baseline = saved[1].baseline
             return saved
         self.run_dir.truncate(0)
         state = self.method.start()
-        progress = Progress(baseline=self._baseline(state))
-        self.run_dir.update_meta(baseline=progress.baseline)
-        return state, progress
+        self.ledger.expect_baseline(self._baseline(state))
+        return state, Progress()
+
+    def _written(self, *, everything: bool = False) -> Iterator[Event]:
+        """Rounds that go on record now."""
+        for done in self.ledger.write(everything=everything):
+            yield self._event("round", done.progress, done.row)
 
     def _finish(self, state: State, progress: Progress) -> Event:
         from fleetune.models.peft_format import save_adapter
@@ -87,14 +113,14 @@ class Coordinator:
         return self._event("end", progress, rows[-1][0] if rows else {})
 
     # -- parts of a round -------------------------------------------------------------------------------------------------
-    def _update(
-        self, state: State, client_ids: np.ndarray, work: Work, outcome: Outcome, replies: list[LotReply]
-    ) -> State:
-        """Carry out the work of the clients that count (late ones too, where they keep something) and aggregate it."""
+    def _begin(
+        self, client_ids: np.ndarray, work: Work, outcome: Outcome, replies: list[LotReply]
+    ) -> Iterator[Update] | None:
+        """Begin the work of the clients that count (late ones too, where they keep something); None where none does."""
         keeps = self._keeps(work)
         active = np.flatnonzero((outcome.status == OK) | ((outcome.status == LATE) & keeps))
         if not (outcome.status == OK).any():
-            return state
+            return None
         sizes = self.sizes[client_ids].astype(float)
         counted = sizes * (outcome.status == OK)
         weights = counted / counted.sum()
@@ -113,9 +139,14 @@ class Coordinator:
             private=self.checkpoint.private(ids) if keeps else {},
         )
         run = self.executor.run(lots, dict(enumerate(work.payloads)))
-        stream = self._updates(run, work, weights, client_ids, replies)
-        state = self.method.aggregate(state, stream, work.round_idx)
-        for _ in stream:  # a method that does not look at every update still needs every client's record
+        return self._updates(run, work, weights, client_ids, replies)
+
+    def _aggregate(self, state: State, updates: Iterator[Update] | None, round_idx: int) -> State:
+        """The next state from the updates as they come."""
+        if updates is None:
+            return state
+        state = self.method.aggregate(state, updates, round_idx)
+        for _ in updates:  # a method that does not look at every update still needs every client's record
             pass
         return state
 
@@ -152,15 +183,15 @@ class Coordinator:
         plans = ((self.method.plan(payload), payload) for payload in work.payloads)
         return any(plan.keeps(name) for plan, payload in plans for name in self.method.client_adapter(payload))
 
-    # -- records ----------------------------------------------------------------------------------------------------------
-    def _evaluate(self, state: State) -> dict[str, float]:
+    # -- evaluation -------------------------------------------------------------------------------------------------------
+    def _evaluate(self, state: State) -> Evaluating:
         """Loss and accuracy of the global model on the held-out examples, in chunks that any worker can take."""
         num_examples = len(self.problem.inputs.evaluation.data)
         size = self.spec.evaluation.batch_size
         chunks = [np.arange(start, min(start + size, num_examples)) for start in range(0, num_examples, size)]
-        return totals(self.executor.evaluate(self.method.evaluated(state, self._private_states), chunks))
+        return Evaluating(self.executor.evaluate(self.method.evaluated(state, self._private_states), chunks))
 
-    def _baseline(self, state: State) -> dict[str, float]:
+    def _baseline(self, state: State) -> Evaluating:
         """The untrained model's quality. With B = 0 it is the base model's, so runs on one base and data share it."""
         model = self.method.evaluated(state, self._private_states)
         is_base = model.submodel.is_whole(self.problem.inputs.base.num_layers) and not any(
@@ -173,7 +204,7 @@ class Coordinator:
         key = (
             f"{spec.model.base} {spec.model.quantization} {data} {spec.evaluation} {spec.seed} {spec.execution.threads}"
         )
-        if key not in self.baselines:
+        if key not in self.baselines or not self.baselines[key].is_done():  # that of a run that failed never comes
             self.baselines[key] = self._evaluate(state)
         return self.baselines[key]
 
@@ -183,38 +214,21 @@ class Coordinator:
     def _is_evaluated(self, round_idx: int) -> bool:
         return (round_idx + 1) % self.spec.evaluation.every == 0 or round_idx + 1 == self.spec.rounds.num_rounds
 
-    def _record(
-        self, state: State, row: Event, clients: dict[str, Any], replies: list[LotReply], progress: Progress
-    ) -> None:
-        """Records first, then the clients' private tensors, then the state: what a kill leaves behind can be gone on from."""
-        round_idx = int(row["round"])
-        self.run_dir.append_round(row, clients)
-        private: dict[int, Packed] = {}
-        for reply in replies:
-            private.update(reply.private)
-        self.checkpoint.keep(round_idx, private)
-        progress.next_round = round_idx + 1
-        for name in (
-            "uplink_bytes",
-            "downlink_bytes",
-            "energy_joules",
-            "wall_seconds",
-            "num_oom",
-            "num_dropped",
-            "num_late",
-        ):
-            progress.totals[name] = progress.totals.get(name, 0.0) + float(row[name])
-        self.checkpoint.save(state, progress)
-        self.checkpoint.forget_unneeded()
-
     def _event(self, kind: str, progress: Progress, row: Event | None = None) -> Event:
         return {
             "kind": kind,
             "round": progress.next_round,
             "num_rounds": self.spec.rounds.num_rounds,
             "row": row or {},
-            "baseline": progress.baseline,
+            "baseline": self.ledger.baseline,
             "sim_seconds": progress.sim_seconds,
             "execution": self.spec.execution.model_dump(),
             "totals": dict(progress.totals),
         }
+
+
+def _count(progress: Progress, row: Event) -> None:
+    """A round more, and what it added to the totals."""
+    progress.next_round = int(row["round"]) + 1
+    for name in TOTALS:
+        progress.totals[name] = progress.totals.get(name, 0.0) + float(row[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -20,12 +21,39 @@ class Executor(Protocol):
     """Where local updates and evaluations run."""
 
     def run(self, lots: Sequence[Lot], payloads: Mapping[int, Payload]) -> Iterator[LotReply]:
-        """Carry out the lots; replies come in their order. A real failure is retried once, then raised as RunFailed."""
+        """Begin the lots; replies come in their order. A real failure is retried once, then raised as RunFailed."""
         ...
 
-    def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> list[EvalSums]:
-        """Sums over each chunk of held-out examples, in order."""
+    def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> Evaluation:
+        """Begin an evaluation over chunks of held-out examples; where it can, it goes on beside lots that come later."""
         ...
+
+
+class Evaluation(Protocol):
+    """An evaluation that was begun."""
+
+    def is_done(self) -> bool:
+        """Whether `sums` would not wait."""
+        ...
+
+    def sums(self) -> list[EvalSums]:
+        """The sums over each chunk, in order; waits for them. RunFailed where it failed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation that was carried out at once."""
+
+    parts: list[EvalSums]
+
+    def is_done(self) -> bool:
+        """It is."""
+        return True
+
+    def sums(self) -> list[EvalSums]:
+        """The sums over each chunk."""
+        return self.parts
 
 
 class WorkerSide:
@@ -74,9 +102,9 @@ class SerialExecutor:
                 raise
             return self.side.run(lot, payloads, locate=True)
 
-    def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> list[EvalSums]:
+    def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> Evaluated:
         """One chunk after the other."""
-        return [self._evaluate_one(model, rows) for rows in chunks]
+        return Evaluated([self._evaluate_one(model, rows) for rows in chunks])
 
     def _evaluate_one(self, model: GlobalModel, rows: np.ndarray) -> EvalSums:
         try:

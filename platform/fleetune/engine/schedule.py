@@ -47,6 +47,7 @@ class Schedule:
         self.problem, self.spec, self.method = problem, problem.spec, problem.method
         self.pricing = Pricing(problem)
         self.sizes = np.diff(problem.partition.offsets)
+        self._ahead: dict[int, list[np.ndarray]] = {}
 
     def round(self, state: State, round_idx: int, provisioned: MutableMapping[int, str]) -> Scheduled:
         """The round that starts from ``state``. ``provisioned``, what each client was sent along last, is brought up to date."""
@@ -65,6 +66,11 @@ class Schedule:
             run_seed=self.spec.seed,
             round_idx=round_idx,
         )
+
+    def draw_ahead(self, round_idx: int) -> None:
+        """Draw the batches of a round to come, while hosts work: they depend on nothing that is still being worked out."""
+        if round_idx < self.spec.rounds.num_rounds:
+            self._ahead = {round_idx: self.batches(round_idx, self.clients(round_idx))}
 
     def batches(self, round_idx: int, client_ids: np.ndarray) -> list[np.ndarray]:
         """Each client's examples, (steps, batch), drawn at the address (seed, round, client)."""
@@ -87,7 +93,7 @@ class Schedule:
 
     def _work(self, state: State, round_idx: int, client_ids: np.ndarray) -> Work:
         """One payload per group of clients, each client's group, and its batches."""
-        rows = self.batches(round_idx, client_ids)
+        rows = self._ahead.pop(round_idx, None) or self.batches(round_idx, client_ids)
         if type(self.method).group is Method.group:
             payloads = [self.method.broadcast(state, round_idx, None)]
             return Work(round_idx, [None], payloads, np.zeros(len(client_ids), np.int64), rows)
