@@ -19,6 +19,7 @@ import tiny
 from commands import Output
 from fleetune.catalogue import CATALOGUES
 from fleetune.engine import launch
+from fleetune.engine.ledger import FinishedRound, Ledger
 from fleetune.methods import METHODS
 from fleetune.records.run_directory import RunDirectory
 
@@ -202,7 +203,7 @@ def test_ctrl_c_leaves_a_run_that_can_be_gone_on_with(
     job = commands.job_file(tmp_path)
     whole = fleetune("run", job, "-w", tmp_path / "whole", "--json").document
     with monkeypatch.context() as patch:
-        patch.setattr(launch.Coordinator, "_record", interrupted_in_round(1, launch.Coordinator._record))
+        patch.setattr(Ledger, "add", interrupted_in_round(1, Ledger.add))
         out = fleetune("run", job, "-w", tmp_path, "--json")
     assert out.status == 130
     assert out.document == {"error": "stopped"}
@@ -212,13 +213,13 @@ def test_ctrl_c_leaves_a_run_that_can_be_gone_on_with(
         pd.testing.assert_frame_equal(mine, theirs, check_exact=True)
 
 
-def interrupted_in_round(round_idx: int, record: Callable[..., None]) -> Callable[..., None]:
+def interrupted_in_round(round_idx: int, add: Callable[..., None]) -> Callable[..., None]:
     """Ctrl-C after the round's work, before anything of it is recorded."""
 
-    def interrupt(self: Any, state: Any, row: dict[str, Any], *rest: Any) -> None:
-        if row["round"] == round_idx:
+    def interrupt(ledger: Ledger, finished: FinishedRound) -> None:
+        if finished.row["round"] == round_idx:
             raise KeyboardInterrupt
-        record(self, state, row, *rest)
+        add(ledger, finished)
 
     return interrupt
 
