@@ -20,17 +20,17 @@ MEMORY = (
     "activation_bytes",
     "budget_bytes",
 )
-SPENT = (
-    "flops",
-    "server_flops",
-    "downlink_bytes",
-    "uplink_bytes",
-    "compute_seconds",
-    "downlink_seconds",
-    "uplink_seconds",
-    "sim_seconds",
-    "energy_joules",
-)
+# What a turn spends, by the phase whose length it grows with. Energy grows with the whole turn.
+SPENT = {
+    "downlink_bytes": "downlink",
+    "downlink_seconds": "downlink",
+    "flops": "compute",
+    "server_flops": "compute",
+    "compute_seconds": "compute",
+    "uplink_bytes": "uplink",
+    "uplink_seconds": "uplink",
+    "energy_joules": "turn",
+}
 
 
 def client_columns(
@@ -38,13 +38,13 @@ def client_columns(
     client_ids: np.ndarray,
     costs: dict[str, np.ndarray],
     outcome: Outcome,
+    busy_seconds: np.ndarray,
     replies: Sequence[LotReply],
     rows: Sequence[np.ndarray],
 ) -> dict[str, Any]:
-    """Columns of clients.parquet. A refused client spends nothing; one that leaves does so before it uploads."""
+    """Columns of clients.parquet. A refused client spends nothing, one that leaves what it did until then."""
     fleet = problem.fleet
     started = outcome.status != OOM
-    uploading = started & (outcome.status != DROPPED)
     out: dict[str, Any] = {
         "client_id": client_ids,
         "device": np.array(fleet.device_names, dtype=object)[fleet.device_index[client_ids]],
@@ -52,13 +52,28 @@ def client_columns(
         "num_examples": np.diff(problem.partition.offsets)[client_ids],
     }
     out.update({name: costs[name] for name in MEMORY})
-    spent = {name: np.where(started, costs[name], 0.0) for name in SPENT}
-    unsent = started & ~uploading
-    spent["sim_seconds"] = spent["sim_seconds"] - np.where(unsent, costs["uplink_seconds"], 0.0)
-    for name in ("uplink_bytes", "uplink_seconds"):
-        spent[name] = np.where(uploading, costs[name], 0.0)
-    out.update(spent)
+    busy = np.where(outcome.status == DROPPED, busy_seconds, costs["sim_seconds"])
+    share = _shares_done(costs, busy)
+    out.update({name: np.where(started, share[phase] * costs[name], 0.0) for name, phase in SPENT.items()})
+    out["sim_seconds"] = np.where(started, busy, 0.0)
     out.update(_measured(problem, client_ids, replies, rows, started))
+    return out
+
+
+def _shares_done(costs: dict[str, np.ndarray], busy_seconds: np.ndarray) -> dict[str, np.ndarray]:
+    """What part of each phase, and of the whole turn, a client gets done in this time, (n,) each from 0 to 1."""
+    down, turn, up = (costs[f"{phase}_seconds"] for phase in ("downlink", "sim", "uplink"))
+    nothing = np.zeros(len(turn))
+    spans = {
+        "downlink": (nothing, down),
+        "compute": (down, turn - up),
+        "uplink": (turn - up, turn),
+        "turn": (nothing, turn),
+    }
+    out = {}
+    for phase, (start, end) in spans.items():
+        part = (busy_seconds - start) / np.where(end > start, end - start, 1.0)
+        out[phase] = np.where(busy_seconds >= end, 1.0, np.clip(part, 0.0, 1.0))
     return out
 
 

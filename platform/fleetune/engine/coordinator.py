@@ -58,20 +58,23 @@ class Coordinator:
 
                 # What the server sends, to whom, and what it costs each of them; so who is refused, leaves, or comes too late.
                 state = self.method.begin_round(state, round_idx)
-                now = self.schedule.round(state, round_idx, self.checkpoint.provisioned)
+                now = self.schedule.round(
+                    state, round_idx, self.checkpoint.provisioned, sim_seconds=progress.sim_seconds
+                )
                 client_ids, work, costs, outcome = now.client_ids, now.work, now.costs, now.outcome
-                progress.sim_seconds += outcome.sim_seconds
+                progress.sim_seconds = now.start_seconds + outcome.sim_seconds
 
                 # The work itself. While hosts are at it, the round before is written and the next one's batches are drawn.
                 replies: list[LotReply] = []
                 updates = self._begin(client_ids, work, outcome, replies)
                 yield from self._written()
-                self.schedule.draw_ahead(round_idx + 1)
+                self.schedule.draw_ahead(round_idx + 1, sim_seconds=progress.sim_seconds)
                 state = self._aggregate(state, updates, round_idx)
 
                 # What there is to record, and the evaluation, which goes on beside the next round's work.
-                clients = client_columns(self.problem, client_ids, costs, outcome, replies, work.rows)
+                clients = client_columns(self.problem, client_ids, costs, outcome, now.busy_seconds, replies, work.rows)
                 row = round_row(round_idx, self.method.stage(round_idx), clients, outcome, progress.sim_seconds)
+                row.update(num_available=now.num_available, waited_seconds=now.waited_seconds)
                 row.update(self.method.columns(state))
                 self.checkpoint.keep(round_idx, {c: kept for reply in replies for c, kept in reply.private.items()})
                 evaluation = self._evaluate(state) if self._is_evaluated(round_idx) else None

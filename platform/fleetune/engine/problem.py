@@ -15,7 +15,8 @@ from fleetune.data.partition import Partition, partition, partition_keys
 from fleetune.data.sources import load_records
 from fleetune.data.tokenize import tokenize
 from fleetune.errors import UserError
-from fleetune.fleet.fleet import Fleet, build_fleet
+from fleetune.fleet.availability_trace import AvailabilityTrace
+from fleetune.fleet.fleet import Fleet, build_fleet, read_availability
 from fleetune.methods import METHODS
 from fleetune.methods.base import Context, Method
 from fleetune.models.base import BaseModel, load_base, load_tokenizer
@@ -44,6 +45,8 @@ class Inputs:
     dataset_name: str
     tokenizer: Any = None
     """The model's own; only evaluation by generation needs it in a worker."""
+    availability: AvailabilityTrace | None = None
+    """When clients are available, where the job names a trace file."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Problem:
 
 def load_inputs(spec: RunSpec, *, base: BaseModel | None = None, cache_dir: Path | None = None) -> Inputs:
     """Read model and data; UserError names the field where something is missing. ``base``: one that is loaded already."""
+    availability = read_availability(spec.fleet, spec.seed)
     records = load_records(spec.data, seed=spec.seed)
     base = base or load_base(spec.model)
     tokenizer = load_tokenizer(base.folder)
@@ -102,6 +106,7 @@ def load_inputs(spec: RunSpec, *, base: BaseModel | None = None, cache_dir: Path
         evaluation=EvalSet(held_out, list(records.eval["response"])),
         dataset_name=records.name,
         tokenizer=tokenizer,
+        availability=availability,
     )
 
 
@@ -113,7 +118,8 @@ def build_problem(spec: RunSpec, inputs: Inputs) -> Problem:
     method = METHODS[spec.method.name](spec.method, context)
     method.check()
     dealt = partition(spec.data.partition, num_clients=spec.fleet.num_clients, keys=inputs.keys, seed=spec.seed)
-    problem = Problem(spec, inputs, build_fleet(spec.fleet, spec.seed), dealt, method)
+    fleet = build_fleet(spec.fleet, spec.seed, trace=inputs.availability)
+    problem = Problem(spec, inputs, fleet, dealt, method)
     if len(problem.eligible) < spec.rounds.clients_per_round:
         raise UserError(
             f"exceeds the {len(problem.eligible)} clients that hold examples",

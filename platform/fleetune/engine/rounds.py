@@ -7,15 +7,42 @@ from dataclasses import dataclass
 import numpy as np
 
 from fleetune.engine.config import RoundsConfig
+from fleetune.fleet.availability import Availability
 from fleetune.seeds import rng
 
 OK, OOM, DROPPED, LATE, FAILED = "ok", "oom", "dropped", "late", "failed"
 
 
 def sample_clients(eligible: np.ndarray, num_clients: int, *, run_seed: int, round_idx: int) -> np.ndarray:
-    """Clients of one round, without replacement, in ascending order; the same for (seed, round) whenever it is asked."""
-    chosen = rng(run_seed, "sampling", round_idx).choice(len(eligible), size=num_clients, replace=False)
+    """Clients of one round, without replacement, in ascending order; the same for (seed, round) whenever it is asked.
+
+    All of them, where fewer than ``num_clients`` can be asked.
+    """
+    size = min(num_clients, len(eligible))
+    chosen = rng(run_seed, "sampling", round_idx).choice(len(eligible), size=size, replace=False)
     return np.sort(eligible[chosen])
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a round begins: when, and with whom to choose from."""
+
+    available: np.ndarray
+    """Clients that can be sampled, ascending."""
+    start_seconds: float
+    """Virtual time at which it begins: at once, or when the first of them came."""
+
+
+def open_round(availability: Availability, eligible: np.ndarray, *, round_idx: int, sim_seconds: float) -> Opening:
+    """Who can be sampled at this virtual time. Where nobody can, the server waits for the first to come.
+
+    Nobody ever comes, or comes by waiting (``bernoulli``): the round is empty.
+    """
+    available = eligible[availability.at(round_idx, sim_seconds)[eligible]]
+    start = None if len(available) else availability.next_change(sim_seconds, eligible)
+    if start is None:
+        return Opening(available, sim_seconds)
+    return Opening(eligible[availability.at(round_idx, start)[eligible]], start)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from fleetune.data.batches import draw_batches
 from fleetune.engine.costs import Load, Pricing, batch_load
 from fleetune.engine.problem import Problem
-from fleetune.engine.rounds import Outcome, close_round, sample_clients
+from fleetune.engine.rounds import Opening, Outcome, close_round, open_round, sample_clients
 from fleetune.methods.base import ClientInfo, Method, Payload, State
 from fleetune.seeds import seed_of
 
@@ -38,6 +38,14 @@ class Scheduled:
     work: Work
     costs: dict[str, np.ndarray]
     outcome: Outcome
+    start_seconds: float
+    """Virtual time at which it begins."""
+    waited_seconds: float
+    """Of it, for how long nobody was available."""
+    num_available: int
+    """Clients that could have been sampled."""
+    busy_seconds: np.ndarray
+    """How long each client is at work, (n,): to the end of its turn, unless it leaves before."""
 
 
 class Schedule:
@@ -49,28 +57,52 @@ class Schedule:
         self.sizes = np.diff(problem.partition.offsets)
         self._ahead: dict[int, list[np.ndarray]] = {}
 
-    def round(self, state: State, round_idx: int, provisioned: MutableMapping[int, str]) -> Scheduled:
-        """The round that starts from ``state``. ``provisioned``, what each client was sent along last, is brought up to date."""
-        client_ids = self.clients(round_idx)
+    def round(
+        self, state: State, round_idx: int, provisioned: MutableMapping[int, str], *, sim_seconds: float
+    ) -> Scheduled:
+        """The round that starts from ``state``, the one before having ended at virtual time ``sim_seconds``.
+
+        ``provisioned``, what each client was sent along last, is brought up to date.
+        """
+        opening = self._opening(round_idx, sim_seconds)
+        client_ids = self.clients(round_idx, opening.available)
         work = self._work(state, round_idx, client_ids)
         provision = provision_bytes(work, client_ids, provisioned)
         load = self.load(work, client_ids)
         costs = self.pricing.columns(round_idx, client_ids, work.payloads, work.group_of, load, provision)
-        return Scheduled(client_ids, work, costs, self._outcome(round_idx, client_ids, costs))
+        dropped, busy_seconds = self._departures(round_idx, client_ids, costs, opening.start_seconds)
+        outcome = close_round(
+            self.spec.rounds, sim_seconds=costs["sim_seconds"], over_budget=costs["over_budget"], dropped=dropped
+        )
+        return Scheduled(
+            client_ids=client_ids,
+            work=work,
+            costs=costs,
+            outcome=outcome,
+            start_seconds=opening.start_seconds,
+            waited_seconds=opening.start_seconds - sim_seconds,
+            num_available=len(opening.available),
+            busy_seconds=busy_seconds,
+        )
 
-    def clients(self, round_idx: int) -> np.ndarray:
-        """Who is sampled, in ascending order."""
+    def _opening(self, round_idx: int, sim_seconds: float) -> Opening:
+        fleet = self.problem.fleet
+        return open_round(fleet.availability, self.problem.eligible, round_idx=round_idx, sim_seconds=sim_seconds)
+
+    def clients(self, round_idx: int, available: np.ndarray) -> np.ndarray:
+        """Who is sampled of those that are there, in ascending order."""
         return sample_clients(
-            self.problem.eligible,
+            available,
             self.spec.rounds.clients_per_round,
             run_seed=self.spec.seed,
             round_idx=round_idx,
         )
 
-    def draw_ahead(self, round_idx: int) -> None:
+    def draw_ahead(self, round_idx: int, *, sim_seconds: float) -> None:
         """Draw the batches of a round to come, while hosts work: they depend on nothing that is still being worked out."""
         if round_idx < self.spec.rounds.num_rounds:
-            self._ahead = {round_idx: self.batches(round_idx, self.clients(round_idx))}
+            available = self._opening(round_idx, sim_seconds).available
+            self._ahead = {round_idx: self.batches(round_idx, self.clients(round_idx, available))}
 
     def batches(self, round_idx: int, client_ids: np.ndarray) -> list[np.ndarray]:
         """Each client's examples, (steps, batch), drawn at the address (seed, round, client)."""
@@ -106,13 +138,15 @@ class Schedule:
         device = self.problem.fleet.profile(client_id)
         return ClientInfo(client_id, device.name, device.budget_bytes, int(self.sizes[client_id]))
 
-    def _outcome(self, round_idx: int, client_ids: np.ndarray, costs: dict[str, np.ndarray]) -> Outcome:
-        return close_round(
-            self.spec.rounds,
-            sim_seconds=costs["sim_seconds"],
-            over_budget=costs["over_budget"],
-            dropped=self.problem.fleet.dropped(self.spec.seed, round_idx, client_ids),
-        )
+    def _departures(
+        self, round_idx: int, client_ids: np.ndarray, costs: dict[str, np.ndarray], start_seconds: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Who leaves before the end of its turn, bool (n,), and for how long everybody is at work, (n,)."""
+        fleet = self.problem.fleet
+        stays = fleet.availability.until(start_seconds)[client_ids] - start_seconds
+        leaves = fleet.dropped(self.spec.seed, round_idx, client_ids)
+        turn = costs["sim_seconds"] - np.where(leaves, costs["uplink_seconds"], 0.0)
+        return leaves | (stays < costs["sim_seconds"]), np.minimum(turn, stays)
 
 
 def provision_bytes(work: Work, client_ids: np.ndarray, provisioned: MutableMapping[int, str]) -> np.ndarray:

@@ -14,6 +14,8 @@ from pydantic import Field, field_validator
 
 from fleetune.config import Config
 from fleetune.errors import UserError
+from fleetune.fleet.availability import Availability, AvailabilityConfig, build_availability
+from fleetune.fleet.availability_trace import AvailabilityTrace, read_trace
 from fleetune.fleet.devices import device
 from fleetune.fleet.networks import NetworkProfile, RadioEnergy, network
 from fleetune.fleet.profile import DeviceProfile
@@ -35,7 +37,9 @@ class FleetConfig(Config):
     network: str | dict[str, float] = "wifi"
     """The link of all clients, or the fraction of the clients on each."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Probability that a sampled client leaves during the round, after it was sent its payload."""
+    """Probability that a sampled client leaves during the round, before it sends its update."""
+    availability: AvailabilityConfig = AvailabilityConfig()
+    """Who can be sampled when."""
 
     @field_validator("devices")
     @classmethod
@@ -63,6 +67,7 @@ class Fleet:
     device_index: np.ndarray  # int16 (num_clients,)
     network_index: np.ndarray  # int16 (num_clients,)
     dropout: float
+    availability: Availability
 
     @property
     def num_clients(self) -> int:
@@ -113,16 +118,37 @@ class Fleet:
         return np.array([getattr(link, name) for link in self.networks], float)[self.network_index[client_ids]]
 
 
-def build_fleet(config: FleetConfig, seed: int) -> Fleet:
-    """The fleet of a job: exact counts of each kind, dealt out in an order that depends on the seed alone."""
+def build_fleet(config: FleetConfig, seed: int, *, trace: AvailabilityTrace | None = None) -> Fleet:
+    """The fleet of a job: exact counts of each kind, dealt out in an order that depends on the seed alone.
+
+    ``trace``: what `read_availability` gave, where its file was read before.
+    """
     networks = {config.network: 1.0} if isinstance(config.network, str) else config.network
     return Fleet(
         devices=tuple(device(name) for name in config.devices),
         networks=tuple(network(name) for name in networks),
-        device_index=_dealt(config.devices, config.num_clients, rng(seed, "fleet-devices")),
+        device_index=_device_index(config, seed),
         network_index=_dealt(networks, config.num_clients, rng(seed, "fleet-networks")),
         dropout=config.dropout,
+        availability=build_availability(
+            config.availability,
+            config.num_clients,
+            run_seed=seed,
+            trace=trace or read_availability(config, seed),
+        ),
     )
+
+
+def read_availability(config: FleetConfig, seed: int) -> AvailabilityTrace | None:
+    """The intervals of the job's trace file, if it names one; UserError where something is wrong with it."""
+    if config.availability.path is None:
+        return None
+    names = [device(name).name for name in config.devices]
+    return read_trace(config.availability.path, device_names=names, device_index=_device_index(config, seed))
+
+
+def _device_index(config: FleetConfig, seed: int) -> np.ndarray:
+    return _dealt(config.devices, config.num_clients, rng(seed, "fleet-devices"))
 
 
 def counts_of(fractions: Mapping[str, float], total: int) -> list[int]:

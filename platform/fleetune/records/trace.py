@@ -42,9 +42,10 @@ def write_trace(run_dir: str | Path | RunDirectory, *, max_events: int = MAX_EVE
 
 
 def round_starts(rounds: pd.DataFrame) -> dict[int, float]:
-    """Round -> virtual time at which it began: when the one before it ended."""
+    """Round -> virtual time at which it began: when the one before it ended, or the first client came after that."""
     ends = rounds["sim_seconds"].ffill().fillna(0.0).to_numpy(dtype=float)
-    return dict(zip(rounds["round"].tolist(), [0.0, *ends.tolist()], strict=False))
+    waited = rounds["waited_seconds"].fillna(0.0).to_numpy(dtype=float)
+    return dict(zip(rounds["round"].tolist(), (np.r_[0.0, ends][: len(ends)] + waited).tolist(), strict=True))
 
 
 def sample_clients(clients: pd.DataFrame, *, max_events: int) -> tuple[pd.DataFrame, str]:
