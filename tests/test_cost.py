@@ -49,11 +49,12 @@ def cost_of(work, devices=("jetson-agx-orin-64gb",), **fields):
         ("qwen2.5-3b", 3_085_938_688),
         ("qwen3-8b", 8_190_735_360),
         ("tinyllama-1.1b", 1_100_048_384),
+        ("mistral-7b", 7_241_732_096),
     ],
 )
 def test_parameter_counts_equal_the_published_totals(name, published):
     assert architecture(name).num_params() == published
-    assert len(ARCHITECTURES) == 10
+    assert len(ARCHITECTURES) == 11
 
 
 def test_a_submodel_of_four_blocks_has_the_tables_and_four_blocks():

@@ -111,6 +111,12 @@ def test_a_layer_knows_nothing_of_those_above_it(layer: str):
         assert not used & FORBIDDEN[layer], place(path)
 
 
+def test_only_the_command_line_knows_of_plans():
+    """A plan asks the engine's own questions; nothing that runs depends on it."""
+    users = {place(f) for f in FILES if any(m.startswith("fleetune.plan") for m in imports(f))}
+    assert {user for user in users if not user.startswith("plan/")} == {"cli.py"}
+
+
 def test_platform_is_no_package_and_holds_no_module():
     """Otherwise it would stand before Python's own platform, and nothing would start."""
     assert list(ROOT.glob("*.py")) == []

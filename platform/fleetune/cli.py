@@ -60,6 +60,48 @@ def run(
 
 
 @app.command()
+def plan(
+    job: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")],
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", "-s", metavar="a.b=c", help="Override a field; may be given often.")
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(metavar="METHODS", help="Methods to put side by side: fedit,devft,split-lora.")
+    ] = None,
+    vary: Annotated[
+        list[str] | None, typer.Option(metavar="a.b=1,2,4", help="Plan for each of these values; may be given often.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for plan.parquet, rounds.parquet and the figures.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What a job will cost each device, round by round, without training and without the model's weights."""
+    from fleetune.plan.variants import variants
+    from fleetune.plan.walk import plan as make_plan
+
+    plans = [
+        make_plan(spec, label=label)
+        for label, spec in variants(job, assignments or [], compare=compare, vary=vary or [])
+    ]
+    files: list[Path] = []
+    if out is not None:
+        from fleetune.plan.write import write
+
+        files = write(plans, out)
+    if as_json:
+        from fleetune.plan.summary import document
+
+        _print_json({**document(plans), "files": [str(file) for file in files]})
+        return
+    from fleetune.plan.show import show
+
+    show(plans)
+    for file in files:
+        print(file)
+
+
+@app.command()
 def resume(
     run_dir: RunDir,
     address: Address = None,

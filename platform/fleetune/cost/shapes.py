@@ -6,8 +6,10 @@ no bias in the MLP. ``ARCHITECTURES`` holds the published configurations that ca
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 from fleetune.errors import UserError, unknown_name
@@ -32,6 +34,13 @@ class ModelShape:
     qkv_bias: bool = False  # Qwen2: bias on q, k and v
     qk_norm: bool = False  # Qwen3: RMSNorm on every head of q and k
     source: str = ""
+    max_positions: int = 1 << 30
+    """Longest sequence that the published configuration allows."""
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> ModelShape:
+        """From the values of a config.json."""
+        return cls.from_hf_config(SimpleNamespace(**values))
 
     @classmethod
     def from_hf_config(cls, config: Any) -> ModelShape:
@@ -59,6 +68,7 @@ class ModelShape:
             qkv_bias=family == "qwen2" or bool(getattr(config, "attention_bias", False)),
             qk_norm=family == "qwen3",
             source="the model's own config.json",
+            max_positions=int(getattr(config, "max_position_embeddings", None) or 1 << 30),
         )
 
     @cached_property
@@ -93,84 +103,33 @@ class ModelShape:
 
 
 def _shape(
-    name: str,
-    layers: int,
-    hidden: int,
-    mlp: int,
-    heads: int,
-    kv: int,
-    dim: int,
-    vocab: int,
-    *,
-    source: str,
-    **flags: bool,
+    name: str, sizes: tuple[int, int, int, int, int, int, int], *, positions: int, source: str, **flags: bool
 ) -> ModelShape:
-    return ModelShape(name, layers, hidden, mlp, heads, kv, dim, vocab, source=f"config.json of {source}", **flags)
+    return ModelShape(name, *sizes, **flags, source=f"config.json of {source}", max_positions=positions)
 
 
+# (blocks, hidden, MLP, heads, kv heads, head dim, vocabulary)
 ARCHITECTURES: dict[str, ModelShape] = {
     shape.name: shape
     for shape in (
-        # name, blocks, hidden, MLP, heads, kv heads, head dim, vocabulary
-        _shape("llama2-7b", 32, 4096, 11008, 32, 32, 128, 32000, source="meta-llama/Llama-2-7b-hf"),
-        _shape("llama2-13b", 40, 5120, 13824, 40, 40, 128, 32000, source="meta-llama/Llama-2-13b-hf"),
-        _shape("llama3.1-8b", 32, 4096, 14336, 32, 8, 128, 128256, source="meta-llama/Llama-3.1-8B"),
-        _shape(
-            "llama3.2-3b",
-            28,
-            3072,
-            8192,
-            24,
-            8,
-            128,
-            128256,
-            source="meta-llama/Llama-3.2-3B",
-            tied_embeddings=True,
-        ),
-        _shape("qwen2-7b", 28, 3584, 18944, 28, 4, 128, 152064, source="Qwen/Qwen2-7B", qkv_bias=True),
-        _shape(
-            "qwen2.5-0.5b",
-            24,
-            896,
-            4864,
-            14,
-            2,
-            64,
-            151936,
-            source="Qwen/Qwen2.5-0.5B",
-            tied_embeddings=True,
-            qkv_bias=True,
-        ),
-        _shape(
-            "qwen2.5-1.5b",
-            28,
-            1536,
-            8960,
-            12,
-            2,
-            128,
-            151936,
-            source="Qwen/Qwen2.5-1.5B",
-            tied_embeddings=True,
-            qkv_bias=True,
-        ),
-        _shape(
-            "qwen2.5-3b",
-            36,
-            2048,
-            11008,
-            16,
-            2,
-            128,
-            151936,
-            source="Qwen/Qwen2.5-3B",
-            tied_embeddings=True,
-            qkv_bias=True,
-        ),
-        _shape("qwen3-8b", 36, 4096, 12288, 32, 8, 128, 151936, source="Qwen/Qwen3-8B", qk_norm=True),
-        _shape("tinyllama-1.1b", 22, 2048, 5632, 32, 4, 64, 32000, source="TinyLlama/TinyLlama_v1.1"),
+        _shape("llama2-7b", (32, 4096, 11008, 32, 32, 128, 32000), positions=4096, source="meta-llama/Llama-2-7b-hf"),
+        _shape("llama2-13b", (40, 5120, 13824, 40, 40, 128, 32000), positions=4096, source="meta-llama/Llama-2-13b-hf"),
+        _shape("llama3.1-8b", (32, 4096, 14336, 32, 8, 128, 128256), positions=131072, source="meta-llama/Llama-3.1-8B"),
+        _shape("llama3.2-3b", (28, 3072, 8192, 24, 8, 128, 128256), positions=131072, source="meta-llama/Llama-3.2-3B",
+               tied_embeddings=True),
+        # beyond 4,096 positions its attention is a sliding window, which nothing here models
+        _shape("mistral-7b", (32, 4096, 14336, 32, 8, 128, 32000), positions=4096, source="mistralai/Mistral-7B-v0.1"),
+        _shape("qwen2-7b", (28, 3584, 18944, 28, 4, 128, 152064), positions=131072, source="Qwen/Qwen2-7B", qkv_bias=True),
+        _shape("qwen2.5-0.5b", (24, 896, 4864, 14, 2, 64, 151936), positions=32768, source="Qwen/Qwen2.5-0.5B",
+               tied_embeddings=True, qkv_bias=True),
+        _shape("qwen2.5-1.5b", (28, 1536, 8960, 12, 2, 128, 151936), positions=131072, source="Qwen/Qwen2.5-1.5B",
+               tied_embeddings=True, qkv_bias=True),
+        _shape("qwen2.5-3b", (36, 2048, 11008, 16, 2, 128, 151936), positions=32768, source="Qwen/Qwen2.5-3B",
+               tied_embeddings=True, qkv_bias=True),
+        _shape("qwen3-8b", (36, 4096, 12288, 32, 8, 128, 151936), positions=40960, source="Qwen/Qwen3-8B", qk_norm=True),
+        _shape("tinyllama-1.1b", (22, 2048, 5632, 32, 4, 64, 32000), positions=2048, source="TinyLlama/TinyLlama_v1.1"),
     )
-}
+}  # fmt: skip
 
 
 def architecture(name: str) -> ModelShape:

@@ -42,7 +42,21 @@ def client_columns(
     replies: Sequence[LotReply],
     rows: Sequence[np.ndarray],
 ) -> dict[str, Any]:
-    """Columns of clients.parquet. A refused client spends nothing, one that leaves what it did until then."""
+    """Columns of clients.parquet: what the work costs, and what the workers saw of it."""
+    return {
+        **costed_columns(problem, client_ids, costs, outcome, busy_seconds),
+        **_measured(problem, client_ids, replies, rows, outcome.status != OOM),
+    }
+
+
+def costed_columns(
+    problem: Problem,
+    client_ids: np.ndarray,
+    costs: dict[str, np.ndarray],
+    outcome: Outcome,
+    busy_seconds: np.ndarray,
+) -> dict[str, Any]:
+    """What is known without any work. A refused client spends nothing, one that leaves what it did until then."""
     fleet = problem.fleet
     started = outcome.status != OOM
     out: dict[str, Any] = {
@@ -56,7 +70,6 @@ def client_columns(
     share = _shares_done(costs, busy)
     out.update({name: np.where(started, share[phase] * costs[name], 0.0) for name, phase in SPENT.items()})
     out["sim_seconds"] = np.where(started, busy, 0.0)
-    out.update(_measured(problem, client_ids, replies, rows, started))
     return out
 
 

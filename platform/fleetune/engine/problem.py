@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fleetune.cost.shapes import architecture
 from fleetune.data.dataset import TokenizedDataset
 from fleetune.data.partition import Partition, partition, partition_keys
 from fleetune.data.sources import load_records
@@ -74,22 +75,7 @@ def load_inputs(spec: RunSpec, *, base: BaseModel | None = None, cache_dir: Path
     config = spec.data
     train = tokenize(records.train, tokenizer=tokenizer, config=config, cache_dir=cache_dir)
     held_out = tokenize(records.eval, tokenizer=tokenizer, config=config, cache_dir=cache_dir)
-    positions = int(base.config.get("max_position_embeddings", 1 << 30))
-    if config.max_tokens > positions:
-        raise UserError(
-            f"exceeds the model's {positions} positions",
-            field="data.max_tokens",
-            value=config.max_tokens,
-            hint="lower it",
-        )
-    window = base.config.get("sliding_window")
-    if window and base.config.get("use_sliding_window", True) and config.max_tokens > int(window):
-        raise UserError(
-            f"exceeds the model's attention window of {window}; every token attends to all before it here",
-            field="data.max_tokens",
-            value=config.max_tokens,
-            hint=f"lower it to at most {window}",
-        )
+    check_length(config.max_tokens, base)
     vocabulary = int(base.config["vocab_size"])
     if int(train.tokens.max(initial=0)) >= vocabulary:
         raise UserError(
@@ -110,10 +96,39 @@ def load_inputs(spec: RunSpec, *, base: BaseModel | None = None, cache_dir: Path
     )
 
 
+def check_length(max_tokens: int, base: BaseModel) -> None:
+    """UserError where the model allows no examples of this length."""
+    positions = int(base.config.get("max_position_embeddings", 1 << 30))
+    if max_tokens > positions:
+        raise UserError(
+            f"exceeds the model's {positions} positions",
+            field="data.max_tokens",
+            value=max_tokens,
+            hint="lower it",
+        )
+    window = base.config.get("sliding_window")
+    if window and base.config.get("use_sliding_window", True) and max_tokens > int(window):
+        raise UserError(
+            f"exceeds the model's attention window of {window}; every token attends to all before it here",
+            field="data.max_tokens",
+            value=max_tokens,
+            hint=f"lower it to at most {window}",
+        )
+
+
 def build_problem(spec: RunSpec, inputs: Inputs) -> Problem:
     """Fleet, partition and method, and the checks that need them all."""
     if not inputs.sites:
         raise UserError("adapts no layer of this model", field="model.lora.targets", value=spec.model.lora.targets)
+    if spec.cost.model:
+        costed = architecture(spec.cost.model)
+        if spec.data.max_tokens > costed.max_positions:
+            raise UserError(
+                f"exceeds the {costed.max_positions} positions of the costed {costed.name}",
+                field="data.max_tokens",
+                value=spec.data.max_tokens,
+                hint="lower it, or cost another model",
+            )
     context = Context(inputs.base, spec.model.lora, inputs.sites, spec.rounds.num_rounds, spec.seed)
     method = METHODS[spec.method.name](spec.method, context)
     method.check()

@@ -221,5 +221,5 @@ def zero_b(adapter_a: Tensors, sites: dict[str, tuple[int, int]]) -> Tensors:
     out: Tensors = {}
     for name, a in adapter_a.items():
         site = name.removesuffix(".lora_A")
-        out[f"{site}.lora_B"] = torch.zeros(shapes[site.split(".", 2)[2]], a.shape[0], dtype=a.dtype)
+        out[f"{site}.lora_B"] = torch.zeros(shapes[site.split(".", 2)[2]], a.shape[0], dtype=a.dtype, device=a.device)
     return out

@@ -29,7 +29,9 @@ def group_layers(
     num_layers = base.num_layers
     if num_groups == num_layers:
         return [[j] for j in range(num_layers)]
-    if grouping == "even":
+    if (
+        grouping == "even" or base.is_outline
+    ):  # costs depend on how many groups there are, not on which blocks they hold
         return [chunk.tolist() for chunk in np.array_split(np.arange(num_layers), num_groups)]
     if grouping == "random":
         return _in_order(_random_labels(num_layers, num_groups, rng(run_seed, "devft-groups", stage)))

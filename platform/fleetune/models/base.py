@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fleetune.cost.shapes import ModelShape
+from fleetune.cost import shapes
 from fleetune.errors import UserError, nearest
 from fleetune.models.config import ModelConfig
 from fleetune.models.quantize import quantize_linears
@@ -50,14 +49,19 @@ class BaseModel:
         return AutoConfig.for_model(**values)
 
     @cached_property
-    def shape(self) -> ModelShape:
+    def shape(self) -> shapes.ModelShape:
         """The architecture's sizes, without loading transformers."""
-        return ModelShape.from_hf_config(SimpleNamespace(**self.config))
+        return shapes.ModelShape.from_values(self.config)
 
     @property
     def num_layers(self) -> int:
         """Blocks of the whole model."""
         return int(self.config["num_hidden_layers"])
+
+    @property
+    def is_outline(self) -> bool:
+        """Whether the weights are names and sizes alone (`models.outline`): a plan's base."""
+        return any(weight.is_meta for weight in self.weights.values())
 
 
 def find_base(name: str) -> str:
@@ -78,6 +82,8 @@ def find_base(name: str) -> str:
     if looks_local:
         guess = nearest(name, BUILT_IN)
         hint = f"did you mean {guess!r}? " if guess else ""
+        if name in shapes.ARCHITECTURES:
+            hint = "an architecture without weights: cost it with cost.model, or plan for it with `fleetune plan`; "
         raise UserError(
             "no such model: neither built-in nor a folder",
             field="model.base",

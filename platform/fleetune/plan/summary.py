@@ -1,0 +1,86 @@
+"""A plan in short: what every stage asks of every class of device, and what the run comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fleetune.plan.walk import LARGEST, MEANS, SUMS, Plan, Row
+
+COUNTS = ("num_clients", "num_ok", "num_oom", "num_dropped", "num_late")
+
+
+def by_stage(plan: Plan) -> list[Row]:
+    """One row per stage and device class, over all rounds of the stage; sums and seconds per client that starts."""
+    own = {row["round"]: row for row in plan.rounds}
+    groups: dict[tuple[int, str], list[Row]] = {}
+    for line in plan.devices:
+        groups.setdefault((line["stage"], line["device"]), []).append(line)
+    order = {name: i for i, name in enumerate(plan.spec.fleet.devices)}
+    out = []
+    for (stage, device), lines in sorted(groups.items(), key=lambda item: (item[0][0], order[item[0][1]])):
+        row: Row = {"plan": plan.label, "stage": stage}
+        row |= own_columns(own[lines[0]["round"]])
+        row |= {"device": device, "num_rounds": len({line["round"] for line in lines})}
+        row |= {name: sum(line[name] for line in lines) for name in COUNTS}
+        row |= {name: max(line[name] for line in lines) for name in LARGEST}
+        row["budget_bytes"] = lines[0]["budget_bytes"]
+        started = [line["num_clients"] - line["num_oom"] for line in lines]
+        num = sum(started)
+        row |= {name: sum(line[name] for line in lines) / num if num else None for name in SUMS}
+        for name in MEANS:
+            total = sum(n * line[name] for n, line in zip(started, lines, strict=True) if n)
+            row[name] = total / num if num else None
+        out.append(row)
+    return out
+
+
+def own_columns(row: Row) -> Row:
+    """The method's own columns of a round (depth, split_point, …)."""
+    from fleetune.records.schema import ROUND_COLUMNS
+
+    known = {column.name for column in ROUND_COLUMNS}
+    return {name: value for name, value in row.items() if name not in known}
+
+
+def comparison(plans: Sequence[Plan]) -> list[Row]:
+    """Totals of each plan, with how many times as much the first one needs: 2 means that this one halves it."""
+    first = plans[0].totals
+    out = []
+    for plan in plans:
+        totals = plan.totals
+        row: Row = {"plan": plan.label, **totals}
+        for name in ("sim_seconds", "flops", "uplink_bytes", "downlink_bytes", "energy_joules"):
+            row[f"{name}_ratio"] = first[name] / totals[name] if totals[name] else None
+        out.append(row)
+    return out
+
+
+def takes_part(plans: Sequence[Plan]) -> list[Row]:
+    """Per plan and device class: what each of its stages needs, in order, and the share of clients that it fits."""
+    out = []
+    for plan in plans:
+        rows = by_stage(plan)
+        for device in dict.fromkeys(row["device"] for row in rows):
+            mine = [row for row in rows if row["device"] == device]
+            out.append({
+                "plan": plan.label,
+                "device": device,
+                "needs_bytes": [row["peak_memory_bytes"] for row in mine],
+                "fits": [1 - row["num_oom"] / row["num_clients"] for row in mine],
+                "budget_bytes": mine[0]["budget_bytes"],
+            })  # fmt: skip
+    return out
+
+
+def document(plans: Sequence[Plan]) -> dict[str, Any]:
+    """Everything as ``--json`` prints it."""
+    spec = plans[0].spec
+    return {
+        "job": spec.name,
+        "model": spec.model.base,
+        "costed": spec.cost.model or spec.model.base,
+        "plans": [{"plan": plan.label, "totals": plan.totals, "stages": by_stage(plan)} for plan in plans],
+        "comparison": comparison(plans),
+        "assumptions": list(dict.fromkeys(note for plan in plans for note in plan.assumptions)),
+    }

@@ -1,0 +1,61 @@
+"""Which plans one command asks for: the job itself, other methods beside it, and fields that are varied."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fleetune.errors import UserError, unknown_name
+from fleetune.methods import METHODS
+from fleetune.spec import RunSpec, from_dict, parse_overrides, read_yaml
+
+MAX_VARIANTS = 200  # assumed: a table that is still read
+
+
+def variants(
+    job: Path, assignments: Sequence[str], *, compare: str | None = None, vary: Sequence[str] = ()
+) -> list[tuple[str, RunSpec]]:
+    """(label, spec) of every plan: methods times the product of the varied fields' values."""
+    values, overrides = read_yaml(job), parse_overrides(list(assignments))
+    axes = {field: _listed(field, choice) for field, choice in parse_overrides(list(vary)).items()}
+    own = from_dict(values, overrides).method.name if not compare else ""
+    names = [name.strip() for name in compare.split(",")] if compare else [own]
+    chosen = list(itertools.product(names, *axes.values()))
+    if len(chosen) > MAX_VARIANTS:
+        raise UserError(f"asks for {len(chosen)} plans, more than {MAX_VARIANTS}", field="--vary", hint="vary less")
+    out = []
+    for name, *point in chosen:
+        varied = dict(zip(axes, point, strict=True))
+        fields = {**overrides, **varied}
+        if compare:
+            fields = _of_method(name, values, fields)
+        label = ", ".join([name] * bool(compare or not axes) + [f"{field}={value}" for field, value in varied.items()])
+        out.append((label, from_dict(values, fields)))
+    return out
+
+
+def _of_method(name: str, values: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that this method knows: another one's settings are not its own."""
+    if name not in METHODS:
+        raise unknown_name("method", name, METHODS, field="--compare")
+    known = METHODS[name].Config.model_fields
+    mine = {path: value for path, value in fields.items() if _field(path) is None or _field(path) in known}
+    own = values.get("method", {})
+    if isinstance(own, dict) and own.get("name") == name:
+        return {**mine, "method.name": name}
+    return {"method": {"name": name}, **mine, "method.name": name}
+
+
+def _field(path: str) -> str | None:
+    """The setting of a method that a dotted path names; None for a field of anything else."""
+    return path.split(".")[1] if path.startswith("method.") else None
+
+
+def _listed(field: str, choice: Any) -> list[Any]:
+    if isinstance(choice, str) and "," in choice:
+        choice = parse_overrides([f"{field}=[{choice}]"])[field]
+    if not isinstance(choice, list) or not choice:
+        raise UserError("must list the values to try", field="--vary", value=f"{field}={choice}", hint=f"{field}=1,2,4")
+    return choice

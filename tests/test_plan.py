@@ -1,0 +1,233 @@
+"""A plan tells the run's costs before the run: the same clients, batches, prices and endings, without training."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import commands
+import runs
+import tiny
+from commands import Output
+from fleetune.engine.schedule import Schedule
+from fleetune.methods import METHODS
+from fleetune.plan import walk
+from fleetune.plan.schedule import ExpectedSchedule, expected_longest
+from fleetune.plan.summary import by_stage, comparison
+from fleetune.plan.variants import variants
+from fleetune.plan.walk import Plan, outline, plan
+
+Command = Callable[..., Output]
+COSTED = {"cost.model": "llama2-7b", "cost.weights": "nf4", "cost.precision": "bf16"}
+
+COMING_AND_GOING = {
+    "fleet.dropout": 0.3,
+    "fleet.availability": {"kind": "markov", "mean_on_seconds": 60, "mean_off_seconds": 30},
+    "rounds.close": "deadline",
+    "rounds.deadline_seconds": 20,
+}
+
+
+@pytest.fixture
+def fleetune(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """A command of this process."""
+    return lambda *arguments: commands.fleetune(capfd, monkeypatch, *arguments)
+
+
+def planned(of: Plan) -> pd.DataFrame:
+    return pd.DataFrame(of.rounds)
+
+
+def as_recorded(column: Any, recorded: pd.Series) -> list[Any]:
+    """Whole bytes where the records hold whole bytes."""
+    return (np.rint(column) if recorded.dtype.kind == "i" else np.asarray(column)).tolist()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("costs", [{}, {**COSTED, **COMING_AND_GOING}], ids=["as trained", "as llama2-7b"])
+def test_a_plan_is_what_the_run_records(method: str, costs: dict[str, Any], tmp_path: Path):
+    """Every column of rounds.parquet that needs no training, and every client's costs, to the last bit."""
+    spec = tiny.spec({"evaluation.generate": False, **costs}, method=method)
+    done = runs.run(spec)
+    problem, assumed = outline(spec, cache_dir=tmp_path)
+    assert assumed == []
+    rows, clients = zip(*walk.walk(problem, Schedule(problem)), strict=True)
+    ours, theirs = pd.DataFrame(rows), done.rounds
+    assert {"sim_seconds", "uplink_bytes", "energy_joules", "num_ok"} <= set(ours)
+    for name in ours:
+        assert as_recorded(ours[name], theirs[name]) == theirs[name].tolist(), name
+    for round_idx, columns in enumerate(clients):
+        recorded = done.clients[done.clients["round"] == round_idx].reset_index(drop=True)
+        for name, column in columns.items():
+            assert as_recorded(column, recorded[name]) == recorded[name].tolist(), name
+
+
+def test_a_plan_adds_up_its_rounds(tmp_path: Path):
+    """Sums over devices are the rounds' own; a stage's row is the mean of its clients that start."""
+    spec = tiny.spec({"rounds.num_rounds": 4}, method="devft")
+    of = plan(spec, cache_dir=tmp_path)
+    by_round = pd.DataFrame(of.devices).groupby("round")
+    for name in ("uplink_bytes", "downlink_bytes", "energy_joules", "num_clients", "num_ok"):
+        np.testing.assert_allclose(by_round[name].sum(), planned(of)[name], rtol=1e-12)
+    stages = pd.DataFrame(by_stage(of))
+    assert stages.groupby("stage")["depth"].first().tolist() == [1, 2, 4]
+    assert stages["num_clients"].sum() == of.totals["num_clients"] == 4 * 3
+    assert (stages["uplink_bytes"] * stages["num_clients"]).sum() == pytest.approx(of.totals["uplink_bytes"])
+    assert of.totals["sim_seconds"] == planned(of)["sim_seconds"].iloc[-1]
+
+
+def test_expected_longest_is_the_mean_over_all_draws():
+    """Lengths 3, 5, 9 and 9; two of them: pairs (3,5) (3,9) (3,9) (5,9) (5,9) (9,9) have 5 + 5 x 9 = 50 / 6 as their mean.
+    A second owner has 4 alone, and a third nothing."""
+    lengths, owner, sizes = np.array([9.0, 3, 9, 5, 4]), np.array([0, 0, 0, 0, 1]), np.array([4, 1, 0])
+    found = expected_longest(lengths, owner, sizes, draws=2)
+    pairs = [max(pair) for pair in itertools.combinations([3, 5, 9, 9], 2)]
+    assert found.tolist() == pytest.approx([np.mean(pairs), 4, 0])
+    assert expected_longest(lengths, owner, sizes, draws=7).tolist() == pytest.approx([9, 4, 0])
+
+
+def test_expected_lengths_are_near_those_drawn(tmp_path: Path):
+    """600 batches of the tiny world: the mean of the padded lengths to 1 %, steps exactly, the longest never exceeded."""
+    spec = tiny.spec({"rounds.num_rounds": 60, "rounds.clients_per_round": 5, "local.epochs": 0.4})
+    problem, _ = outline(spec, cache_dir=tmp_path)
+    drawn, expected = Schedule(problem), ExpectedSchedule(problem)
+    state = problem.method.start()
+    padded: list[float] = []
+    for round_idx in range(60):
+        ours = drawn.round(state, round_idx, {}, sim_seconds=0)
+        theirs = expected.round(state, round_idx, {}, sim_seconds=0)
+        assert ours.client_ids.tolist() == theirs.client_ids.tolist()
+        a, b = drawn.load(ours.work, ours.client_ids), expected.load(theirs.work, theirs.client_ids)
+        assert a.num_steps.tolist() == b.num_steps.tolist()
+        assert (a.max_tokens <= b.max_tokens).all()
+        padded.append(float((a.mean_tokens * a.num_steps).sum() / (b.mean_tokens * b.num_steps).sum()))
+        assert b.logit_fraction == pytest.approx(a.logit_fraction, rel=0.1)
+    assert np.mean(padded) == pytest.approx(1, abs=0.01)
+
+
+def test_a_fleet_too_large_to_draw_is_planned_by_expectation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The same clients and bytes, times that differ by what batches differ; and the plan says so."""
+    spec = tiny.spec()
+    exact = plan(spec, cache_dir=tmp_path)
+    monkeypatch.setattr(walk, "MAX_DRAWN", 8)
+    near = plan(spec, cache_dir=tmp_path)
+    assert exact.assumptions == []
+    assert "expectation" in near.assumptions[0]
+    assert near.totals["uplink_bytes"] == exact.totals["uplink_bytes"]
+    assert near.totals["flops"] == pytest.approx(exact.totals["flops"], rel=0.05)
+
+
+def test_lengths_come_from_the_cache_and_notice_a_changed_file(tmp_path: Path):
+    """The second plan reads no text; another content of the same file is seen."""
+    data = tmp_path / "data.jsonl"
+    text = Path(tiny.data_file()).read_text()
+    data.write_text(text)
+    spec = tiny.spec({"data.dataset": str(data)})
+    first = plan(spec, cache_dir=tmp_path)
+    assert len(list((tmp_path / "lengths").iterdir())) == 1
+    assert plan(spec, cache_dir=tmp_path).rounds == first.rounds
+    data.write_text(text.replace("Q: ", "Question: what is "))
+    longer = plan(spec, cache_dir=tmp_path)
+    assert longer.totals["flops"] > first.totals["flops"]
+
+
+def test_an_architecture_is_planned_without_weights_or_data(tmp_path: Path):
+    """Rank 2 on q of llama2-7b's 32 blocks: 32 x 2 x (4096 + 4096) x 4 B = 2,097,152 B each way; 16 tokens a batch assumed."""
+    jobs: dict[str, Any] = {
+        "model.base": "llama2-7b",
+        "model.lora.targets": "q_proj",
+        "data.partition.kind": "dirichlet",
+    }
+    jobs["fleet.devices"] = {"server-a100": 1.0}
+    of = plan(tiny.spec(jobs), cache_dir=tmp_path)
+    hub = plan(tiny.spec({**jobs, "model.base": "meta-llama/Llama-2-7b-hf"}), cache_dir=tmp_path)
+    assert of.totals["uplink_bytes"] == 9 * 2_097_152
+    assert hub.totals == of.totals
+    assert [note.partition(":")[0] for note in of.assumptions] == [
+        "llama2-7b comes without a tokenizer",
+        "its size is not known",
+        "data.partition.kind=dirichlet goes by a column of it",
+    ]
+
+
+def test_a_data_set_of_the_hub_is_not_fetched(tmp_path: Path):
+    """Every example has data.max_tokens tokens then: FLOPs grow faster than the length, because of attention."""
+    short = plan(tiny.spec({"data.dataset": "tatsu-lab/alpaca", "data.max_tokens": 16}), cache_dir=tmp_path)
+    long = plan(tiny.spec({"data.dataset": "tatsu-lab/alpaca", "data.max_tokens": 32}), cache_dir=tmp_path)
+    assert "tatsu-lab/alpaca is not read by a plan" in short.assumptions[0]
+    assert long.totals["flops"] > 2 * short.totals["flops"]
+
+
+def test_methods_are_put_side_by_side(tmp_path: Path):
+    """FedSA-LoRA sends A alone. On 4 blocks of width 32 and MLP 48 with rank 2, A has 2 (6 x 32 + 48) = 480 elements a block
+    and B 2 (4 x 32 + 2 x 48 + 32) = 512: FedIT sends 992 / 480 as much."""
+    job = commands.job_file(tmp_path)
+    plans = [
+        plan(spec, label=label, cache_dir=tmp_path)
+        for label, spec in variants(job, [], compare="fedit,fedsa-lora,fedprox")
+    ]
+    rows = comparison(plans)
+    assert [row["plan"] for row in rows] == ["fedit", "fedsa-lora", "fedprox"]
+    assert [row["uplink_bytes_ratio"] for row in rows] == [1, 992 / 480, 1]
+
+
+def test_variants_are_the_product_of_methods_and_values(tmp_path: Path):
+    """A method's own settings reach that method alone."""
+    job = commands.job_file(tmp_path, method="devft")
+    settings = ["method.beta=0.2", "method.split_point=1"]
+    made = variants(job, settings, compare="devft,split-lora,fedit", vary=["local.batch_size=1,2"])
+    assert [label for label, _ in made] == [
+        f"{name}, local.batch_size={size}" for name in ("devft", "split-lora", "fedit") for size in (1, 2)
+    ]
+    methods = [spec.method.model_dump() for _, spec in made]
+    assert methods[0]["beta"] == 0.2
+    assert methods[0]["initial_capacity"] == 1  # the job's own
+    assert methods[2]["split_point"] == 1
+    assert methods[4] == {"name": "fedit"}
+    assert [spec.local.batch_size for _, spec in made] == [1, 2] * 3
+
+
+def test_the_command_prints_tables_and_writes_files(fleetune: Command, tmp_path: Path):
+    job = commands.job_file(tmp_path, {**COSTED, "fleet.devices": {"jetson-nano": 0.5, "server-a100": 0.5}})
+    out = fleetune("plan", job, "--compare", "fedit,fedsa-lora", "--out", tmp_path / "plan")
+    assert out.status == 0, out.stderr
+    assert "tiny: 3 rounds of 3 out of 6 clients" in out.stdout
+    assert "costed as llama2-7b" in out.stdout
+    assert "none" in out.stdout  # LLaMA2-7B does not fit a Jetson Nano
+    table = pd.read_parquet(tmp_path / "plan" / "plan.parquet")
+    assert set(table["plan"]) == {"fedit", "fedsa-lora"}
+    assert table.loc[table["device"] == "jetson-nano", "num_oom"].equals(
+        table.loc[table["device"] == "jetson-nano", "num_clients"]
+    )
+    assert {path.suffix for path in (tmp_path / "plan" / "figures").iterdir()} == {".png"}
+    page = (tmp_path / "plan" / "plan.html").read_text()
+    assert page.count("<img") == len(list((tmp_path / "plan" / "figures").iterdir()))
+
+
+def test_the_command_s_document(fleetune: Command, tmp_path: Path):
+    out = fleetune("plan", commands.job_file(tmp_path), "--vary", "local.steps=1,2", "--json")
+    document = out.document
+    assert [entry["plan"] for entry in document["plans"]] == ["local.steps=1", "local.steps=2"]
+    once, twice = (entry["totals"]["flops"] for entry in document["plans"])
+    assert twice == pytest.approx(2 * once, rel=0.2)
+    assert document["comparison"][1]["flops_ratio"] == once / twice
+
+
+def test_a_plan_loads_no_engine_and_no_model_code(tmp_path: Path):
+    """From the cache on it imports neither transformers nor Ray, MLflow, pandas or matplotlib: it starts in a second."""
+    job = commands.job_file(tmp_path)
+    heavy = ("transformers", "ray", "mlflow", "pandas", "matplotlib")
+    script = "import sys; from fleetune import cli; sys.argv = sys.argv[1:]\ntry: cli.main()\n"
+    script += f"except SystemExit as e: print(e.code, *[m for m in {heavy} if m in sys.modules])"
+    command = [sys.executable, "-c", script, "fleetune", "plan", str(job)]
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0"
