@@ -17,8 +17,10 @@ import pytest
 
 from fleetune.errors import UserError
 from fleetune.records import RunDirectory, SweepDirectory
+from fleetune.records.access import without_password
 from fleetune.records.metrics import RoundMetrics
-from fleetune.records.tracking import QUIET, Follower, default_uri, sync, without_password
+from fleetune.records.tracking import QUIET, Follower, default_uri, sync
+from stored import expected_steps, steps
 from synthetic_runs import make_run, make_spec, rounds_of
 
 
@@ -26,23 +28,6 @@ from synthetic_runs import make_run, make_spec, rounds_of
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One workspace, and so one SQLite store, for all tests here: making a store takes seconds."""
     return tmp_path_factory.mktemp("workspace")
-
-
-def steps(uri: str, mlflow_run_id: str) -> dict[str, list[int]]:
-    """Metric -> the steps the store holds, each as often as it holds it."""
-    import mlflow
-
-    client = mlflow.MlflowClient(tracking_uri=uri)
-    keys = client.get_run(mlflow_run_id).data.metrics
-    return {key: sorted(m.step for m in client.get_metric_history(mlflow_run_id, key)) for key in keys}
-
-
-def expected_steps(run: RunDirectory) -> dict[str, list[int]]:
-    metrics, found = RoundMetrics(), {}
-    for row, _ in run.round_rows():
-        for key in metrics.of(row):
-            found.setdefault(key, []).append(row["round"])
-    return found
 
 
 def test_metrics_of_two_rounds():

@@ -21,6 +21,7 @@ from fleetune.engine.executor import SerialExecutor
 from fleetune.engine.problem import Inputs, Problem, build_problem, load_inputs, set_threads
 from fleetune.errors import RunFailed, UserError
 from fleetune.methods import METHODS
+from fleetune.records.access import check_access
 from fleetune.records.run_directory import RunDirectory
 from fleetune.records.trace import write_trace
 from fleetune.records.tracking import Follower
@@ -59,6 +60,7 @@ def run(
     meta: dict[str, Any] | None = None,
 ) -> Result:
     """Check everything, then run. UserError before any actor starts; RunFailed leaves a directory that can be resumed."""
+    _check_tracking(spec)
     with engine(spec, address=address, debug=debug) as eng:
         spec = eng.placed(eng.resolve(spec))
         problem = build_problem(spec, eng.inputs(spec))
@@ -88,6 +90,7 @@ def resume(
     result = run_dir.result()
     if result is not None and result.get("status") == "finished":
         return Result(run_dir.run_id, run_dir.path, "finished", result.get("metrics", {}), result.get("totals", {}))
+    _check_tracking(spec)
     with engine(spec, address=address, debug=debug) as eng:
         spec = eng.placed(spec)
         problem = build_problem(spec, eng.inputs(spec))
@@ -268,6 +271,11 @@ def follower(warn: Callable[[str], None] | None = None) -> Follower:
     if _follower is None:
         _follower = Follower.start(warn=warn or (lambda text: print(text, file=sys.stderr)))
     return _follower
+
+
+def _check_tracking(spec: RunSpec) -> None:
+    if spec.tracking.enabled:
+        check_access(spec.tracking.uri)
 
 
 def connect(address: str | None) -> None:

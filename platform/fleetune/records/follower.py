@@ -211,7 +211,8 @@ def _answer(answers: IO[str], message: dict[str, Any]) -> None:
 
 
 def _store_of(path: str) -> str:
-    from fleetune.records.tracking import Tracker, without_password
+    from fleetune.records.access import without_password
+    from fleetune.records.tracking import Tracker
 
     try:
         return without_password(Tracker(open_directory(path)).uri)

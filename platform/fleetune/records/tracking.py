@@ -20,10 +20,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import urlsplit, urlunsplit
 
 from fleetune.config import Config
 from fleetune.errors import UserError
+from fleetune.records.access import check_access, without_password
 from fleetune.records.follower import Follower
 from fleetune.records.metrics import RoundMetrics, number
 from fleetune.records.naming import flatten, method_of, run_name, shown
@@ -100,6 +100,7 @@ def sync(run_dir: str | Path, *, uri: str | None = None) -> SyncReport:
     """Sends what the store does not hold of this run yet. UserError where the store cannot be used."""
     run = open_directory(run_dir)
     tracker = Tracker(run, uri=uri)
+    check_access(tracker.uri)
     try:
         return tracker.push()
     except UserError:
@@ -361,12 +362,6 @@ def open_ui(workspace: str | Path, port: int = 5000, *, uri: str | None = None) 
     ]
     # In place of this process, so that stopping it stops the server.
     os.execve(sys.executable, command, {**os.environ, **QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
-
-
-def without_password(uri: str) -> str:
-    """A URI that can be shown and noted: without the user and password it may hold."""
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
 
 
 # No usage reports, no links printed between our own lines, and a server that is away is noticed within

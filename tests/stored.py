@@ -1,0 +1,23 @@
+"""What an MLflow store holds of a run, and what it should hold."""
+
+from __future__ import annotations
+
+from fleetune.records import RunDirectory
+from fleetune.records.metrics import RoundMetrics
+
+
+def steps(uri: str, mlflow_run_id: str) -> dict[str, list[int]]:
+    """Metric -> the steps the store holds, each as often as it holds it."""
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    keys = client.get_run(mlflow_run_id).data.metrics
+    return {key: sorted(m.step for m in client.get_metric_history(mlflow_run_id, key)) for key in keys}
+
+
+def expected_steps(run: RunDirectory) -> dict[str, list[int]]:
+    metrics, found = RoundMetrics(), {}
+    for row, _ in run.round_rows():
+        for key in metrics.of(row):
+            found.setdefault(key, []).append(row["round"])
+    return found
