@@ -143,6 +143,7 @@ def make_run(
         "git_commit": "0123abc",
         "spec_hash": "ab12cd",
         "dataset": {"name": "micro-reasoning", "digest": "f00d", "num_examples": 2000},
+        "model": {"trained": "micro-llama", "costed": "llama2-7b"},
     }
     run = RunDirectory.create(workspace, run_id, spec, meta={**known, **(meta or {})})
     for row, clients in rounds_of(spec, evaluate=evaluate, all_oom=all_oom):

@@ -9,6 +9,7 @@ import pytest
 
 from fleetune.errors import UserError
 from fleetune.fleet.devices import DEVICES, device, markdown
+from fleetune.fleet.fleet import FleetConfig, build_fleet
 from fleetune.fleet.networks import NETWORKS, RadioEnergy, network
 
 
@@ -38,7 +39,7 @@ def test_a_power_mode_scales_compute_by_clock_and_cores():
 @pytest.mark.parametrize("profile", DEVICES.values(), ids=str)
 def test_every_device_is_complete_and_says_where_its_numbers_come_from(profile):
     assert {group for group, _ in profile.sources} == {
-        "compute", "sustained", "bandwidth", "memory", "power", "launch",
+        "compute", "sustained", "bandwidth", "memory", "power", "launch", "bf16",
     }  # fmt: skip
     assert all(source.strip() for _, source in profile.sources)
     assert 0 < profile.sustained_fp32 <= 1
@@ -49,6 +50,24 @@ def test_every_device_is_complete_and_says_where_its_numbers_come_from(profile):
     for mode, chosen in profile.modes:
         assert 0 < chosen.compute_fraction <= 1
         assert device(f"{profile.name}@{mode}").active_watts > device(f"{profile.name}@{mode}").idle_watts
+
+
+def test_a_device_without_bf16_says_whose_rate_stands_for_it():
+    """Maxwell, Pascal and Volta have none, Ampere has; a CPU older than Armv8.6 computes in fp32."""
+    fleet = build_fleet(
+        FleetConfig(
+            devices={"jetson-nano": 0.3, "jetson-tx2": 0.3, "jetson-orin-nx-8gb": 0.2, "raspberry-pi-5-8gb": 0.2}
+        ),
+        0,
+    )
+    assert fleet.rate_notes("fp32") == []
+    assert fleet.rate_notes("bf16") == [
+        "no bf16 on jetson-nano, jetson-tx2: the fp16 rate stands for it",
+        "no bf16 on raspberry-pi-5-8gb: the fp32 rate stands for it",
+    ]
+    nano = device("jetson-nano")
+    assert nano.sustained_flops("bf16") == nano.fp16_flops * nano.sustained_fp16
+    assert device("raspberry-pi-5-8gb").sustained_flops("bf16") == device("raspberry-pi-5-8gb").sustained_flops("fp32")
 
 
 def test_a_misspelt_name_gets_the_nearest_right_one():

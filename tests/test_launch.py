@@ -192,3 +192,21 @@ def in_session(session_id: int) -> list[psutil.Process]:
             if os.getsid(process.pid) == session_id and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
+
+
+# -- what is costed -----------------------------------------------------------------------------------------------------
+def test_both_models_are_on_record_and_what_stands_for_a_missing_rate_is_said(tmp_path: Path):
+    """The tiny model is trained, llama2-7b costed: 32 blocks, rank 2 on all linears, 32 x 2 x (8 x 4096 + 3 x (4096 + 11008))
+    elements, 5,029,888 in fp32 each way."""
+    said: list[str] = []
+    spec = tiny.spec(
+        {"cost.model": "llama2-7b", "cost.precision": "bf16", "fleet.devices": {"server-a100": 0.5, "jetson-nano": 0.5}}
+    )
+    done = launch.run(spec, workspace=tmp_path, debug=True, warn=said.append)
+    run_dir = RunDirectory.open(done.run_dir)
+    assert run_dir.meta["model"] == {"trained": spec.model.base, "costed": "llama2-7b"}
+    assert run_dir.spec["model"]["base"] == spec.model.base
+    assert run_dir.spec["cost"]["model"] == "llama2-7b"
+    clients = run_dir.clients()
+    assert set(clients.loc[clients["status"] == "ok", "uplink_bytes"]) == {4 * 32 * 2 * (8 * 4096 + 3 * (4096 + 11008))}
+    assert said == ["no bf16 on jetson-nano: the fp16 rate stands for it"]

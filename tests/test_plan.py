@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 import commands
 import runs
 import tiny
 from commands import Output
 from fleetune.engine.schedule import Schedule
+from fleetune.errors import UserError
 from fleetune.methods import METHODS
 from fleetune.plan import walk
 from fleetune.plan.schedule import ExpectedSchedule, expected_longest
@@ -231,3 +233,78 @@ def test_a_plan_loads_no_engine_and_no_model_code(tmp_path: Path):
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field", "said"),
+    [
+        ({"model.base": "llama2-7"}, "model.base", "did you mean 'llama2-7b'"),
+        ({"model.base": "someone/else-7b"}, "model.base", "a plan reads nothing from the hub"),
+        ({"model.base": "tinyllama-1.1b", "data.max_tokens": 4096}, "data.max_tokens", "the model's 2048 positions"),
+        ({"cost.model": "tinyllama-1.1b", "data.max_tokens": 4096}, "data.max_tokens", "128 positions"),
+        ({"cost.model": "llama2-7x"}, "cost.model", "did you mean 'llama2-7b'"),
+        (
+            {"method": {"name": "devft", "initial_capacity": 40}, "model.base": "llama2-7b"},
+            "method.initial_capacity",
+            "32 blocks",
+        ),
+        (
+            {"method": {"name": "split-lora", "split_point": 32}, "model.base": "llama2-7b"},
+            "method.split_point",
+            "from 1 to 31",
+        ),
+        ({"model.lora.targets": ["c_attn"]}, "model.lora.targets", "q_proj"),
+        ({"cost.precision": "fp8"}, "cost.precision", "fp32"),
+        ({"fleet.devices": {"jetson-nanoo": 1.0}}, "fleet.devices", "did you mean 'jetson-nano'"),
+        ({"rounds.clients_per_round": 100}, "rounds.clients_per_round", "exceeds"),
+        ({"data.dataset": "nothing.jsonl"}, "data.dataset", "nothing.jsonl"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(
+    fleetune: Command, tmp_path: Path, overrides: dict[str, Any], field: str, said: str
+):
+    job = commands.job_file(tmp_path)
+    sets = [
+        f"--set={path}={yaml.safe_dump(value, default_flow_style=True).strip()}" for path, value in overrides.items()
+    ]
+    out = fleetune("plan", job, *sets, "--json")
+    assert out.status == 2
+    assert out.document["field"].startswith(field)
+    assert said in out.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (["--compare", "fedit,fedavgg"], "--compare"),
+        (["--vary", "local.batch_size=4"], "--vary"),
+        (["--vary", "local.batch=1,2"], "local.batch"),
+        (["--vary", "seed=" + ",".join(map(str, range(300)))], "--vary"),
+        (["--out", "/dev/null/plan"], "--out"),
+    ],
+)
+def test_options_that_make_no_sense(fleetune: Command, tmp_path: Path, arguments: list[str], field: str):
+    out = fleetune("plan", commands.job_file(tmp_path), *arguments, "--json")
+    assert out.status == 2
+    assert out.document["field"] == field
+
+
+def test_an_architecture_s_name_is_no_model_to_run(fleetune: Command, tmp_path: Path):
+    """It has no weights; the message says what it is good for."""
+    out = fleetune("run", commands.job_file(tmp_path), "--set", "model.base=llama2-7b", "--json")
+    assert out.status == 2
+    assert "cost.model" in out.document["hint"]
+    assert "fleetune plan" in out.document["hint"]
+
+
+def test_the_costed_model_s_positions_are_a_limit_too(tmp_path: Path):
+    """TinyLlama has 2,048; LLaMA2-7B, which is trained, 4,096."""
+    spec = tiny.spec({"model.base": "llama2-7b", "cost.model": "tinyllama-1.1b", "data.max_tokens": 3000})
+    with pytest.raises(UserError, match="2048 positions of the costed tinyllama") as caught:
+        plan(spec, cache_dir=tmp_path)
+    assert caught.value.field == "data.max_tokens"
+
+
+def test_a_device_without_bf16_is_named(tmp_path: Path):
+    of = plan(tiny.spec({"cost.precision": "bf16"}), cache_dir=tmp_path)
+    assert of.assumptions == ["no bf16 on jetson-nano: the fp16 rate stands for it"]

@@ -79,6 +79,7 @@ def test_sync_sends_everything_once(workspace: Path):
     assert stored.data.params["fleet.devices.jetson-nano"] == "0.5"
     assert stored.data.tags["method"] == "devft"
     assert stored.data.tags["git_commit"] == "0123abc"
+    assert (stored.data.tags["trained_model"], stored.data.tags["costed_model"]) == ("micro-llama", "llama2-7b")
     assert stored.inputs.dataset_inputs[0].dataset.name == "micro-reasoning"
     assert client.get_experiment(first.experiment_id).name == "devft-quickstart"
     names = {a.path for a in client.list_artifacts(first.mlflow_run_id)}

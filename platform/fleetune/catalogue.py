@@ -23,6 +23,7 @@ def devices() -> list[dict[str, Any]]:
             "fp16_tflops": round(d.fp16_flops / 1e12, 2),
             "budget_gb": round(d.budget_bytes / 1e9, 2),
             "gb_per_second": round(d.bandwidth_bytes_per_second / 1e9, 1),
+            "bf16": "yes" if d.bf16 == "native" else f"as {d.bf16}",
             "watts": d.active_watts,
             "modes": " ".join(f"@{mode}" for mode, _ in d.modes),
             "source": dict(d.sources).get("compute", ""),

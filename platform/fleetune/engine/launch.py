@@ -64,6 +64,9 @@ def run(
     with engine(spec, address=address, debug=debug) as eng:
         spec = eng.placed(eng.resolve(spec))
         problem = build_problem(spec, eng.inputs(spec))
+        if warn is not None:
+            for note in problem.fleet.rate_notes(spec.cost.precision):
+                warn(note)
         run_dir = _new_run_directory(spec, problem, workspace, meta or {})
         return _execute(eng, problem, run_dir, report=report, warn=warn)
 
@@ -356,7 +359,8 @@ def _new_run_directory(spec: RunSpec, problem: Problem, workspace: Path, meta: d
         "num_examples": len(problem.inputs.train),
         "num_eval_examples": len(evaluation.data),
     }
-    known = {"spec_hash": spec.spec_hash, "git_commit": _git_commit(), "dataset": dataset, **meta}
+    model = {"trained": spec.model.base, "costed": spec.cost.model or spec.model.base}
+    known = {"spec_hash": spec.spec_hash, "git_commit": _git_commit(), "dataset": dataset, "model": model, **meta}
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{_slug(spec.name)}-{spec.spec_hash[:6]}"
     number = 1
     while (workspace / "runs" / run_id).exists():

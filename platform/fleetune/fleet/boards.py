@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from fleetune.fleet.jetsons import EDGE_FLOWER, HEADLESS, HF_HARDWARE, ML_ENGINEERING
 from fleetune.fleet.profile import DeviceProfile
 
@@ -19,6 +21,7 @@ def _other(
     *,
     launch_us: float,
     bandwidth_fraction: float = 0.8,
+    bf16: Literal["native", "fp16", "fp32"] = "native",
     sources: dict[str, str],
 ) -> DeviceProfile:
     return DeviceProfile(
@@ -27,7 +30,7 @@ def _other(
         bandwidth_bytes_per_second=gigabytes_per_second * 1e9,
         sustained_bandwidth_fraction=bandwidth_fraction,
         memory_bytes=memory_gb * 1e9, os_idle_bytes=os_idle_gb * 1e9, context_bytes=context_gb * 1e9,
-        idle_watts=watts[0], active_watts=watts[1], launch_seconds=launch_us * 1e-6,
+        idle_watts=watts[0], active_watts=watts[1], launch_seconds=launch_us * 1e-6, bf16=bf16,
         sources=(*sources.items(), ("launch", "assumed: 10 us per CUDA kernel on a server, 5 us per "
                                               "operator on a CPU")),
     )  # fmt: skip
@@ -35,6 +38,7 @@ def _other(
 
 _PI = {
     "compute": "4 cores x clock x NEON width; no faster 16-bit rate assumed",
+    "bf16": "none: the cores are older than Armv8.6",
     "sustained": "0.34: BERT-base on a Pi 4B, PyTorch, 16.2 GFLOP/s (AutoFedNLP); Pi 5 assumed equal",
     "bandwidth": "12.8 GB/s, STREAM 5.5 (sci-pi.org.uk); Pi 5: 32 bit x 4267, the same fraction assumed",
     "memory": f"MemTotal assumed 0.96 of nominal; {HEADLESS}; PyTorch 0.3 GB assumed",
@@ -42,6 +46,7 @@ _PI = {
 }
 _PHONE_GPU = {
     "compute": "GPU peak, recalled",
+    "bf16": "none assumed",
     "sustained": "0.10 assumed: no training software reaches these GPUs today",
     "bandwidth": "gist EwoutH/754fa40 (Snapdragon), recalled (Apple); 0.8 of it assumed",
     "memory": "nominal size; 4 GB used by the system and its apps, runtime 0.2 GB: assumed",
@@ -49,6 +54,7 @@ _PHONE_GPU = {
 }
 _PHONE_CPU = {
     "compute": "CPU, 4 x 2.4 + 4 x 1.8 GHz (EdgeFlowerTune)",
+    "bf16": "none assumed",
     "sustained": "0.016: Gemma-3-270M LoRA, MobileFineTuner on the CPU, 3.3 GFLOP/s, five phones (EdgeFlowerTune)",
     "bandwidth": "LPDDR5-3200, 32 bit; 0.8 of it assumed",
     "memory": f"7.5 GB seen ({EDGE_FLOWER}); 4 GB used by the system and its apps, runtime 0.2 GB: assumed",
@@ -63,6 +69,7 @@ def _server(sustained: str, rates: str) -> dict[str, str]:
         "bandwidth": f"{rates}; 0.8 of it assumed",
         "memory": f"GPU memory; CUDA and PyTorch 0.9 GB measured ({ML_ENGINEERING}, training/performance)",
         "power": "active: the board's limit; idle assumed 0.15 of it",
+        "bf16": "compute capability 8.0 or newer, at the 16-bit rate",
     }
 
 
@@ -72,21 +79,21 @@ _FOUNDRY = "0.40: pretraining on H100, 282 to 459 TFLOP/s (mosaicml/llm-foundry 
 # name, FP32 TFLOPS, FP16 TFLOPS, GB/s, memory GB, idle GB, runtime GB, sustained, (idle W, active W)
 BOARDS = (
     _other("raspberry-pi-4-4gb", 0.048, 0.048, 12.8, 4.12, 0.8, 0.3, 0.34, (2.7, 6.5), launch_us=5,
-           bandwidth_fraction=0.43, sources=_PI),
+           bandwidth_fraction=0.43, bf16="fp32", sources=_PI),
     _other("raspberry-pi-4-8gb", 0.048, 0.048, 12.8, 8.25, 0.8, 0.3, 0.34, (2.7, 6.5), launch_us=5,
-           bandwidth_fraction=0.43, sources=_PI),
+           bandwidth_fraction=0.43, bf16="fp32", sources=_PI),
     _other("raspberry-pi-5-8gb", 0.154, 0.154, 17.1, 8.25, 0.8, 0.3, 0.34, (3.0, 12.7), launch_us=5,
-           bandwidth_fraction=0.43, sources=_PI),
+           bandwidth_fraction=0.43, bf16="fp32", sources=_PI),
     _other("raspberry-pi-5-16gb", 0.154, 0.154, 17.1, 16.49, 0.8, 0.3, 0.34, (3.0, 13.8), launch_us=5,
-           bandwidth_fraction=0.43, sources=_PI),
+           bandwidth_fraction=0.43, bf16="fp32", sources=_PI),
     _other("phone-snapdragon-778g", 0.21, 0.21, 25.6, 7.5, 4.0, 0.2, 0.016, (1.0, 4.0), launch_us=5,
-            sources=_PHONE_CPU),
+            bf16="fp32", sources=_PHONE_CPU),
     _other("phone-snapdragon-8-gen2", 2.1, 4.2, 67.2, 8.0, 4.0, 0.2, 0.10, (1.0, 6.5), launch_us=30,
-            sources=_PHONE_GPU),
+            bf16="fp16", sources=_PHONE_GPU),
     _other("phone-snapdragon-8-gen3", 2.8, 5.6, 76.8, 12.0, 4.0, 0.2, 0.10, (1.0, 6.5), launch_us=30,
-            sources=_PHONE_GPU),
+            bf16="fp16", sources=_PHONE_GPU),
     _other("phone-apple-a17-pro", 2.15, 4.3, 51.2, 8.0, 4.0, 0.2, 0.10, (1.0, 7.0), launch_us=30,
-            sources=_PHONE_GPU),
+            bf16="fp16", sources=_PHONE_GPU),
     _other("server-a100", 19.5, 312, 2039, 80, 0, 0.9, 0.69, (60, 400), launch_us=10,
            sources=_server(_TORCHTUNE, _LLM_ANALYSIS)),
     _other("server-a100-40gb", 19.5, 312, 1555, 40, 0, 0.9, 0.69, (60, 400), launch_us=10,

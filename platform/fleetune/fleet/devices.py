@@ -5,6 +5,8 @@ clock x 2 x clock, dense. Marketing TOPS (sparse INT8, accelerators included) ar
 a number that was not read again at its source, "assumed" one that has none; both are to be replaced when a
 better one is at hand.
 
+Where a device has no bf16 arithmetic, `cost.precision: bf16` takes the rate that the table names; a plan and a run say so.
+
 A sustained fraction is the step's FLOPs over its seconds and the peak, kernel launches taken off the seconds.
 """
 
@@ -29,14 +31,15 @@ def device(name: str) -> DeviceProfile:
 
 def markdown() -> str:
     """The page of all devices: rates, memory, power, and the source of every group of numbers."""
-    columns = "| device | fp32 TFLOP/s | 16-bit TFLOP/s | sustained | GB/s | GB for tensors | W | modes |"
-    lines = ["# Devices", "", *(__doc__ or "").splitlines()[2:], "", columns, "|" + "---|" * 8]
+    columns = "| device | fp32 TFLOP/s | 16-bit TFLOP/s | sustained | GB/s | GB for tensors | W | bf16 | modes |"
+    lines = ["# Devices", "", *(__doc__ or "").splitlines()[2:], "", columns, "|" + "---|" * 9]
     for profile in DEVICES.values():
         lines.append(
             f"| {profile.name} | {profile.fp32_flops / 1e12:.3g} | {profile.fp16_flops / 1e12:.4g} "
             f"| {profile.sustained_fp32:g} / {profile.sustained_fp16:g} "
             f"| {profile.bandwidth_bytes_per_second / 1e9:g} x {profile.sustained_bandwidth_fraction:g} "
             f"| {profile.budget_bytes / 1e9:.2f} | {profile.idle_watts:g} to {profile.active_watts:g} "
+            f"| {'yes' if profile.bf16 == 'native' else f'as {profile.bf16}'} "
             f"| {', '.join(name for name, _ in profile.modes) or '-'} |"
         )
     lines += ["", "## Sources"]

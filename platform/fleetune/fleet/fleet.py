@@ -114,6 +114,16 @@ class Fleet:
         draws = rng(run_seed, "dropout", round_idx).random(self.num_clients)
         return draws[np.asarray(client_ids)] < self.dropout
 
+    def rate_notes(self, precision: str) -> list[str]:
+        """What stands for a precision's rate on devices that do not have it, in words."""
+        missing: dict[str, list[str]] = {}
+        for profile in self.devices:
+            if (other := profile.stand_in(precision)) is not None:
+                missing.setdefault(other, []).append(profile.name)
+        return [
+            f"no {precision} on {', '.join(names)}: the {other} rate stands for it" for other, names in missing.items()
+        ]
+
     def _of_links(self, name: str, client_ids: np.ndarray) -> np.ndarray:
         return np.array([getattr(link, name) for link in self.networks], float)[self.network_index[client_ids]]
 

@@ -50,6 +50,7 @@ def _jetson(
         bandwidth_bytes_per_second=gigabytes_per_second * 1e9, sustained_bandwidth_fraction=bandwidth[0],
         memory_bytes=memory_gib * GIB, os_idle_bytes=os_idle_gb * 1e9, context_bytes=0.5e9,
         idle_watts=watts[0], active_watts=watts[1], launch_seconds=launch_us * 1e-6,
+        bf16="native" if "orin" in name else "fp16",
         modes=tuple((modes or {}).items()),
         sources=(
             ("compute", compute), ("sustained", sustained_source), ("bandwidth", f"{BUS}; {bandwidth[1]}"),
@@ -57,6 +58,7 @@ def _jetson(
                        f"{ML_ENGINEERING})"),
             ("power", power + (f"; modes: {NVPMODEL if 'orin' in name else 'recalled'}" if modes else "")),
             ("launch", "assumed from the class of CPU core"),
+            ("bf16", "from compute capability 8.0, Ampere, on (NVIDIA CUDA C++ Programming Guide, arithmetic instructions)"),
         ),
     )  # fmt: skip
 

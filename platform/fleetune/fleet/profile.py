@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from fleetune.errors import unknown_name
 
@@ -45,6 +46,8 @@ class DeviceProfile:
     active_watts: float
     launch_seconds: float
     """Host time per kernel or operator."""
+    bf16: Literal["native", "fp16", "fp32"] = "native"
+    """Whether it computes in bf16, or the rate that stands for bf16's where it does not."""
     modes: tuple[tuple[str, PowerMode], ...] = ()
     sources: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
 
@@ -63,6 +66,10 @@ class DeviceProfile:
         if precision == "fp32":
             return self.fp32_flops * self.sustained_fp32
         return self.fp16_flops * self.sustained_fp16
+
+    def stand_in(self, precision: str) -> str | None:
+        """The precision whose rate is taken for one that the device does not have; None where it has it."""
+        return None if precision != "bf16" or self.bf16 == "native" else self.bf16
 
     def in_mode(self, mode: str) -> DeviceProfile:
         """The device in a power mode (``30w``); ``UserError`` for a mode that it does not have."""

@@ -82,6 +82,7 @@ def outline(spec: RunSpec, *, cache_dir: Path | None = None) -> tuple[Problem, l
 def plan(spec: RunSpec, *, label: str | None = None, cache_dir: Path | None = None) -> Plan:
     """Walk through all rounds of a job. UserError names the field where it cannot be planned."""
     problem, assumptions = outline(spec, cache_dir=cache_dir)
+    assumptions += problem.fleet.rate_notes(spec.cost.precision)
     drawn = spec.rounds.num_rounds * spec.rounds.clients_per_round <= MAX_DRAWN
     if not drawn:
         assumptions.append(

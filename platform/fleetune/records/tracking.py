@@ -209,6 +209,8 @@ class Tracker:
             "spec_hash": meta.get("spec_hash"),
             "git_commit": meta.get("git_commit"),
             "sweep": meta.get("sweep"),
+            "trained_model": meta.get("model", {}).get("trained"),
+            "costed_model": meta.get("model", {}).get("costed"),
             "mlflow.user": getpass.getuser(),
             "mlflow.source.name": "fleetune",
             "mlflow.source.git.commit": meta.get("git_commit"),
