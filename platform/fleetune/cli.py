@@ -135,14 +135,23 @@ def sync(
 
 @app.command()
 def report(
-    paths: Annotated[list[Path], typer.Argument(metavar="RUN_DIR…", help="Run or sweep directories.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for report.html and its figures.")] = Path("report"),
+    paths: Annotated[list[Path], typer.Argument(metavar="RUN_DIR…|SWEEP_DIR", help="Run directories, or a sweep's.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for report.html; default: report/, or the sweep's own.")
+    ] = None,
+    budgets: Annotated[
+        list[str] | None,
+        typer.Option("--budget", help="Of a sweep: quality within 10MB, 2h or 5kJ; may be given often."),
+    ] = None,
+    targets: Annotated[
+        list[str] | None, typer.Option("--target", help="Of a sweep: cost to reach 0.6 or 60%; may be given often.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Learning curves, costs per device class and a timeline, as one HTML file with its figures."""
+    """Learning curves, costs and timelines of runs, or what came out of a sweep: one HTML file with its figures."""
     from fleetune.records.report import report as write_report
 
-    path = write_report(paths, out)
+    path = write_report(paths, out, budgets=budgets or (), targets=targets or ())
     if as_json:
         _print_json({"report": str(path)})
     else:

@@ -68,6 +68,27 @@ def run_totals(run: RunDirectory) -> dict[str, float | None]:
     }
 
 
+def rounds_from_the_start(run: RunDirectory) -> pd.DataFrame:
+    """A run's rounds with ``finished`` (rounds, from 1), ``uplink_total`` and ``energy_total`` since its start.
+
+    A first row, ``finished`` 0, is the untrained model, where it was evaluated.
+    """
+    import pandas as pd
+
+    frame = run.rounds()
+    frame = frame.assign(
+        finished=frame["round"] + 1,
+        uplink_total=frame["uplink_bytes"].cumsum(),
+        energy_total=frame["energy_joules"].cumsum(),
+    )
+    baseline = run.meta.get("baseline")
+    if not baseline or frame.empty:
+        return frame
+    zeros = {"finished": 0, "sim_seconds": 0.0, "uplink_total": 0.0, "energy_total": 0.0}
+    first = pd.DataFrame([{"round": -1, "stage": frame["stage"].iloc[0], **zeros, **baseline}])
+    return pd.concat([first.reindex(columns=frame.columns).astype(frame.dtypes, errors="ignore"), frame])
+
+
 def device_costs(run: RunDirectory) -> pd.DataFrame:
     """Costs per device class (index ``device``), means over the turns that ran; ``oom_fraction`` over all
     turns.

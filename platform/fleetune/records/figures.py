@@ -4,15 +4,15 @@ range as a band.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fleetune.records.aggregates import device_costs, run_totals, scale_of
+from fleetune.records.aggregates import device_costs, rounds_from_the_start, run_totals, scale_of
+from fleetune.records.drawing import PALETTE, largest, legend, panels, percent
 from fleetune.records.naming import group_labels, varied_fields
 from fleetune.records.run_directory import RunDirectory
 from fleetune.records.trace import PHASES, round_starts
@@ -23,24 +23,8 @@ if TYPE_CHECKING:
 
     XOf = Callable[[pd.DataFrame], pd.Series]
 
-# Okabe and Ito's palette, told apart also by the colour-blind: https://jfly.uni-koeln.de/color/
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F5AA8", "#4D4D4D")
 PHASE_COLORS = {"downlink": "#56B4E9", "compute": "#0072B2", "uplink": "#E69F00"}
 REFUSED, BUDGET = "#D55E00", "#1A1A1A"
-STYLE: Any = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E6E6E6",
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "savefig.dpi": 130,
-}
 MAX_GROUPS, MAX_GANTT_CLIENTS = 16, 36
 
 
@@ -58,23 +42,23 @@ def learning_curve(runs: Sequence[RunDirectory], *, path: Path) -> Path:
     """Training loss, evaluation loss and accuracy over rounds; dotted lines mark a single run's stages."""
     from matplotlib.ticker import MaxNLocator
 
-    panels = [
+    shown = [
         ("train_loss", "Training loss"),
         ("eval_loss", "Evaluation loss"),
         ("eval_accuracy", "Evaluation accuracy"),
     ]
     groups = _groups(runs)
-    known = [panel for panel in panels if any(f[panel[0]].notna().any() for frames in groups.values() for f in frames)]
-    with _figure(path, columns=max(1, len(known))) as axes:
-        for ax, (column, title) in zip(axes, known or panels[:1], strict=False):
+    known = [panel for panel in shown if any(f[panel[0]].notna().any() for frames in groups.values() for f in frames)]
+    with panels(path, columns=max(1, len(known))) as axes:
+        for ax, (column, title) in zip(axes, known or shown[:1], strict=False):
             ax.set(title=title, xlabel="rounds finished")
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             _lines(ax, groups, _over("finished"), column)
             if column == "eval_accuracy":
-                _percent(ax)
+                percent(ax)
             if len(runs) == 1:
                 _mark_stages(ax, next(iter(groups.values()))[0])
-        _legend(axes[0].figure, axes[0], groups)
+        legend(axes[0].figure, axes[0], groups)
     return path
 
 
@@ -90,15 +74,15 @@ def accuracy_vs_cost(runs: Sequence[RunDirectory], *, path: Path) -> Path:
         ("sim_seconds", "virtual time", "seconds"),
         ("energy_total", "energy", "joules"),
     ]
-    with _figure(path, columns=3) as axes:
+    with panels(path, columns=3) as axes:
         for ax, (cost, name, quantity) in zip(axes, costs, strict=True):
-            largest = max((_largest(frame[cost]) for frames in groups.values() for frame in frames), default=0.0)
-            divisor, unit = scale_of(largest, quantity)
+            most = max((largest(frame[cost]) for frames in groups.values() for frame in frames), default=0.0)
+            divisor, unit = scale_of(most, quantity)
             ax.set(title=f"{title} against {name}", xlabel=f"{name} ({unit})")
             _lines(ax, groups, _over(cost, divisor), column)
             if evaluated:
-                _percent(ax)
-        _legend(axes[0].figure, axes[0], groups)
+                percent(ax)
+        legend(axes[0].figure, axes[0], groups)
     return path
 
 
@@ -107,10 +91,14 @@ def cost_by_device(runs: Sequence[RunDirectory], *, path: Path) -> Path:
     for memory.
     """
     groups = dict(list(group_labels(list(runs)).items())[: len(PALETTE)])
-    costs = {label: _mean_costs(members) for label, members in groups.items()}
+    return device_bars({label: _mean_costs(members) for label, members in groups.items()}, path=path)
+
+
+def device_bars(costs: dict[str, pd.DataFrame], *, path: Path) -> Path:
+    """The bars of :func:`cost_by_device`: label -> costs per device class, for no more labels than the palette has."""
     devices = sorted({device for frame in costs.values() for device in frame.index})
     costs = {label: frame.reindex(devices) for label, frame in costs.items()}
-    panels = [
+    outcomes = [
         ("sim_seconds", "Virtual time of a turn", "seconds"),
         ("flops", "Computing in a turn", "flops"),
         ("uplink_bytes", "Bytes sent in a turn", "bytes"),
@@ -118,14 +106,14 @@ def cost_by_device(runs: Sequence[RunDirectory], *, path: Path) -> Path:
         ("peak_memory_bytes", "Peak memory and budget", "memory"),
         ("oom_fraction", "Turns refused for memory", None),
     ]
-    height = 1.4 + 0.36 * len(devices) * max(1, len(groups)) ** 0.6
-    with _figure(path, columns=3, rows=2, width=3.6, height=height) as axes:
-        for i, (ax, (column, title, quantity)) in enumerate(zip(axes, panels, strict=True)):
+    height = 1.4 + 0.36 * len(devices) * max(1, len(costs)) ** 0.6
+    with panels(path, columns=3, rows=2, width=3.6, height=height) as axes:
+        for i, (ax, (column, title, quantity)) in enumerate(zip(axes, outcomes, strict=True)):
             _bars(ax, costs, devices, column, quantity)
             ax.set_title(title)
             if i % 3:
                 ax.set_yticklabels([])
-        _legend(axes[0].figure, axes[0], groups)
+        legend(axes[0].figure, axes[0], costs)
     return path
 
 
@@ -144,9 +132,9 @@ def timeline(run: RunDirectory, *, path: Path, rounds: Sequence[int] | None = No
     clients = clients[clients["client_id"].isin(place)]
     y = clients["client_id"].map(place).to_numpy(dtype=float)
     start = clients["round"].map(starts).to_numpy(dtype=float)
-    end = _largest(frame.loc[frame["round"].isin(chosen), "sim_seconds"])
+    end = largest(frame.loc[frame["round"].isin(chosen), "sim_seconds"])
     divisor, unit = scale_of(end, "seconds")
-    with _figure(path, columns=1, width=11, height=1.4 + 0.2 * max(5, len(order))) as (ax,):
+    with panels(path, columns=1, width=11, height=1.4 + 0.2 * max(5, len(order))) as (ax,):
         span = (
             "no rounds"
             if not chosen
@@ -207,61 +195,28 @@ def sweep_effect(runs: Sequence[RunDirectory], *, path: Path) -> Path | None:
         ("energy_joules", "energy", "joules"),
     ]
     score = "eval_accuracy" if any(t["eval_accuracy"] is not None for t in totals) else "train_loss"
-    with _figure(path, columns=4, rows=len(fields)) as axes:
+    with panels(path, columns=4, rows=len(fields)) as axes:
         for row, (field, values) in enumerate(fields.items()):
             for column, (name, title, quantity) in enumerate([(score, score.replace("_", " "), None), *outcomes]):
                 y = np.array([np.nan if t[name] is None else t[name] for t in totals], dtype=float)
-                divisor, unit = scale_of(_largest(y), quantity) if quantity else (1.0, "")
+                divisor, unit = scale_of(largest(y), quantity) if quantity else (1.0, "")
                 ax = axes[4 * row + column]
                 _effect(ax, values, y / divisor)
                 ax.set(title=f"{title} ({unit})" if unit else title, xlabel=field)
                 if name == "eval_accuracy":
-                    _percent(ax)
+                    percent(ax)
     return path
 
 
 # ---------------------------------------------------------------------- parts of a figure
 
 
-@contextlib.contextmanager
-def _figure(
-    path: Path, *, columns: int, rows: int = 1, width: float = 4.4, height: float = 3.4
-) -> Iterator[list[Axes]]:
-    """A row (or rows) of panels, saved to ``path`` at the end."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-        yield list(figure.subplots(rows, columns, squeeze=False).flat)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, facecolor="white", bbox_inches="tight")
-
-
 def _groups(runs: Sequence[RunDirectory]) -> dict[str, list[pd.DataFrame]]:
     """Label -> the rounds of its runs, with the totals since the start."""
     groups = {}
     for label, members in list(group_labels(list(runs)).items())[:MAX_GROUPS]:
-        groups[label] = [_from_the_start(run) for run in members]
+        groups[label] = [rounds_from_the_start(run) for run in members]
     return groups
-
-
-def _from_the_start(run: RunDirectory) -> pd.DataFrame:
-    """A run's rounds with the totals since its start, and a first row for the untrained model, if it was evaluated."""
-    import pandas as pd
-
-    frame = run.rounds()
-    frame = frame.assign(
-        finished=frame["round"] + 1,
-        uplink_total=frame["uplink_bytes"].cumsum(),
-        energy_total=frame["energy_joules"].cumsum(),
-    )
-    baseline = run.meta.get("baseline")
-    if not baseline or frame.empty:
-        return frame
-    zeros = {"finished": 0, "sim_seconds": 0.0, "uplink_total": 0.0, "energy_total": 0.0}
-    first = pd.DataFrame([{"round": -1, "stage": frame["stage"].iloc[0], **zeros, **baseline}])
-    return pd.concat([first.reindex(columns=frame.columns).astype(frame.dtypes, errors="ignore"), frame])
 
 
 def _over(column: str, divisor: float = 1.0) -> XOf:
@@ -293,22 +248,22 @@ def _lines(ax: Axes, groups: dict[str, list[pd.DataFrame]], x_of: XOf, column: s
 def _bars(ax: Axes, costs: dict[str, pd.DataFrame], devices: list[str], column: str, quantity: str | None) -> None:
     """Horizontal bars: a cluster per device class, a bar per group; a tick where the memory budget ends."""
     values = {label: frame[column].to_numpy(dtype=float) for label, frame in costs.items()}
-    largest = max((_largest(v) for v in values.values()), default=0.0)
-    divisor, unit = scale_of(largest, quantity) if quantity else (0.01, "%")
+    most = max((largest(v) for v in values.values()), default=0.0)
+    divisor, unit = scale_of(most, quantity) if quantity else (0.01, "%")
     place, thickness = np.arange(len(devices)), 0.8 / max(1, len(costs))
     for i, (label, v) in enumerate(values.items()):
         y = place + (i - (len(costs) - 1) / 2) * thickness
         ax.barh(y, np.nan_to_num(v) / divisor, height=0.9 * thickness, color=PALETTE[i], label=label)
     if column == "peak_memory_bytes" and costs:
         budget = next(iter(costs.values()))["budget_bytes"].to_numpy(dtype=float) / divisor
-        limit = 1.35 * largest / divisor  # a budget far beyond the need would squeeze the bars
+        limit = 1.35 * most / divisor  # a budget far beyond the need would squeeze the bars
         for at, b in zip(place.tolist(), budget.tolist(), strict=True):
             if b <= limit:
                 ax.plot([b, b], [at - 0.45, at + 0.45], color=BUDGET, lw=2)
             elif math.isfinite(b):
                 ax.text(limit, at, f"{b:.0f} →", va="center", ha="right", fontsize=8, color=BUDGET)
         ax.set_xlim(0, limit or 1)
-    ax.set_xlim(left=0, right=max(100.0 * largest * 1.1, 10.0) if quantity is None else None)
+    ax.set_xlim(left=0, right=max(100.0 * most * 1.1, 10.0) if quantity is None else None)
     ax.set(xlabel=unit, yticks=place, yticklabels=devices)
     ax.set_ylim(len(devices) - 0.45, -0.55)
     ax.grid(axis="y", visible=False)
@@ -354,21 +309,3 @@ def _device_ticks(ax: Axes, order: pd.DataFrame) -> None:
         first += len(members)
         ax.axhline(first - 0.5, color="#DDDDDD", lw=0.8)
     ax.set_yticks(middles, names)
-
-
-def _percent(ax: Axes) -> None:
-    from matplotlib.ticker import PercentFormatter
-
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-
-
-def _legend(figure: Any, ax: Axes, groups: dict[str, Any]) -> None:
-    handles, labels = ax.get_legend_handles_labels()
-    if len(groups) > 1 and handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
-
-
-def _largest(values: Any) -> float:
-    finite = np.asarray(values, dtype=float)
-    finite = finite[np.isfinite(finite)]
-    return float(finite.max()) if len(finite) else 0.0
