@@ -21,6 +21,7 @@ from commands import Output
 from fleetune.engine.schedule import Schedule
 from fleetune.errors import UserError
 from fleetune.methods import METHODS
+from fleetune.models.outline import outline_base
 from fleetune.plan import walk
 from fleetune.plan.schedule import ExpectedSchedule, expected_longest
 from fleetune.plan.summary import by_stage, comparison
@@ -303,6 +304,21 @@ def test_the_costed_model_s_positions_are_a_limit_too(tmp_path: Path):
     with pytest.raises(UserError, match="2048 positions of the costed tinyllama") as caught:
         plan(spec, cache_dir=tmp_path)
     assert caught.value.field == "data.max_tokens"
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+def test_an_outline_has_the_tensors_of_the_base(quantization: str):
+    """Names, types and sizes; but for the digits of one number in nf4's settings, so to 16 bytes a matrix."""
+    spec = tiny.spec({"model.quantization": quantization})
+    real, outlined = runs.inputs(spec).base, outline_base(spec.model)
+    assert outlined.config == {name: real.config[name] for name in outlined.config}
+    kinds = {name: (w.dtype, tuple(w.shape)) for name, w in real.weights.items() if "quant_state" not in name}
+    assert kinds == {
+        name: (w.dtype, tuple(w.shape)) for name, w in outlined.weights.items() if "quant_state" not in name
+    }
+    assert all(abs(real.weights[name].nbytes - w.nbytes) <= 16 for name, w in outlined.weights.items())
+    assert outlined.is_outline
+    assert not real.is_outline
 
 
 def test_a_device_without_bf16_is_named(tmp_path: Path):

@@ -30,12 +30,15 @@ COMPLETE = (
     "max_position_embeddings",
 )
 
+# Settings of a quantised matrix as bitsandbytes writes them in JSON; their length differs by the digits of one number.
+NF4_STATE_BYTES = 170
+
 
 def outline_base(config: ModelConfig) -> BaseModel:
     """The outline of a built-in model, a folder, an architecture's name (``llama2-7b``) or the hub id it was published under."""
     shape = published_shape(config.base)
     values = _folder_config(config) if shape is None else hf_values(shape)
-    weights = meta_weights(ModelShape.from_values(values))
+    weights = meta_weights(ModelShape.from_values(values), config.quantization)
     return BaseModel(config.base, values, weights, config.quantization, find_base(config.base) if shape is None else "")
 
 
@@ -81,11 +84,8 @@ def _folder_config(config: ModelConfig) -> dict[str, Any]:
     return load_config(config)
 
 
-def meta_weights(shape: ModelShape) -> Tensors:
-    """Every tensor of the checkpoint in fp32, without data: the bytes are those of a base that is not quantised."""
-
-    def empty(*sizes: int) -> torch.Tensor:
-        return torch.empty(*sizes, device="meta")
+def meta_weights(shape: ModelShape, quantization: str = "none") -> Tensors:
+    """Every tensor of the base without data, as `models.base.load_base` holds it."""
 
     h = shape.hidden_size
     out: Tensors = {"model.embed_tokens.weight": empty(shape.vocab_size, h), "model.norm.weight": empty(h)}
@@ -95,7 +95,7 @@ def meta_weights(shape: ModelShape) -> Tensors:
         start = f"model.layers.{layer}."
         for name, (num_in, num_out) in shape.linears.items():
             part = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
-            out[f"{start}{part}.{name}.weight"] = empty(num_out, num_in)
+            out.update(_meta_linear(f"{start}{part}.{name}.weight", num_in, num_out, quantization))
             if shape.qkv_bias and name in ("q_proj", "k_proj", "v_proj"):
                 out[f"{start}{part}.{name}.bias"] = empty(num_out)
         for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -103,3 +103,25 @@ def meta_weights(shape: ModelShape) -> Tensors:
         for norm in ("q_norm", "k_norm") if shape.qk_norm else ():
             out[f"{start}self_attn.{norm}.weight"] = empty(shape.head_dim)
     return out
+
+
+def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor that has a size and a type alone."""
+    return torch.empty(*sizes, dtype=dtype, device="meta")
+
+
+def _meta_linear(name: str, num_in: int, num_out: int, quantization: str) -> Tensors:
+    """A block's matrix as `models.quantize` stores it: nf4 in halves of bytes, an 8-bit scale per 64 and an fp32 one per 256."""
+    if quantization == "none":
+        return {name: empty(num_out, num_in)}
+    if quantization == "int8":
+        return {name: empty(num_out, num_in, dtype=torch.int8), f"{name}.SCB": empty(num_out)}
+    scales = -(-num_in * num_out // 64)
+    return {
+        name: empty(num_in * num_out // 2, 1, dtype=torch.uint8),
+        f"{name}.absmax": empty(scales, dtype=torch.uint8),
+        f"{name}.quant_map": empty(16),
+        f"{name}.nested_absmax": empty(-(-scales // 256)),
+        f"{name}.nested_quant_map": empty(256),
+        f"{name}.quant_state.bitsandbytes__nf4": empty(NF4_STATE_BYTES, dtype=torch.uint8),
+    }

@@ -11,7 +11,7 @@ import numpy as np
 from fleetune.plan.summary import by_stage, comparison
 from fleetune.plan.walk import Plan, Row
 from fleetune.records.drawing import PALETTE, STYLE
-from fleetune.records.figures import BUDGET, PHASE_COLORS
+from fleetune.records.figures import BUDGET, PHASE_COLORS, REFUSED
 
 PARTS = ("weights_bytes", "adapter_bytes", "optimizer_bytes", "activation_bytes")
 TOTALS = (
@@ -42,7 +42,8 @@ def memory(plan: Plan, path: Path) -> Path:
     shown = budgets <= 2.5 * peak.max()
     ax.vlines(budgets[shown], y[shown] - 0.42, y[shown] + 0.42, color=BUDGET, lw=2.2, label="budget")
     for place, need, budget in zip(y, peak, budgets, strict=True):
-        ax.text(need, place, "  fits" if need <= budget else "  does not fit", va="center", fontsize=8)
+        if need > budget:
+            ax.text(need, place, "  does not fit", va="center", fontsize=8, color=REFUSED)
     ax.set(title=f"Memory that {plan.label} needs, GB", xlabel="GB")
     ax.margins(x=0.14)
     _ticks(ax, rows, y)
@@ -79,7 +80,7 @@ def totals(plans: Sequence[Plan], path: Path) -> Path:
         values = [row[name] / unit for row in rows]
         ax.barh(y, values, color=[PALETTE[k % len(PALETTE)] for k in range(len(rows))], height=0.62)
         for place, value in zip(y, values, strict=True):
-            ax.text(value, place, f" {value:.3g}", va="center", fontsize=8)
+            ax.text(value, place, f" {value:.4g}", va="center", fontsize=8)
         ax.set(title=title)
         ax.margins(x=0.2)
         ax.set_yticks(y, [row["plan"] for row in rows] if i == 0 else [""] * len(rows))

@@ -77,10 +77,17 @@ def _cells(row: Row) -> list[Text | str]:
         *known,
         duration(row["compute_seconds"]),
         duration(link),
-        f"{row['energy_joules']:.3g} J",
+        joules(row["energy_joules"]),
         size(row["uplink_bytes"]),
         size(row["downlink_bytes"]),
     ]
+
+
+def joules(energy: float) -> str:
+    """Joules as 12 J, 4.1 kJ, 1.3 MJ."""
+    power = 0 if energy < 1e3 else 1 if energy < 1e6 else 2
+    shown = energy / 1000**power
+    return f"{shown:.3g} {('J', 'kJ', 'MJ')[power]}" if shown < 100 else f"{shown:.0f} {('J', 'kJ', 'MJ')[power]}"
 
 
 def fit_table(plans: Sequence[Plan]) -> Table:
@@ -120,7 +127,7 @@ def total_table(plans: Sequence[Plan]) -> Table:
             row["plan"],
             f"{row['num_oom'] / row['num_clients']:.0%}",
             beside(duration(row["sim_seconds"]), "sim_seconds"),
-            beside(f"{row['energy_joules'] / 1000:.3g} kJ", "energy_joules"),
+            beside(joules(row["energy_joules"]), "energy_joules"),
             beside(size(row["uplink_bytes"]), "uplink_bytes"),
             beside(size(row["downlink_bytes"]), "downlink_bytes"),
             beside(f"{row['flops']:.3g}", "flops"),
