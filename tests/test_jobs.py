@@ -11,9 +11,12 @@ import tiny
 from fleetune.engine.problem import build_problem, load_inputs
 from fleetune.methods import METHODS
 from fleetune.spec import RunSpec, load, read_yaml
+from fleetune.sweep.config import load as load_sweep
+from fleetune.sweep.expansion import trials_of
 
 JOBS = Path(__file__).parent.parent / "jobs"
-FILES = sorted(JOBS.rglob("*.yaml"))
+SWEEPS = sorted(JOBS.glob("sweeps/*.yaml"))
+FILES = sorted(set(JOBS.rglob("*.yaml")) - set(SWEEPS))
 
 every_job = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(JOBS)))
 
@@ -53,3 +56,16 @@ def test_a_job_builds(path: Path):
     assert len(problem.eligible) >= spec.rounds.clients_per_round
     dealt = np.sort(problem.partition.indices)
     assert np.array_equal(dealt, np.arange(len(problem.inputs.train)))
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_a_sweep_s_trials_build(path: Path):
+    """It opens with how to run it; every trial is one that the built-in model and data allow."""
+    sweep = load_sweep(path)
+    assert f"fleetune sweep jobs/sweeps/{path.name}" in path.read_text(encoding="utf-8")
+    assert sweep.name == path.stem
+    trials = trials_of(sweep)
+    assert {trial.spec.seed for trial in trials} == {0, 1, 2}
+    inputs = load_inputs(trials[0].spec)
+    for trial in trials[::3]:
+        build_problem(trial.spec, inputs)

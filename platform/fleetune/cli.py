@@ -118,6 +118,33 @@ def resume(
 
 
 @app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="The sweep file: a base job and what is varied.")],
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", "-s", metavar="a.b=c", help="Override a field of the base job.")
+    ] = None,
+    address: Address = None,
+    workspace: Workspace = Path(),
+    as_json: Json = False,
+) -> int:
+    """Run a grid or a search on Ray Tune; launched again, it runs what is missing."""
+    from fleetune.spec import parse_overrides
+    from fleetune.sweep.config import load
+
+    spec = load(file, parse_overrides(assignments or []))
+    from fleetune.sweep import launch
+    from fleetune.sweep.progress import make_progress
+
+    with make_progress(spec) as progress:
+        result = launch.run(spec, workspace=workspace, address=address, report=progress, warn=_say)
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        print("\n".join(result.lines()))
+    return 1 if result.failures else 0
+
+
+@app.command()
 def sync(
     run_dir: RunDir,
     uri: Annotated[str | None, typer.Option(help="MLflow store; default: the run's own.")] = None,
@@ -216,7 +243,9 @@ def _guarded(command: Callable[[], Any]) -> int:
     except RunFailed as error:
         return _complain(f"the run failed: {error}", {"error": "failed", "reason": str(error)}, status=1)
     except (typer.Abort, KeyboardInterrupt):
-        return _complain("stopped; go on with `fleetune resume RUN_DIR`", {"error": "stopped"}, status=130)
+        return _complain(
+            "stopped; go on with `fleetune resume RUN_DIR`, or launch the sweep again", {"error": "stopped"}, status=130
+        )
     except Exception as error:
         if not hasattr(error, "show"):  # not one of the option parser's own errors
             raise

@@ -134,7 +134,7 @@ def from_dict(values: Mapping[str, Any], overrides: Mapping[str, Any] | None = N
     try:
         spec = RunSpec.model_validate(merged)
     except ValidationError as error:
-        raise _user_error(error) from None
+        raise as_user_error(error, RunSpec) from None
     _check(spec)
     return spec
 
@@ -187,14 +187,14 @@ def json_schema() -> dict[str, Any]:
     return RunSpec.model_json_schema()
 
 
-def _user_error(error: ValidationError) -> UserError:
-    """The first error in our words: dotted field, value, rule, and the nearest right name."""
+def as_user_error(error: ValidationError, root: type[Config]) -> UserError:
+    """The first error in our words: dotted field, value, rule, and the nearest right name. ``root``: what was validated."""
     errors = error.errors(include_url=False)
     first = errors[0]
     where = _place(first["loc"])
     field = ".".join(where)
     if first["type"] == "extra_forbidden":
-        known = _fields_at(where[:-1], first["loc"])
+        known = _fields_at(root, where[:-1], first["loc"])
         misspelt = unknown_name("field", where[-1], known, field=field)
         return UserError("unknown field", field=field, hint=misspelt.hint)
     if first["type"] == "union_tag_invalid":
@@ -220,9 +220,9 @@ def _place(loc: tuple[Any, ...]) -> list[str]:
     return [part for i, part in enumerate(where) if i < 2 or not TRIED_TYPE.match(part)]
 
 
-def _fields_at(path: list[str], loc: tuple[Any, ...]) -> list[str]:
+def _fields_at(root: type[Config], path: list[str], loc: tuple[Any, ...]) -> list[str]:
     """Names of the fields where an unknown one was found."""
-    model: Any = RunSpec
+    model: Any = root
     for part in path:
         if part == "method" and model is RunSpec:
             model = METHODS[str(loc[1])].Config

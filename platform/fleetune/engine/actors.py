@@ -47,6 +47,10 @@ class SharedInputs:
         rest = replace(inputs, base=None)  # type: ignore[arg-type]
         return cls(base or ray.put(base_to_arrays(inputs.base)), ray.put(rest))
 
+    def get(self) -> Inputs:
+        """The inputs; their arrays are views into the object store."""
+        return _inputs(ray.get(self.base), ray.get(self.rest))
+
 
 def _inputs(base: Mapping[str, Any], rest: Inputs) -> Inputs:
     return replace(rest, base=base_from_arrays(base))

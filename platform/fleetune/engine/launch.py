@@ -104,7 +104,7 @@ def _execute(
     eng: Engine, problem: Problem, run_dir: RunDirectory, *, report: Report | None, warn: Callable[[str], None] | None
 ) -> Result:
     tracked = problem.spec.tracking.enabled
-    with _locked(run_dir):
+    with locked(run_dir):
         if tracked:
             follower(warn).watch(run_dir.path)
         event: Event = {}
@@ -117,20 +117,21 @@ def _execute(
                 run_dir.consolidate()
                 run_dir.write_result({"status": "failed", "error": str(error), "metrics": {}, "totals": {}})
             raise
-        finished = _finish(run_dir, event)
+        finished = finish(run_dir, event)
     if tracked:
         follower(warn).finished(run_dir.path, timeout_seconds=60)
     return finished
 
 
-def _finish(run_dir: RunDirectory, event: Event) -> Result:
+def finish(run_dir: RunDirectory, event: Event, *, status: str = "finished") -> Result:
+    """Write the timeline and the result of a run whose last event this is; ``stopped``: before its last round."""
     row = event["row"]
     metrics = {name: row.get(name) for name in ("train_loss", "eval_loss", "eval_accuracy")}
     metrics.update({f"baseline_{name}": value for name, value in event["baseline"].items()})
-    totals = {"num_rounds": event["num_rounds"], "sim_seconds": event["sim_seconds"], **event["totals"]}
+    totals = {"num_rounds": event["round"], "sim_seconds": event["sim_seconds"], **event["totals"]}
     write_trace(run_dir)
-    run_dir.write_result({"status": "finished", "metrics": metrics, "totals": totals})
-    return Result(run_dir.run_id, run_dir.path, "finished", metrics, totals)
+    run_dir.write_result({"status": status, "metrics": metrics, "totals": totals})
+    return Result(run_dir.run_id, run_dir.path, status, metrics, totals)
 
 
 # -- engines: where a run's work is done ----------------------------------------------------------------------------------
@@ -203,7 +204,7 @@ class RayEngine(Engine):
 
     def inputs(self, spec: RunSpec) -> Inputs:
         """Model and data; a base model that is in the object store already is not read again."""
-        loaded = self._bases.get(_base_key(spec))
+        loaded = self._bases.get(base_key(spec))
         return load_inputs(spec, base=loaded[0] if loaded else None)
 
     def events(self, problem: Problem, run_dir: RunDirectory) -> Iterator[Event]:
@@ -212,7 +213,7 @@ class RayEngine(Engine):
 
         self.wait()
         execution = problem.spec.execution
-        key = _base_key(problem.spec)
+        key = base_key(problem.spec)
         known = self._bases.get(key)
         shared = SharedInputs.put(problem.inputs, base=known[1] if known else None)
         self._bases[key] = (problem.inputs.base, shared.base)
@@ -258,14 +259,19 @@ def engine(spec: RunSpec, *, address: str | None, debug: bool) -> Iterator[Engin
     if debug or (address is None and resolve_execution(spec, node_cores=[num_cores()]).execution.kind == "serial"):
         yield Engine(debug=debug)
         return
-    if address not in _engines:
-        _engines[address] = RayEngine(address)
     try:
-        yield _engines[address]
+        yield ray_engine(address)
     except UserError:
         if _engines[address]._error is not None:
             del _engines[address]
         raise
+
+
+def ray_engine(address: str | None) -> RayEngine:
+    """This process's engine on a cluster; it joins in the background."""
+    if address not in _engines:
+        _engines[address] = RayEngine(address)
+    return _engines[address]
 
 
 def follower(warn: Callable[[str], None] | None = None) -> Follower:
@@ -346,22 +352,28 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _base_key(spec: RunSpec) -> str:
+def base_key(spec: RunSpec) -> str:
+    """Runs with the same key share a base model."""
     return f"{spec.model.base}/{spec.model.quantization}"
 
 
 # -- run directories --------------------------------------------------------------------------------------------------------
-def _new_run_directory(spec: RunSpec, problem: Problem, workspace: Path, meta: dict[str, Any]) -> RunDirectory:
-    evaluation = problem.inputs.evaluation
+def run_meta(problem: Problem) -> dict[str, Any]:
+    """What is known of a run besides its spec: identity, data, version of the code."""
+    spec = problem.spec
     dataset = {
         "name": problem.inputs.dataset_name,
         "source": spec.data.dataset,
         "num_examples": len(problem.inputs.train),
-        "num_eval_examples": len(evaluation.data),
+        "num_eval_examples": len(problem.inputs.evaluation.data),
     }
     model = {"trained": spec.model.base, "costed": spec.cost.model or spec.model.base}
-    known = {"spec_hash": spec.spec_hash, "git_commit": _git_commit(), "dataset": dataset, "model": model, **meta}
-    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{_slug(spec.name)}-{spec.spec_hash[:6]}"
+    return {"spec_hash": spec.spec_hash, "git_commit": git_commit(), "dataset": dataset, "model": model}
+
+
+def _new_run_directory(spec: RunSpec, problem: Problem, workspace: Path, meta: dict[str, Any]) -> RunDirectory:
+    known = {**run_meta(problem), **meta}
+    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{slug(spec.name)}-{spec.spec_hash[:6]}"
     number = 1
     while (workspace / "runs" / run_id).exists():
         number += 1
@@ -377,11 +389,13 @@ def _new_run_directory(spec: RunSpec, problem: Problem, workspace: Path, meta: d
         ) from None
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """A name as part of a folder's."""
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in name.lower())[:40]
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
+    """The commit of the working directory's repository, where there is one."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         out = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
         return out.stdout.strip() or None
@@ -389,15 +403,23 @@ def _git_commit() -> str | None:
 
 
 @contextlib.contextmanager
-def _locked(run_dir: RunDirectory) -> Iterator[None]:
-    """Nobody else runs this directory meanwhile; the lock goes with the process."""
+def locked(run_dir: RunDirectory, *, field: str = "RUN_DIR", patience_seconds: float = 0.0) -> Iterator[None]:
+    """Nobody else runs this directory meanwhile; the lock goes with the process, which may take a moment to die."""
     import fcntl
 
+    deadline = time.monotonic() + patience_seconds
     with (run_dir.path / "checkpoint" / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                "another process is running it", field="RUN_DIR", value=str(run_dir.path), hint="wait for it, or end it"
-            ) from None
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        "another process is running it",
+                        field=field,
+                        value=str(run_dir.path),
+                        hint="wait for it, or end it",
+                    ) from None
+                time.sleep(0.2)
         yield

@@ -1,0 +1,143 @@
+"""A sweep file: a base job and what is varied in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from fleetune.config import Config
+from fleetune.errors import UserError
+from fleetune.spec import apply_overrides, as_user_error, read_yaml
+
+Metric = Literal["eval_accuracy", "eval_loss", "train_loss", "sim_seconds", "uplink_bytes", "energy_joules"]
+
+
+class Distribution(Config):
+    """From what a searched field is drawn; exactly one of these."""
+
+    uniform: tuple[float, float] | None = None
+    """Any number between two."""
+    loguniform: tuple[float, float] | None = None
+    """Any number between two positive ones, its logarithm uniform."""
+    randint: tuple[int, int] | None = None
+    """A whole number between two, both included."""
+    choice: tuple[Any, ...] | None = Field(None, min_length=1)
+    """One of these values."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Distribution:
+        given = {name: value for name, value in self if value is not None}
+        if len(given) != 1:
+            raise ValueError("needs exactly one of uniform, loguniform, randint, choice")
+        name, value = next(iter(given.items()))
+        if name != "choice" and not value[0] < value[1]:
+            raise ValueError(f"{name} needs a smaller and a larger number")
+        if name == "loguniform" and value[0] <= 0:
+            raise ValueError("loguniform needs positive numbers")
+        return self
+
+    @property
+    def kind(self) -> str:
+        """Which one it is."""
+        return next(name for name, value in self if value is not None)
+
+    def ends(self) -> list[Any]:
+        """Values that have to be valid if all are: both ends, or every choice."""
+        return list(getattr(self, self.kind))
+
+
+class SearchConfig(Config):
+    """Trials drawn from a space."""
+
+    kind: Literal["random", "optuna"] = "random"
+    """random: drawn independently, all known beforehand; optuna: each from the results so far (TPE)."""
+    num_trials: int = Field(ge=1)
+    """Trials, before they are repeated for every seed of ``seeds``."""
+    space: dict[str, Distribution] = Field(min_length=1)
+    """Dotted field -> distribution, e.g. ``{local.learning_rate: {loguniform: [1.0e-4, 1.0e-2]}}``."""
+    seed: int = Field(0, ge=0)
+    """What is drawn follows from it."""
+
+
+class EarlyStopping(Config):
+    """Asynchronous successive halving (ASHA): trials that fall behind at a rung are stopped."""
+
+    kind: Literal["asha"] = "asha"
+    """The rule."""
+    grace_rounds: int = Field(1, ge=1)
+    """Rounds that every trial gets; the first rung. Each further rung is ``reduction_factor`` times as far."""
+    reduction_factor: float = Field(3.0, gt=1.0)
+    """One of so many trials goes on after a rung."""
+
+
+class SweepSpec(Config):
+    """Everything that determines a sweep. Give a grid, a search, or seeds alone."""
+
+    name: str | None = Field(None, min_length=1, max_length=100)
+    """Name of the sweep and of its MLflow experiment; null: the file's."""
+    base: dict[str, Any]
+    """The job that is varied: a job file, seen from the sweep file's folder or from here, or the job itself."""
+    grid: dict[str, tuple[Any, ...]] | None = None
+    """Dotted field -> values; every combination is a trial."""
+    search: SearchConfig | None = None
+    """Trials drawn from a space, instead of a grid."""
+    seeds: tuple[int, ...] | None = None
+    """Every trial is repeated with each of these seeds."""
+    metric: Metric = "eval_accuracy"
+    """What the best trial is best in, and what search and early stopping go by. Accuracy should be high, the others low."""
+    early_stopping: EarlyStopping | None = None
+    """Stop trials that fall behind; null: every trial runs to its end."""
+    max_concurrent: int | None = Field(None, ge=1)
+    """Trials at a time; null: as many as the cores hold."""
+
+    @field_validator("base", mode="before")
+    @classmethod
+    def _mapping(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise ValueError("must be the path of a job file, or a mapping of a job's fields")
+        return value
+
+    @model_validator(mode="after")
+    def _something_is_varied(self) -> SweepSpec:
+        if self.grid is not None and self.search is not None:
+            raise ValueError("give a grid or a search, not both")
+        if self.grid is None and self.search is None and not self.seeds:
+            raise ValueError("needs a grid, a search or seeds: what is to be varied")
+        varied = self.grid if self.grid is not None else self.search.space if self.search else {}
+        if self.grid is not None and not self.grid and not self.seeds:
+            raise UserError("is empty", field="grid", hint="for example grid: {method.growth_rate: [2, 4, 8]}")
+        for field, values in (self.grid or {}).items():
+            if not values:
+                raise UserError("holds no values", field=f"grid.{field}", hint="give at least one, or take it out")
+        if self.seeds is not None and "seed" in varied:
+            raise ValueError("seed is varied twice: in seeds and as a field")
+        if self.search is not None and self.search.kind == "optuna" and self.seeds and len(self.seeds) > 1:
+            raise ValueError("an optuna search goes by one result per trial: give one seed, or search kind random")
+        return self
+
+    @property
+    def sign(self) -> int:
+        """1 where the metric should be high, -1 where it should be low."""
+        return 1 if self.metric == "eval_accuracy" else -1
+
+
+def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> SweepSpec:
+    """Read a sweep file. ``overrides`` are those of its base job."""
+    path = Path(path)
+    values = read_yaml(path)
+    base = values.get("base")
+    if isinstance(base, str):
+        places = [path.parent / base, Path(base)]
+        values["base"] = read_yaml(next((place for place in places if place.is_file()), places[-1]))
+    elif base is None:
+        raise UserError("a sweep needs a base", field="base", hint="base: jobs/quickstart.yaml")
+    if isinstance(values["base"], dict):
+        values["base"] = apply_overrides(values["base"], overrides or {})
+    values.setdefault("name", path.stem)
+    try:
+        return SweepSpec.model_validate(values)
+    except ValidationError as error:
+        raise as_user_error(error, SweepSpec) from None

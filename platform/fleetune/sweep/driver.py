@@ -1,0 +1,167 @@
+"""A sweep's trials: which comes next, what became of each, and the table of them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fleetune.engine import launch
+from fleetune.records.run_directory import RunDirectory
+from fleetune.records.sweep_directory import SweepDirectory
+from fleetune.sweep.board import OVER, Board, Entry
+from fleetune.sweep.config import SweepSpec
+from fleetune.sweep.expansion import Trial
+from fleetune.sweep.resident import Order
+from fleetune.sweep.store import finished_runs
+
+if TYPE_CHECKING:
+    from fleetune.sweep.optuna_search import OptunaSearch
+
+Report = Callable[[Board], None]
+Watch = Callable[[Path], None]
+
+
+class Driver:
+    """Gives out trials and takes their results: the conductor of :mod:`fleetune.sweep.tuning`."""
+
+    def __init__(
+        self,
+        sweep: SweepSpec,
+        directory: SweepDirectory,
+        board: Board,
+        *,
+        search: OptunaSearch | None = None,
+        report: Report,
+        watch: Watch,
+    ):
+        """``watch``: a run has begun or ended, and MLflow should know."""
+        self.sweep, self.directory, self.board, self.search = sweep, directory, board, search
+        self.report, self.watch = report, watch
+        self.pending = [n for n, entry in sorted(board.entries.items()) if entry.status not in OVER]
+        self.given_out: set[int] = set()
+        """Trials that wait for a process or have one."""
+        self.commit = launch.git_commit()
+        if search is not None:
+            for entry in board.entries.values():
+                if entry.status in OVER:
+                    search.tell(entry.trial, board.value(entry))
+
+    @property
+    def num_left(self) -> int:
+        """Trials that are still to be given out, at most."""
+        return self.board.num_trials - len(self.board.entries) + len(self.pending)
+
+    def next_order(self) -> Order | None:
+        """The next trial; None where there is none, or none for now."""
+        if self.sweep.max_concurrent is not None and len(self.given_out) >= self.sweep.max_concurrent:
+            return None
+        if not self.pending and self.num_left:
+            self._propose()
+        if not self.pending:
+            return None
+        entry = self.board.entries[self.pending.pop(0)]
+        entry.status, entry.error = "missing", None
+        self.given_out.add(entry.trial.number)
+        meta = {
+            "sweep": self.sweep.name,
+            "parent_run_dir": f"../../sweeps/{self.directory.path.name}",
+            "overrides": entry.trial.overrides,
+            "git_commit": self.commit,
+        }
+        workspace = self.directory.path.parent.parent
+        return Order(entry.trial.number, entry.trial.spec.to_dict(), str(workspace), entry.run.path.name, meta)
+
+    def is_exhausted(self) -> bool:
+        """Whether every trial has been given out."""
+        return self.num_left == 0
+
+    def on_start(self, number: int) -> None:
+        """A trial has a process."""
+        self.board.entries[number].status = "running"
+        self.save()
+        self.report(self.board)
+
+    def on_round(self, number: int, result: Mapping[str, Any]) -> None:
+        """A round is over: the live table moves, and MLflow gets it."""
+        entry = self.board.entries[number]
+        if entry.num_rounds == 0:
+            self.watch(entry.run.path)
+        entry.num_rounds = int(result["round"])
+        entry.metrics = {**entry.metrics, **{k: v for k, v in result["row"].items() if v is not None}}
+        entry.totals = {"sim_seconds": result["sim_seconds"], **result["totals"]}
+        self.board.num_rounds_done += 1
+        self.report(self.board)
+
+    def on_end(self, number: int, result: Mapping[str, Any]) -> None:
+        """A trial is over. One that the scheduler stopped gets its result here, because its process was not asked."""
+        entry = self.board.entries[number]
+        if result.get("over") is None:
+            entry.run.consolidate()
+            launch.finish(entry.run, dict(result), status="stopped")
+        self.board.num_rounds_done += 1
+        self._close(entry, result.get("error"))
+
+    def on_death(self, number: int, reason: str) -> None:
+        """A trial's process died too often: its directory says so, and the sweep goes on."""
+        entry = self.board.entries[number]
+        if entry.has_begun:
+            entry.run.consolidate()
+            entry.run.write_result({"status": "failed", "error": reason, "metrics": {}, "totals": {}})
+        self._close(entry, reason)
+
+    def save(self) -> None:
+        """Write the table."""
+        self.directory.write_trials(entry.row() for _, entry in sorted(self.board.entries.items()))
+
+    def _close(self, entry: Entry, error: str | None) -> None:
+        self.given_out.discard(entry.trial.number)
+        if entry.has_begun:
+            entry.take_result()
+            self.watch(entry.run.path)
+        else:
+            entry.status, entry.error = "failed", error
+        if self.search is not None:
+            self.search.tell(entry.trial, None if entry.status == "failed" else self.board.value(entry))
+        self.save()
+        self.report(self.board)
+
+    def _propose(self) -> None:
+        """The next trial of a search that goes by results; where it finds none, the sweep has no more trials."""
+        assert self.search is not None
+        number = len(self.board.entries)
+        known = {entry.trial.spec.spec_hash for entry in self.board.entries.values()}
+        trial = self.search.propose(number, known)
+        if trial is None:
+            self.board.num_trials = number
+            return
+        take_stock(self.board, [trial], self.directory.path)
+        proposed = [entry.trial.overrides for _, entry in sorted(self.board.entries.items())]
+        self.directory.update_meta(proposed=proposed)
+        entry = self.board.entries[number]
+        if entry.status in OVER:
+            self.search.tell(trial, self.board.value(entry))
+            self._propose()
+        else:
+            self.pending.append(number)
+
+
+def take_stock(board: Board, trials: Sequence[Trial], sweep_path: Path) -> int:
+    """Enter trials with what is there of them: this sweep's own runs, or the same job finished by whoever.
+
+    Returns how many were finished by another version of the code.
+    """
+    workspace = sweep_path.parent.parent
+    elsewhere = finished_runs(workspace)
+    commit, others = launch.git_commit(), 0
+    for trial in trials:
+        own = RunDirectory(workspace / "runs" / f"{sweep_path.name}-{trial.number:03d}")
+        entry = Entry(trial, own)
+        entry.take_result()
+        other = elsewhere.get(trial.spec.spec_hash)
+        if entry.status not in OVER and other is not None:
+            entry = Entry(trial, other)
+            entry.take_result()
+            others += other.meta.get("git_commit") != commit
+        board.entries[trial.number] = entry
+    return others

@@ -1,0 +1,210 @@
+"""From a sweep file to its table: checks, Ray Tune for what is missing, figures, MLflow, and going on after a kill."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fleetune.engine import launch
+from fleetune.engine.problem import Inputs, build_problem, load_inputs
+from fleetune.errors import UserError
+from fleetune.records.access import check_access
+from fleetune.records.sweep_directory import SweepDirectory
+from fleetune.spec import RunSpec
+from fleetune.sweep.board import OVER, Board
+from fleetune.sweep.config import SweepSpec
+from fleetune.sweep.driver import Driver, Report, take_stock
+from fleetune.sweep.expansion import Trial, checked, in_trial, label, sweep_id, trials_of
+from fleetune.sweep.resident import inputs_key
+
+Warn = Callable[[str], None]
+MAX_SHARED = 32  # assumed: further seeds and data sets are read by the trials themselves
+SYNC_SECONDS = 60.0  # how long to wait for one more trial to arrive in MLflow
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep came to."""
+
+    sweep_dir: Path
+    status: str
+    trials: dict[str, int]
+    """Trials by state."""
+    best: dict[str, Any] | None
+    failures: list[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``--json`` prints it."""
+        return {**vars(self), "sweep_dir": str(self.sweep_dir)}
+
+    def lines(self) -> list[str]:
+        """As a person reads it."""
+        lines = [f"trials     {', '.join(f'{number} {state}' for state, number in self.trials.items())}"]
+        lines += [f"failed     trial {f['trial']} {f['sets']}: {f['error']}" for f in self.failures]
+        if self.best:
+            metric, value = list(self.best.items())[-1]
+            shown = f"{value:.1%}" if metric == "eval_accuracy" else f"{value:.6g}"
+            lines += [f"best       {metric} {shown}: trial {self.best['trial']} {label(self.best['overrides'])}"]
+        lines += [f"sweep      {self.sweep_dir}", f"next       fleetune ui · fleetune report {self.sweep_dir}"]
+        return lines
+
+
+def run(
+    sweep: SweepSpec, *, workspace: Path, address: str | None = None, report: Report | None = None, warn: Warn
+) -> SweepResult:
+    """Run what is missing of a sweep. UserError before any trial starts; a trial that fails is a row of the table."""
+    path = workspace.absolute() / "sweeps" / sweep_id(sweep)
+    trials, probes, search = _plan(sweep, path)
+    example = (trials or probes)[0].spec
+    if example.tracking.enabled:
+        check_access(example.tracking.uri)
+    board = Board(sweep, num_trials=sweep.search.num_trials if search and sweep.search else len(trials))
+    others = take_stock(board, trials, path)
+    if others:
+        warn(f"{others} trial(s) were finished by another version of the code; their results are taken as they are")
+    missing = [entry.trial for entry in board.entries.values() if entry.status not in OVER]
+    is_complete = not missing and len(trials) == board.num_trials
+    shared = {} if is_complete else _prepare([*missing, *probes], workspace, address)
+    directory = _open(sweep, path)
+
+    def watch(run_path: Path) -> None:
+        if example.tracking.enabled:
+            launch.follower(warn).watch(run_path)
+
+    with launch.locked(directory, field="SWEEP", patience_seconds=5.0):
+        driver = Driver(sweep, directory, board, search=search, report=report or (lambda board: None), watch=watch)
+        (directory.path / "result.json").unlink(missing_ok=True)
+        driver.save()
+        watch(directory.path)
+        for entry in board.entries.values():  # those of an earlier launch that MLflow may not have got whole
+            if entry.has_begun and entry.run.path.name.startswith(directory.path.name):
+                watch(entry.run.path)
+        if not is_complete:
+            from fleetune.sweep import tuning
+
+            tuning.run(sweep, driver, shared=shared, num_trials=driver.num_left, known=_known(sweep, board))
+        driver.save()
+        result = _summarise(sweep, directory, board)
+    if example.tracking.enabled:
+        _wait_for_mlflow(directory, board, warn)
+    return result
+
+
+def _plan(sweep: SweepSpec, path: Path) -> tuple[list[Trial], list[Trial], Any]:
+    """(trials that are known, trials that stand for those to come, the search that proposes them)."""
+    if sweep.search is None or sweep.search.kind != "optuna":
+        return trials_of(sweep), [], None
+    from fleetune.sweep.optuna_search import OptunaSearch, probes
+
+    search = OptunaSearch(sweep)
+    known = SweepDirectory(path).meta.get("proposed", []) if (path / SweepDirectory.SPEC).is_file() else []
+    trials = [Trial(n, overrides, checked(sweep, overrides, number=n)) for n, overrides in enumerate(known)]
+    return trials, probes(sweep), search
+
+
+def _prepare(trials: Sequence[Trial], workspace: Path, address: str | None) -> dict[str, Any]:
+    """Join the cluster; meanwhile read model and data, and check every trial with them. Inputs in the object store, by key."""
+    engine = launch.ray_engine(address)
+    inputs: dict[str, Inputs] = {}
+    examples: dict[str, RunSpec] = {}
+    bases: dict[str, Any] = {}
+    for trial in trials:
+        key, base = inputs_key(trial.spec), launch.base_key(trial.spec)
+        try:
+            loaded = inputs.get(key) or load_inputs(trial.spec, base=bases.get(base))
+            build_problem(trial.spec, loaded)
+        except UserError as error:
+            raise in_trial(error, trial.number, trial.overrides) from None
+        bases[base] = loaded.base
+        if len(inputs) < MAX_SHARED:
+            inputs[key], examples[key] = loaded, trial.spec
+    from fleetune.sweep import tuning
+
+    specs = [trial.spec for trial in trials]
+    if address is None:
+        tuning.check_fits(specs, [launch.num_cores()])
+    engine.wait()
+    if address is not None:
+        tuning.check_fits(specs, tuning.node_cores())
+    with _writable(workspace):
+        workspace.mkdir(parents=True, exist_ok=True)
+        tuning.check_shared(workspace.absolute())
+    return tuning.put(inputs, examples)
+
+
+def _open(sweep: SweepSpec, path: Path) -> SweepDirectory:
+    if (path / SweepDirectory.SPEC).is_file():
+        return SweepDirectory.open(path)
+    meta = {"sweep": sweep.name, "git_commit": launch.git_commit()}
+    values = sweep.model_dump(mode="json", exclude_none=True)
+    with _writable(path.parent.parent):
+        return SweepDirectory.create(path.parent.parent, path.name, values, meta=meta, directory=path.parent)
+
+
+@contextlib.contextmanager
+def _writable(workspace: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot be written to: {error.strerror or error}",
+            field="--workspace",
+            value=str(workspace),
+            hint="choose another with --workspace, or set FLEETUNE_WORKSPACE",
+        ) from None
+
+
+def _known(sweep: SweepSpec, board: Board) -> list[tuple[str, list[dict[str, Any]]]]:
+    """What trials of earlier launches reached, by which early stopping goes too."""
+    if sweep.early_stopping is None:
+        return []
+    over = [entry.run for entry in board.entries.values() if entry.status in OVER]
+    return [(run.path.name, [row for row, _ in run.round_rows()]) for run in over]
+
+
+def _summarise(sweep: SweepSpec, directory: SweepDirectory, board: Board) -> SweepResult:
+    from fleetune.records import figures
+
+    entries = [entry for _, entry in sorted(board.entries.items())]
+    runs = [entry.run for entry in entries if entry.status == "finished"]
+    (directory.path / "figures").mkdir(exist_ok=True)
+    if len(runs) > 1:
+        figures.sweep_effect(runs, path=directory.path / "figures" / "sweep_effect.png")
+    best = board.best()
+    told = None
+    if best is not None:
+        told = {
+            "trial": best.trial.number,
+            "run_id": best.run.path.name,
+            "overrides": best.trial.overrides,
+            sweep.metric: board.value(best),
+        }
+    failures = [
+        {"trial": e.trial.number, "sets": label(e.trial.overrides), "error": e.error}
+        for e in entries
+        if e.status == "failed"
+    ]
+    counts = board.counts()
+    metrics: dict[str, Any] = {f"trials/{state}": number for state, number in counts.items()}
+    if told is not None:
+        metrics[f"best/{sweep.metric}"] = told[sweep.metric]
+    status = "finished" if runs or not failures else "failed"
+    result = SweepResult(directory.path, status, counts, told, failures)
+    document = {**result.to_dict(), "metrics": metrics}
+    del document["sweep_dir"]
+    directory.write_result(document)
+    return result
+
+
+def _wait_for_mlflow(directory: SweepDirectory, board: Board, warn: Warn) -> None:
+    """Until MLflow has all trials, then the sweep itself; not for longer than one of them may take."""
+    follower = launch.follower(warn)
+    own = [
+        e.run.path for e in board.entries.values() if e.has_begun and e.run.path.name.startswith(directory.path.name)
+    ]
+    for path in [*own, directory.path]:
+        if not follower.finished(path, timeout_seconds=SYNC_SECONDS):
+            break

@@ -1,0 +1,124 @@
+"""What a person sees while a sweep goes on: a live table on a terminal, a line per trial elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+
+from fleetune.progress import duration
+from fleetune.sweep.board import Board, Entry
+from fleetune.sweep.config import SweepSpec
+from fleetune.sweep.expansion import label
+
+MAX_ROWS = 24  # of the live table: what is running, then the best
+SECONDS_BETWEEN = 0.25
+
+
+class Progress(Protocol):
+    """Takes the board whenever it has changed; used as a context."""
+
+    def __enter__(self) -> Progress: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def __call__(self, board: Board) -> None:
+        """Show it."""
+        ...
+
+
+def make_progress(sweep: SweepSpec) -> Progress:
+    """A live table on a terminal, lines otherwise; always on stderr."""
+    return LiveTable(sweep) if sys.stderr.isatty() else Lines(sweep)
+
+
+def headline(board: Board) -> str:
+    """Trials by state, the best so far, and how long it will take."""
+    parts = [" · ".join(f"{number} {state}" for state, number in board.counts().items())]
+    best, eta = board.best_told(), board.eta_seconds()
+    parts += [f"best {best}"] if best else []
+    parts += [f"eta {duration(eta)}"] if eta else []
+    return " · ".join(parts)
+
+
+class Lines:
+    """One line whenever a trial is over."""
+
+    def __init__(self, sweep: SweepSpec):
+        self.sweep = sweep
+        self.told: set[int] = set()
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def __call__(self, board: Board) -> None:
+        """Print the trials that have ended since."""
+        over = {n for n, e in board.entries.items() if e.status not in ("missing", "running")}
+        if not self.told:
+            print(f"{self.sweep.name}: {headline(board)}", file=sys.stderr, flush=True)
+            self.told = over if board.num_rounds_done == 0 else {-1}
+        for number in sorted(over - self.told):
+            entry = board.entries[number]
+            how = f"failed: {entry.error}" if entry.status == "failed" else f"{entry.status} · {_metrics(entry)}"
+            told = f"trial {number} {label(entry.trial.overrides)} · {how} · {headline(board)}"
+            print(told, file=sys.stderr, flush=True)
+        self.told |= over
+
+
+class LiveTable:
+    """A table that is drawn anew in its place."""
+
+    def __init__(self, sweep: SweepSpec):
+        self.sweep = sweep
+        self.live = Live(f"{sweep.name} · starting", console=Console(stderr=True), auto_refresh=False)
+        self.drawn = 0.0
+
+    def __enter__(self) -> LiveTable:
+        self.live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.live.stop()
+
+    def __call__(self, board: Board) -> None:
+        """Draw it, a few times a second at most."""
+        now = time.monotonic()
+        if now - self.drawn > SECONDS_BETWEEN or board.counts().get("running", 0) == 0:
+            self.drawn = now
+            self.live.update(draw(board), refresh=True)
+
+
+def draw(board: Board) -> Any:
+    """The table: trials that run, then those that are over, the best first."""
+    entries = list(board.entries.values())
+    running = [e for e in entries if e.status == "running"]
+    over = [e for e in entries if e.status not in ("running", "missing")]
+    over.sort(key=lambda e: (e.status == "failed", -board.sweep.sign * (board.value(e) or 0.0), e.trial.number))
+    table = Table("trial", "sets", "state", "round", "loss", "accuracy", box=None, pad_edge=False)
+    for entry in [*running, *over][:MAX_ROWS]:
+        rounds = f"{entry.num_rounds}/{entry.trial.spec.rounds.num_rounds}"
+        loss, accuracy = entry.metrics.get("eval_loss"), entry.metrics.get("eval_accuracy")
+        table.add_row(
+            str(entry.trial.number),
+            label(entry.trial.overrides),
+            entry.status,
+            rounds,
+            "" if loss is None else f"{loss:.3f}",
+            "" if accuracy is None else f"{accuracy:.1%}",
+        )
+    hidden = len(running) + len(over) - MAX_ROWS
+    rest = [f"… and {hidden} more"] if hidden > 0 else []
+    return Group(f"{board.sweep.name} · {headline(board)}", table, *rest)
+
+
+def _metrics(entry: Entry) -> str:
+    accuracy, loss = entry.metrics.get("eval_accuracy"), entry.metrics.get("eval_loss")
+    parts = [f"accuracy {accuracy:.1%}"] if accuracy is not None else []
+    parts += [f"eval loss {loss:.3f}"] if loss is not None else []
+    return " · ".join(parts)
