@@ -70,7 +70,9 @@ def test_a_plan_is_what_the_run_records(method: str, costs: dict[str, Any], tmp_
     for round_idx, columns in enumerate(clients):
         recorded = done.clients[done.clients["round"] == round_idx].reset_index(drop=True)
         for name, column in columns.items():
-            assert as_recorded(column, recorded[name]) == recorded[name].tolist(), name
+            there = recorded[name].notna()
+            assert as_recorded(column[there], recorded[name]) == recorded[name][there].tolist(), name
+            assert not any(value is not None for value in column[~there]), name
 
 
 def test_a_plan_adds_up_its_rounds(tmp_path: Path):

@@ -14,9 +14,11 @@ NOBODY = np.zeros(5, bool)
 
 def closed(over_budget: list[int] | None = None, dropped: list[int] | None = None, **rules: object) -> Outcome:
     """Five clients that take 4, 2, 9, 2 and 1 seconds."""
-    flags = [np.isin(np.arange(5), who or []) for who in (over_budget, dropped)]
+    refused_by = np.full(5, None, dtype=object)
+    refused_by[over_budget or []] = "memory"
     config = RoundsConfig(num_rounds=1, clients_per_round=5, **rules)
-    return close_round(config, sim_seconds=SECONDS, over_budget=flags[0], dropped=flags[1])
+    leave = np.isin(np.arange(5), dropped or [])
+    return close_round(config, sim_seconds=SECONDS, refused_by=refused_by, dropped=leave)
 
 
 def test_all_replies_are_waited_for():

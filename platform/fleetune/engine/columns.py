@@ -9,7 +9,8 @@ import numpy as np
 
 from fleetune.engine.lots import LotReply
 from fleetune.engine.problem import Problem
-from fleetune.engine.rounds import DROPPED, LATE, OK, OOM, Outcome
+from fleetune.engine.rounds import DROPPED, LATE, OK, OOM, REFUSED
+from fleetune.engine.schedule import Scheduled
 
 MEMORY = (
     "peak_memory_bytes",
@@ -33,40 +34,26 @@ SPENT = {
 }
 
 
-def client_columns(
-    problem: Problem,
-    client_ids: np.ndarray,
-    costs: dict[str, np.ndarray],
-    outcome: Outcome,
-    busy_seconds: np.ndarray,
-    replies: Sequence[LotReply],
-    rows: Sequence[np.ndarray],
-) -> dict[str, Any]:
+def client_columns(problem: Problem, now: Scheduled, replies: Sequence[LotReply]) -> dict[str, Any]:
     """Columns of clients.parquet: what the work costs, and what the workers saw of it."""
-    return {
-        **costed_columns(problem, client_ids, costs, outcome, busy_seconds),
-        **_measured(problem, client_ids, replies, rows, outcome.status != OOM),
-    }
+    return {**costed_columns(problem, now), **_measured(problem, now, replies)}
 
 
-def costed_columns(
-    problem: Problem,
-    client_ids: np.ndarray,
-    costs: dict[str, np.ndarray],
-    outcome: Outcome,
-    busy_seconds: np.ndarray,
-) -> dict[str, Any]:
+def costed_columns(problem: Problem, now: Scheduled) -> dict[str, Any]:
     """What is known without any work. A refused client spends nothing, one that leaves what it did until then."""
-    fleet = problem.fleet
-    started = outcome.status != OOM
+    fleet, costs, work, started = problem.fleet, now.costs, now.work, now.outcome.started
     out: dict[str, Any] = {
-        "client_id": client_ids,
-        "device": np.array(fleet.device_names, dtype=object)[fleet.device_index[client_ids]],
-        "status": outcome.status,
-        "num_examples": np.diff(problem.partition.offsets)[client_ids],
+        "client_id": now.client_ids,
+        "device": np.array(fleet.device_names, dtype=object)[fleet.device_index[now.client_ids]],
+        "status": now.outcome.status,
+        "refused_by": now.refused_by,
+        "refused_hint": now.hints,
+        "num_examples": np.diff(problem.partition.offsets)[now.client_ids],
     }
+    out.update({name: work.of_clients(name) for name in ("batch_size", "rank", "depth")})
+    out["checkpointing"] = work.checkpointing
     out.update({name: costs[name] for name in MEMORY})
-    busy = np.where(outcome.status == DROPPED, busy_seconds, costs["sim_seconds"])
+    busy = np.where(now.outcome.status == DROPPED, now.busy_seconds, costs["sim_seconds"])
     share = _shares_done(costs, busy)
     out.update({name: np.where(started, share[phase] * costs[name], 0.0) for name, phase in SPENT.items()})
     out["sim_seconds"] = np.where(started, busy, 0.0)
@@ -90,42 +77,37 @@ def _shares_done(costs: dict[str, np.ndarray], busy_seconds: np.ndarray) -> dict
     return out
 
 
-def _measured(
-    problem: Problem,
-    client_ids: np.ndarray,
-    replies: Sequence[LotReply],
-    rows: Sequence[np.ndarray],
-    started: np.ndarray,
-) -> dict[str, np.ndarray]:
+def _measured(problem: Problem, now: Scheduled, replies: Sequence[LotReply]) -> dict[str, np.ndarray]:
     """What the workers saw: tokens, loss, real time. Null where a client's work came to nothing and was not simulated."""
-    n = len(client_ids)
+    n, rows = len(now.client_ids), now.work.rows
     loss, wall = np.full(n, np.nan), np.zeros(n)
     offsets = problem.inputs.train.offsets
     num_tokens = np.array([int((offsets[r + 1] - offsets[r]).sum()) if len(r) else 0 for r in rows])
     for reply in replies:
-        where = np.searchsorted(client_ids, reply.client_ids)
+        where = np.searchsorted(now.client_ids, reply.client_ids)
         loss[where], wall[where] = reply.losses, reply.wall_seconds
-    return {"num_tokens": np.where(started, num_tokens, 0), "train_loss": loss, "wall_seconds": wall}
+    return {"num_tokens": np.where(now.outcome.started, num_tokens, 0), "train_loss": loss, "wall_seconds": wall}
 
 
-def round_row(
-    round_idx: int, stage: int, clients: dict[str, Any], outcome: Outcome, sim_seconds: float
-) -> dict[str, Any]:
+def round_row(stage: int, now: Scheduled, clients: dict[str, Any], sim_seconds: float) -> dict[str, Any]:
     """The round's own row; evaluation, the method's columns and real time are added to it."""
+    outcome, ran = now.outcome, now.outcome.started
     ok = outcome.status == OK
-    ran = outcome.status != OOM
     weights = clients["num_examples"][ok]
     loss = clients["train_loss"][ok]
     return {
-        "round": round_idx,
+        "round": now.work.round_idx,
         "stage": stage,
+        "num_available": now.num_available,
         "num_clients": len(ok),
         "num_ok": int(ok.sum()),
         "num_oom": outcome.count(OOM),
+        "num_refused": outcome.count(REFUSED),
         "num_dropped": outcome.count(DROPPED),
         "num_late": outcome.count(LATE),
         "train_loss": float((loss * weights).sum() / weights.sum()) if ok.any() else None,
         "sim_seconds": sim_seconds,
+        "waited_seconds": now.waited_seconds,
         "uplink_bytes": float(clients["uplink_bytes"].sum()),
         "downlink_bytes": float(clients["downlink_bytes"].sum()),
         "energy_joules": float(clients["energy_joules"].sum()),

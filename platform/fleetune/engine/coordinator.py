@@ -15,11 +15,14 @@ from fleetune.engine.executor import Executor
 from fleetune.engine.ledger import Evaluating, FinishedRound, Ledger
 from fleetune.engine.lots import LotReply, make_lots
 from fleetune.engine.problem import Problem
+from fleetune.engine.ranks import cut, filled, laid_over, shares_per_row
 from fleetune.engine.rounds import LATE, OK, Outcome
-from fleetune.engine.schedule import Schedule, Work
+from fleetune.engine.schedule import Schedule
+from fleetune.engine.work import Work
 from fleetune.errors import RunFailed
 from fleetune.methods.base import State, Update
 from fleetune.records.run_directory import RunDirectory
+from fleetune.tensors import Packed, Tensors, pack
 
 Event = dict[str, Any]
 Baselines = dict[str, Evaluating]
@@ -29,6 +32,7 @@ TOTALS = (
     "energy_joules",
     "wall_seconds",
     "num_oom",
+    "num_refused",
     "num_dropped",
     "num_late",
 )
@@ -61,7 +65,7 @@ class Coordinator:
                 now = self.schedule.round(
                     state, round_idx, self.checkpoint.provisioned, sim_seconds=progress.sim_seconds
                 )
-                client_ids, work, costs, outcome = now.client_ids, now.work, now.costs, now.outcome
+                client_ids, work, outcome = now.client_ids, now.work, now.outcome
                 progress.sim_seconds = now.start_seconds + outcome.sim_seconds
 
                 # The work itself. While hosts are at it, the round before is written and the next one's batches are drawn.
@@ -72,11 +76,10 @@ class Coordinator:
                 state = self._aggregate(state, updates, round_idx)
 
                 # What there is to record, and the evaluation, which goes on beside the next round's work.
-                clients = client_columns(self.problem, client_ids, costs, outcome, now.busy_seconds, replies, work.rows)
-                row = round_row(round_idx, self.method.stage(round_idx), clients, outcome, progress.sim_seconds)
-                row.update(num_available=now.num_available, waited_seconds=now.waited_seconds)
+                clients = client_columns(self.problem, now, replies)
+                row = round_row(self.method.stage(round_idx), now, clients, progress.sim_seconds)
                 row.update(self.method.columns(state))
-                self.checkpoint.keep(round_idx, {c: kept for reply in replies for c, kept in reply.private.items()})
+                self.checkpoint.keep(round_idx, self._kept(replies, client_ids, work))
                 evaluation = self._evaluate(state) if self._is_evaluated(round_idx) else None
                 row["wall_seconds"] = time.perf_counter() - started
                 _count(progress, row)
@@ -139,7 +142,7 @@ class Coordinator:
             learning_rate=self.spec.local.learning_rate_at(work.round_idx, self.spec.rounds.num_rounds),
             cohort_size=int(self.spec.execution.cohort),
             coupled=self.method.coupled,
-            private=self.checkpoint.private(ids) if keeps else {},
+            private=self._private(ids, work.of_clients("rank")[active]) if keeps else {},
         )
         run = self.executor.run(lots, dict(enumerate(work.payloads)))
         return self._updates(run, work, weights, client_ids, replies)
@@ -163,6 +166,9 @@ class Coordinator:
     ) -> Iterator[Update]:
         """Lots become updates one by one; their tensors are let go as soon as they are added."""
         place = {client_id: i for i, client_id in enumerate(client_ids.tolist())}
+        full = self.spec.model.lora.rank
+        ranks = np.where(weights > 0, work.of_clients("rank"), full)
+        trained = shares_per_row(ranks, weights, full) if (ranks < full).any() else None
         for reply in stream:
             counted = [i for i in (place[int(c)] for c in reply.client_ids) if weights[i] > 0]
             server = reply.server.unpack() if reply.server is not None else {}
@@ -172,14 +178,44 @@ class Coordinator:
                 group, share = work.groups[key], float(weights[mine].sum())
                 if key in reply.partial_sums or server:
                     packed = reply.partial_sums.get(key)
-                    yield Update(packed.unpack() if packed else {}, 1.0, ids, server, group, share)
+                    total = self._whole(packed.unpack(), work, key, share, trained) if packed else {}
+                    yield Update(total, 1.0, ids, server, group, share)
                     server = {}
                 for i, client_id in zip(mine, ids, strict=True):
                     if client_id in reply.each:
                         weight = float(weights[i])
-                        yield Update(reply.each[client_id].unpack(), weight, (client_id,), {}, group, weight)
+                        upload = self._whole(reply.each[client_id].unpack(), work, key, 1.0, trained)
+                        yield Update(upload, weight, (client_id,), {}, group, weight)
             reply.partial_sums, reply.server, reply.each = {}, None, {}
             replies.append(reply)
+
+    def _whole(self, upload: Tensors, work: Work, key: int, share: float, trained: np.ndarray | None) -> Tensors:
+        """An upload of clients that did a smaller share, as one of the whole work (`engine.shares`, `engine.ranks`)."""
+        source = work.source[key]
+        if work.shares[key].depth != work.shares[source].depth:
+            upload = self.method.grown(upload, work.payloads[key])
+        if trained is None:
+            return upload
+        return filled(upload, work.payloads[source].tensors, share=share, trained=trained)
+
+    def _private(self, client_ids: np.ndarray, ranks: np.ndarray) -> dict[int, Packed]:
+        """What these clients kept, each at the rank that it works with now."""
+        kept = self.checkpoint.private(client_ids)
+        for client, rank in zip(client_ids.tolist(), ranks.tolist(), strict=True):
+            if client in kept and rank < self.spec.model.lora.rank:
+                kept[client] = pack(cut(kept[client].unpack(), rank))
+        return kept
+
+    def _kept(self, replies: list[LotReply], client_ids: np.ndarray, work: Work) -> dict[int, Packed]:
+        """What clients keep after a round, at full rank: what a smaller rank left out stays as it was."""
+        kept = {client: packed for reply in replies for client, packed in reply.private.items()}
+        full = self.spec.model.lora.rank
+        for client in client_ids[work.of_clients("rank") < full].tolist():
+            if client in kept:
+                before = self.checkpoint.private([client]).get(client)
+                whole = laid_over(kept[client].unpack(), before.unpack() if before else {}, full)
+                kept[client] = pack(whole)
+        return kept
 
     def _keeps(self, work: Work) -> bool:
         """Whether clients of this work keep something of their own for the next time."""

@@ -7,7 +7,7 @@ are. A tensor ``layers.<n>.<linear>.lora_A`` of the trained model stands for the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from fleetune.cost.shapes import ARCHITECTURES
 from fleetune.cost.work import LocalWork, lora_targets
 from fleetune.data.dataset import TokenizedDataset
 from fleetune.engine.problem import Problem
+from fleetune.engine.shares import Share
 from fleetune.methods.base import Payload
 from fleetune.models.base import BaseModel
 from fleetune.models.config import ModelConfig
@@ -67,8 +68,8 @@ class Costing:
         down = padded_tokens * self.shape.hidden_size * element
         return down + 4 * padded_tokens, down
 
-    def work(self, plan: LocalPlan, adapter: Tensors) -> LocalWork:
-        """A client's work under a plan, from the adapter tensors that it really holds."""
+    def work(self, plan: LocalPlan, adapter: Tensors, share: Share) -> LocalWork:
+        """A client's share of the work under a plan, from the adapter tensors that it really holds."""
         ratio = self.depth_ratio
         num_layers = self.layers(plan.submodel.num_layers)
         trained = {_layer(name) for name in adapter if plan.trainable(name)}
@@ -82,13 +83,14 @@ class Costing:
             trainable_layers=layers,
             adapter_elements=adapter_elements,
             trainable_elements=min(adapter_elements, round(sum(self._elements(name, t) for name, t in kept.items()))),
-            lora_targets=lora_targets(self.shape, lora.target_names, rank=lora.rank, layers=layers),
-            batch_size=self.spec.local.batch_size,
+            lora_targets=lora_targets(self.shape, lora.target_names, rank=share.rank, layers=layers),
+            batch_size=share.batch_size,
             optimizer=self.spec.local.optimizer,
             weight_dtype=_weights(self.spec.cost.weights, self.spec.model),
             adapter_dtype="fp32",
             precision=self.spec.cost.precision,
             split=None if plan.split is None else min(self.layers(plan.split), num_layers - 1),
+            checkpointing=share.checkpointing,
         )
 
     def _elements(self, name: str, tensor: Tensor) -> float:
@@ -116,15 +118,24 @@ class Pricing:
         group_of: np.ndarray,
         load: Load,
         provision_bytes: np.ndarray,
+        *,
+        shares: Sequence[Share],
+        checkpointing: np.ndarray,
     ) -> dict[str, np.ndarray]:
-        """The cost table's columns and the bytes of both links, one entry per client."""
+        """The cost table's columns and the bytes of both links, one entry per client.
+
+        ``shares``: how much of the work the clients of each payload do. ``checkpointing``: which clients, bool (n,).
+        """
         out: dict[str, np.ndarray] = {}
         for key, payload in enumerate(payloads):
-            where = np.flatnonzero(group_of == key)
-            for name, column in self._group(
-                round_idx, client_ids[where], payload, load.at(where), provision_bytes[where]
-            ).items():
-                out.setdefault(name, np.zeros(len(client_ids), dtype=column.dtype))[where] = column
+            for recomputes in (False, True):
+                where = np.flatnonzero((group_of == key) & (checkpointing == recomputes))
+                if not len(where) and (out or recomputes):
+                    continue
+                share = replace(shares[key], checkpointing=recomputes)
+                part = self._group(round_idx, client_ids[where], payload, share, load.at(where), provision_bytes[where])
+                for name, column in part.items():
+                    out.setdefault(name, np.zeros(len(client_ids), dtype=column.dtype))[where] = column
         return out
 
     def _group(
@@ -132,6 +143,7 @@ class Pricing:
         round_idx: int,
         client_ids: np.ndarray,
         payload: Payload,
+        share: Share,
         load: Load,
         provision_bytes: np.ndarray,
     ) -> dict[str, np.ndarray]:
@@ -142,13 +154,11 @@ class Pricing:
         up = np.full(len(client_ids), self.costing.num_bytes({n: t for n, t in adapter.items() if plan.uploads(n)}))
         messages = np.ones(len(client_ids))
         if plan.split is not None:
-            cut_up, cut_down = self.costing.cut_bytes(
-                np.rint(load.mean_tokens * spec.local.batch_size * load.num_steps)
-            )
+            cut_up, cut_down = self.costing.cut_bytes(np.rint(load.mean_tokens * share.batch_size * load.num_steps))
             up, down, messages = up + cut_up, down + cut_down, messages + load.num_steps
         down_bps, up_bps, latency = fleet.draw_rates(spec.seed, round_idx, client_ids)
         table = estimate(
-            self.costing.work(plan, adapter),
+            self.costing.work(plan, adapter, share),
             devices=fleet.devices,
             device_index=fleet.device_index[client_ids],
             num_steps=load.num_steps,
@@ -172,18 +182,24 @@ def batch_load(data: TokenizedDataset, rows: Sequence[np.ndarray]) -> Load:
     if not steps.any():
         zero = np.zeros(len(rows))
         return Load(steps, zero, zero, 1.0)
-    flat = np.concatenate(rows)
-    lengths = data.offsets[flat + 1] - data.offsets[flat]
-    owner = np.repeat(np.arange(len(rows)), steps)
-    padded = lengths.max(axis=1)
-    longest = np.zeros(len(rows))
-    np.maximum.at(longest, owner, padded)
-    prompt_share = float(data.prompt_lengths[flat].sum() / max(1, lengths.sum()))
+    longest, summed = np.zeros(len(rows)), np.zeros(len(rows))
+    num_tokens = num_prompt_tokens = 0
+    widths = np.array([r.shape[1] for r in rows])
+    for width in np.unique(widths):  # clients whose batches are as large as each other's
+        mine = np.flatnonzero(widths == width)
+        flat = np.concatenate([rows[i] for i in mine.tolist()])
+        lengths = data.offsets[flat + 1] - data.offsets[flat]
+        owner = np.repeat(mine, steps[mine])
+        padded = lengths.max(axis=1)
+        np.maximum.at(longest, owner, padded)
+        summed += np.bincount(owner, padded, len(rows))
+        num_tokens += int(lengths.sum())
+        num_prompt_tokens += int(data.prompt_lengths[flat].sum())
     return Load(
         num_steps=steps,
-        mean_tokens=np.bincount(owner, padded, len(rows)) / np.maximum(steps, 1),
+        mean_tokens=summed / np.maximum(steps, 1),
         max_tokens=longest,
-        logit_fraction=1.0 if data.loss_on == "all" else 1.0 - prompt_share,
+        logit_fraction=1.0 if data.loss_on == "all" else 1.0 - num_prompt_tokens / max(1, num_tokens),
     )
 
 

@@ -31,6 +31,8 @@ class Cohort:
     start: int
     stop: int
     payload: int
+    batch_size: int
+    """Examples of each step of its clients."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Lot:
     weights: np.ndarray
     learning_rate: float
     rows: np.ndarray
-    """Examples of all steps of all clients, (sum of steps, batch)."""
+    """Examples of all steps of all clients, (sum of steps, largest batch); smaller batches are filled up with -1."""
     row_offsets: np.ndarray
     cohorts: tuple[Cohort, ...]
     private: Mapping[int, Packed] = field(default_factory=dict)
@@ -60,7 +62,7 @@ class Lot:
                 ClientTask(
                     client_id=client_id,
                     weight=float(self.weights[i]),
-                    rows=self.rows[self.row_offsets[i] : self.row_offsets[i + 1]],
+                    rows=self.rows[self.row_offsets[i] : self.row_offsets[i + 1], : cohort.batch_size],
                     learning_rate=self.learning_rate,
                     address=(self.run_seed, self.round_idx),
                     private=private.unpack() if private is not None else None,
@@ -121,7 +123,7 @@ def make_lots(
         members = np.concatenate([cohorts[c] for c in part])
         stops = np.cumsum([len(cohorts[c]) for c in part])
         spans = tuple(
-            Cohort(int(stop - len(cohorts[c])), int(stop), int(payloads[cohorts[c][0]]))
+            Cohort(int(stop - len(cohorts[c])), int(stop), int(payloads[cohorts[c][0]]), rows[cohorts[c][0]].shape[1])
             for c, stop in zip(part, stops, strict=True)
         )
         ids = client_ids[members]
@@ -135,13 +137,21 @@ def make_lots(
                 client_ids=ids,
                 weights=weights[members],
                 learning_rate=learning_rate,
-                rows=np.concatenate(mine) if mine else np.zeros((0, 0), np.int64),
+                rows=_as_one(mine),
                 row_offsets=np.concatenate([[0], np.cumsum(steps[members])]),
                 cohorts=spans,
                 private={int(i): private[int(i)] for i in ids if int(i) in private} if private else {},
             )
         )
     return lots
+
+
+def _as_one(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """The steps of all clients below each other, as wide as the largest batch."""
+    width = max(r.shape[1] for r in rows)
+    if all(r.shape[1] == width for r in rows):
+        return np.concatenate(rows)
+    return np.concatenate([np.pad(r, ((0, 0), (0, width - r.shape[1])), constant_values=-1) for r in rows])
 
 
 def run_lot(

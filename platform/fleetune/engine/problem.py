@@ -15,6 +15,7 @@ from fleetune.data.dataset import TokenizedDataset
 from fleetune.data.partition import Partition, partition, partition_keys
 from fleetune.data.sources import load_records
 from fleetune.data.tokenize import tokenize
+from fleetune.engine.shares import check_adapt
 from fleetune.errors import UserError
 from fleetune.fleet.availability_trace import AvailabilityTrace
 from fleetune.fleet.fleet import Fleet, build_fleet, read_availability
@@ -132,6 +133,7 @@ def build_problem(spec: RunSpec, inputs: Inputs) -> Problem:
     context = Context(inputs.base, spec.model.lora, inputs.sites, spec.rounds.num_rounds, spec.seed)
     method = METHODS[spec.method.name](spec.method, context)
     method.check()
+    check_adapt(spec, method)
     dealt = partition(spec.data.partition, num_clients=spec.fleet.num_clients, keys=inputs.keys, seed=spec.seed)
     fleet = build_fleet(spec.fleet, spec.seed, trace=inputs.availability)
     problem = Problem(spec, inputs, fleet, dealt, method)

@@ -8,9 +8,10 @@ import numpy as np
 
 from fleetune.engine.config import RoundsConfig
 from fleetune.fleet.availability import Availability
+from fleetune.fleet.budgets import MEMORY
 from fleetune.seeds import rng
 
-OK, OOM, DROPPED, LATE, FAILED = "ok", "oom", "dropped", "late", "failed"
+OK, OOM, REFUSED, DROPPED, LATE = "ok", "oom", "refused", "dropped", "late"
 
 
 def sample_clients(eligible: np.ndarray, num_clients: int, *, run_seed: int, round_idx: int) -> np.ndarray:
@@ -52,23 +53,30 @@ class Outcome:
     status: np.ndarray
     sim_seconds: float
 
+    @property
+    def started(self) -> np.ndarray:
+        """Who was not refused, bool (n,)."""
+        return (self.status != OOM) & (self.status != REFUSED)
+
     def count(self, status: str) -> int:
         """Clients with this status."""
         return int((self.status == status).sum())
 
 
 def close_round(
-    rules: RoundsConfig, *, sim_seconds: np.ndarray, over_budget: np.ndarray, dropped: np.ndarray
+    rules: RoundsConfig, *, sim_seconds: np.ndarray, refused_by: np.ndarray, dropped: np.ndarray
 ) -> Outcome:
     """Who counts: refused clients never start, dropped ones leave, and of the others those that are back in time.
 
+    ``refused_by`` names the budget that a client would break, or None, objects (n,): memory makes it ``oom``.
     Ties at the k-th place go to the smaller client id, because clients are in ascending order and the sort is stable.
     """
     status = np.full(len(sim_seconds), OK, dtype=object)
     status[dropped] = DROPPED
-    status[over_budget] = OOM
+    refused = np.array([budget is not None for budget in refused_by], bool)
+    status[refused] = np.where(refused_by[refused] == MEMORY, OOM, REFUSED)
     arriving = np.flatnonzero(status == OK)
-    waiting = np.flatnonzero(status != OOM)
+    waiting = np.flatnonzero(~refused)
     if rules.close == "deadline" and rules.deadline_seconds is not None:
         status[arriving[sim_seconds[arriving] > rules.deadline_seconds]] = LATE
         longest = float(sim_seconds[waiting].max(initial=0.0))

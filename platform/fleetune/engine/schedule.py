@@ -5,29 +5,20 @@ Pure functions of the spec, the method's state and the round's number, so that a
 
 from __future__ import annotations
 
-from collections.abc import Hashable, MutableMapping
+from collections.abc import Hashable, Mapping, MutableMapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from fleetune.data.batches import draw_batches
 from fleetune.engine.costs import Load, Pricing, batch_load
+from fleetune.engine.fitting import Costs, Fitting
 from fleetune.engine.problem import Problem
 from fleetune.engine.rounds import Opening, Outcome, close_round, open_round, sample_clients
+from fleetune.engine.shares import Share
+from fleetune.engine.work import Work
 from fleetune.methods.base import ClientInfo, Method, Payload, State
 from fleetune.seeds import seed_of
-
-
-@dataclass(frozen=True)
-class Work:
-    """What the sampled clients are given: payloads by group, each client's group, and its batches."""
-
-    round_idx: int
-    groups: list[Hashable]
-    payloads: list[Payload]
-    group_of: np.ndarray
-    """Index of each client's group, (n,)."""
-    rows: list[np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -36,8 +27,13 @@ class Scheduled:
 
     client_ids: np.ndarray
     work: Work
-    costs: dict[str, np.ndarray]
+    costs: Costs
+    """What the whole turn costs each client, refused ones included."""
     outcome: Outcome
+    refused_by: np.ndarray
+    """The budget for which a client is refused, or None, objects (n,)."""
+    hints: np.ndarray
+    """What would fit it, in words, or None, objects (n,)."""
     start_seconds: float
     """Virtual time at which it begins."""
     waited_seconds: float
@@ -64,21 +60,35 @@ class Schedule:
 
         ``provisioned``, what each client was sent along last, is brought up to date.
         """
+        fleet = self.problem.fleet
         opening = self._opening(round_idx, sim_seconds)
         client_ids = self.clients(round_idx, opening.available)
-        work = self._work(state, round_idx, client_ids)
-        provision = provision_bytes(work, client_ids, provisioned)
-        load = self.load(work, client_ids)
-        costs = self.pricing.columns(round_idx, client_ids, work.payloads, work.group_of, load, provision)
+        fitting = Fitting(
+            self.method,
+            self.spec.fleet.adapt,
+            price=lambda work, ids: self._price(work, ids, provisioned),
+            broken=lambda ids, costs: fleet.budgets.broken(fleet.device_index[ids], costs),
+        )
+        fitted = fitting.fit(self._work(state, round_idx, client_ids), client_ids)
+        work, costs = fitted.work, fitted.costs
         dropped, busy_seconds = self._departures(round_idx, client_ids, costs, opening.start_seconds)
         outcome = close_round(
-            self.spec.rounds, sim_seconds=costs["sim_seconds"], over_budget=costs["over_budget"], dropped=dropped
+            self.spec.rounds,
+            sim_seconds=costs["sim_seconds"],
+            refused_by=fitted.refused_by,
+            dropped=dropped,
         )
+        for i in np.flatnonzero(outcome.started).tolist():
+            provision = work.payloads[work.group_of[i]].provision
+            if provision is not None:
+                provisioned[int(client_ids[i])] = provision.key
         return Scheduled(
             client_ids=client_ids,
             work=work,
             costs=costs,
             outcome=outcome,
+            refused_by=fitted.refused_by,
+            hints=fitted.hints,
             start_seconds=opening.start_seconds,
             waited_seconds=opening.start_seconds - sim_seconds,
             num_available=len(opening.available),
@@ -127,16 +137,49 @@ class Schedule:
         """One payload per group of clients, each client's group, and its batches."""
         rows = self._ahead.pop(round_idx, None) or self.batches(round_idx, client_ids)
         if type(self.method).group is Method.group:
-            payloads = [self.method.broadcast(state, round_idx, None)]
-            return Work(round_idx, [None], payloads, np.zeros(len(client_ids), np.int64), rows)
-        mine = [self.method.group(self._info(client_id)) for client_id in client_ids.tolist()]
-        groups = list(dict.fromkeys(mine))
+            mine: list[Hashable] = [None] * len(client_ids)
+            groups: list[Hashable] = [None]
+        else:
+            mine = [self.method.group(self._info(client_id)) for client_id in client_ids.tolist()]
+            groups = list(dict.fromkeys(mine))
         payloads = [self.method.broadcast(state, round_idx, group) for group in groups]
-        return Work(round_idx, groups, payloads, np.array([groups.index(group) for group in mine]), rows)
+        return Work(
+            round_idx,
+            groups,
+            payloads,
+            np.array([groups.index(group) for group in mine], np.int64),
+            rows,
+            shares=[self._whole(payload) for payload in payloads],
+            source=list(range(len(payloads))),
+            checkpointing=np.zeros(len(client_ids), bool),
+        )
+
+    def _whole(self, payload: Payload) -> Share:
+        """All of a payload's work."""
+        depth = self.method.submodel(payload).num_layers
+        return Share(self.spec.local.batch_size, self.spec.model.lora.rank, depth, checkpointing=False)
+
+    def _price(self, work: Work, client_ids: np.ndarray, provisioned: Mapping[int, str]) -> Costs:
+        """What the work costs these clients, beside what they have."""
+        fleet = self.problem.fleet
+        costs = self.pricing.columns(
+            work.round_idx,
+            client_ids,
+            work.payloads,
+            work.group_of,
+            self.load(work, client_ids),
+            provision_bytes(work, client_ids, provisioned),
+            shares=work.shares,
+            checkpointing=work.checkpointing,
+        )
+        costs["budget_bytes"] = fleet.budgets.memory_bytes[fleet.device_index[client_ids]]
+        return costs
 
     def _info(self, client_id: int) -> ClientInfo:
-        device = self.problem.fleet.profile(client_id)
-        return ClientInfo(client_id, device.name, device.budget_bytes, int(self.sizes[client_id]))
+        fleet = self.problem.fleet
+        kind = fleet.device_index[client_id]
+        budget = float(fleet.budgets.memory_bytes[kind])
+        return ClientInfo(client_id, fleet.devices[kind].name, budget, int(self.sizes[client_id]))
 
     def _departures(
         self, round_idx: int, client_ids: np.ndarray, costs: dict[str, np.ndarray], start_seconds: float
@@ -149,7 +192,7 @@ class Schedule:
         return leaves | (stays < costs["sim_seconds"]), np.minimum(turn, stays)
 
 
-def provision_bytes(work: Work, client_ids: np.ndarray, provisioned: MutableMapping[int, str]) -> np.ndarray:
+def provision_bytes(work: Work, client_ids: np.ndarray, provisioned: Mapping[int, str]) -> np.ndarray:
     """Bytes of weights that clients must be sent along, because they see them for the first time."""
     out = np.zeros(len(client_ids))
     if all(payload.provision is None for payload in work.payloads):
@@ -158,5 +201,4 @@ def provision_bytes(work: Work, client_ids: np.ndarray, provisioned: MutableMapp
         provision = work.payloads[work.group_of[i]].provision
         if provision is not None and provisioned.get(client_id) != provision.key:
             out[i] = provision.num_bytes
-            provisioned[client_id] = provision.key
     return out

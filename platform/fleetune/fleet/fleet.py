@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from fleetune.config import Config
-from fleetune.errors import UserError
+from fleetune.errors import UserError, unknown_name
 from fleetune.fleet.availability import Availability, AvailabilityConfig, build_availability
 from fleetune.fleet.availability_trace import AvailabilityTrace, read_trace
+from fleetune.fleet.budgets import Budgets, BudgetsConfig, build_budgets
 from fleetune.fleet.devices import device
 from fleetune.fleet.networks import NetworkProfile, RadioEnergy, network
 from fleetune.fleet.profile import DeviceProfile
@@ -40,6 +42,11 @@ class FleetConfig(Config):
     """Probability that a sampled client leaves during the round, before it sends its update."""
     availability: AvailabilityConfig = AvailabilityConfig()
     """Who can be sampled when."""
+    budgets: BudgetsConfig = BudgetsConfig()
+    """What a client may spend in a round; who would need more is refused."""
+    adapt: Literal["none", "batch", "checkpointing", "capacity", "rank"] = "none"
+    """What a client whose budget is broken makes smaller until its work fits: its batches, the activations that it keeps,
+    the blocks of its submodel (methods with submodels), or the rank of its adapter. none: it is refused."""
 
     @field_validator("devices")
     @classmethod
@@ -57,6 +64,13 @@ class FleetConfig(Config):
             network(name)
         return _checked_fractions(networks, field="fleet.network")
 
+    @model_validator(mode="after")
+    def _budgets_of_known_devices(self) -> FleetConfig:
+        for name in sorted(self.budgets.named_devices()):
+            if name not in self.devices:
+                raise unknown_name("device in fleet.devices", name, self.devices, field="fleet.budgets")
+        return self
+
 
 @dataclass(frozen=True)
 class Fleet:
@@ -68,6 +82,7 @@ class Fleet:
     network_index: np.ndarray  # int16 (num_clients,)
     dropout: float
     availability: Availability
+    budgets: Budgets
 
     @property
     def num_clients(self) -> int:
@@ -134,8 +149,9 @@ def build_fleet(config: FleetConfig, seed: int, *, trace: AvailabilityTrace | No
     ``trace``: what `read_availability` gave, where its file was read before.
     """
     networks = {config.network: 1.0} if isinstance(config.network, str) else config.network
+    devices = tuple(device(name) for name in config.devices)
     return Fleet(
-        devices=tuple(device(name) for name in config.devices),
+        devices=devices,
         networks=tuple(network(name) for name in networks),
         device_index=_device_index(config, seed),
         network_index=_dealt(networks, config.num_clients, rng(seed, "fleet-networks")),
@@ -146,6 +162,7 @@ def build_fleet(config: FleetConfig, seed: int, *, trace: AvailabilityTrace | No
             run_seed=seed,
             trace=trace or read_availability(config, seed),
         ),
+        budgets=build_budgets(config.budgets, devices),
     )
 
 

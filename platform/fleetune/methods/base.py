@@ -183,6 +183,14 @@ class Method:
         """The method's own columns of rounds.parquet."""
         return {}
 
+    def shrunk(self, payload: Payload, num_layers: int) -> Payload:
+        """The payload for a client that holds only so many blocks; for methods that have submodels of any depth."""
+        raise NotImplementedError
+
+    def grown(self, upload: Tensors, payload: Payload) -> Tensors:
+        """What an upload (or a weighted sum of them) for a payload that was `shrunk` says of all blocks."""
+        return upload
+
     # -- client, in a worker process ------------------------------------------------------------------------------------
     def submodel(self, payload: Payload) -> Submodel:
         """The blocks that the payload is about; the whole model unless it says otherwise."""

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from pydantic import Field
 
 from fleetune.errors import UserError
@@ -170,6 +171,24 @@ class DevFT(Method):
     def columns(self, state: State) -> dict[str, float]:
         """Blocks of the stage's submodel."""
         return {"depth": float(len(state.values["groups"]) or self.context.num_layers)}
+
+    def shrunk(self, payload: Payload, num_layers: int) -> Payload:
+        """Neighbouring groups of the stage become one, fused by the stage's rule; their adapters likewise."""
+        groups: Groups = payload.values["groups"]
+        merged = [part.tolist() for part in np.array_split(np.arange(len(groups)), num_layers)]
+        fused = [[j for n in part for j in groups[n]] for part in merged]
+        rule = {"fusion": self.config.fusion, "beta": self.config.beta}
+        values = {"submodel": fuse(fused, **rule).to_values(), "groups": fused, "merged": merged}
+        provision = payload.provision
+        if provision is not None:
+            size = provision.num_bytes * num_layers // len(groups)
+            provision = Provision(f"{provision.key}-{num_layers}", size)
+        tensors = fuse(merged, **rule).fuse_adapter(payload.tensors)
+        return replace(payload, tensors=tensors, values={**payload.values, **values}, provision=provision)
+
+    def grown(self, upload: Tensors, payload: Payload) -> Tensors:
+        """Every group of the stage gets what was learnt for those it was merged with, as blocks do at a stage's end."""
+        return write_back(upload, payload.values["merged"])
 
     # -- client ---------------------------------------------------------------------------------------------------------
     def plan(self, payload: Payload) -> LocalPlan:

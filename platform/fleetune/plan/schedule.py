@@ -10,11 +10,14 @@ Who is sampled, their links, who leaves, and how many steps each takes are those
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from fleetune.engine.costs import Load
 from fleetune.engine.problem import Problem
-from fleetune.engine.schedule import Schedule, Work
+from fleetune.engine.schedule import Schedule
+from fleetune.engine.work import Work
 
 
 class ExpectedSchedule(Schedule):
@@ -31,7 +34,9 @@ class ExpectedSchedule(Schedule):
         self.steps = steps if self.method.draws_batches else np.zeros_like(steps)
         self.longest = np.zeros(part.num_clients)
         np.maximum.at(self.longest, owner, lengths)
-        self.padded = expected_longest(lengths, owner, self.sizes, draws=local.batch_size)
+        self.expected = functools.cache(
+            lambda batch_size: expected_longest(lengths, owner, self.sizes, draws=batch_size)
+        )
         held = np.maximum(self.sizes, 1)
         self.tokens = np.bincount(owner, lengths, part.num_clients) / held
         self.prompt_tokens = np.bincount(owner, prompts, part.num_clients) / held
@@ -48,7 +53,11 @@ class ExpectedSchedule(Schedule):
             return Load(steps, zero, zero, 1.0)
         prompt = float((steps * self.prompt_tokens[client_ids]).sum() / (steps * self.tokens[client_ids]).sum())
         fraction = 1.0 if self.problem.inputs.train.loss_on == "all" else 1.0 - prompt
-        return Load(steps, self.padded[client_ids], self.longest[client_ids], fraction)
+        batch_sizes, padded = work.of_clients("batch_size"), np.zeros(len(client_ids))
+        for size in np.unique(batch_sizes).tolist():
+            mine = batch_sizes == size
+            padded[mine] = self.expected(size)[client_ids[mine]]
+        return Load(steps, padded, self.longest[client_ids], fraction)
 
 
 def expected_longest(lengths: np.ndarray, owner: np.ndarray, sizes: np.ndarray, *, draws: int) -> np.ndarray:

@@ -66,9 +66,10 @@ def stage_table(plan: Plan, *, title: str | None) -> Table:
 
 
 def _cells(row: Row) -> list[Text | str]:
-    started = row["num_clients"] - row["num_oom"]
-    fit = Text("all" if not row["num_oom"] else f"{started / row['num_clients']:.0%}" if started else "none")
-    fit.stylize("green" if not row["num_oom"] else "yellow" if started else "red")
+    refused = row["num_oom"] + row["num_refused"]
+    started = row["num_clients"] - refused
+    fit = Text("all" if not refused else f"{started / row['num_clients']:.0%}" if started else "none")
+    fit.stylize("green" if not refused else "yellow" if started else "red")
     known: list[Text | str] = [str(row["num_clients"]), fit, size(row["peak_memory_bytes"]), size(row["budget_bytes"])]
     if not started:
         return [*known, *[NOTHING] * 5]
@@ -125,7 +126,7 @@ def total_table(plans: Sequence[Plan]) -> Table:
 
         table.add_row(
             row["plan"],
-            f"{row['num_oom'] / row['num_clients']:.0%}",
+            f"{(row['num_oom'] + row['num_refused']) / row['num_clients']:.0%}",
             beside(duration(row["sim_seconds"]), "sim_seconds"),
             beside(joules(row["energy_joules"]), "energy_joules"),
             beside(size(row["uplink_bytes"]), "uplink_bytes"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from fleetune.plan.walk import LARGEST, MEANS, SUMS, Plan, Row
 
-COUNTS = ("num_clients", "num_ok", "num_oom", "num_dropped", "num_late")
+COUNTS = ("num_clients", "num_ok", "num_oom", "num_refused", "num_dropped", "num_late")
 
 
 def by_stage(plan: Plan) -> list[Row]:
@@ -25,7 +25,7 @@ def by_stage(plan: Plan) -> list[Row]:
         row |= {name: sum(line[name] for line in lines) for name in COUNTS}
         row |= {name: max(line[name] for line in lines) for name in LARGEST}
         row["budget_bytes"] = lines[0]["budget_bytes"]
-        started = [line["num_clients"] - line["num_oom"] for line in lines]
+        started = [line["num_clients"] - line["num_oom"] - line["num_refused"] for line in lines]
         num = sum(started)
         row |= {name: sum(line[name] for line in lines) / num if num else None for name in SUMS}
         for name in MEANS:

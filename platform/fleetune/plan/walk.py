@@ -12,7 +12,7 @@ import torch
 
 from fleetune.engine.columns import costed_columns, round_row
 from fleetune.engine.problem import EvalSet, Inputs, Problem, build_problem, check_length
-from fleetune.engine.rounds import OOM
+from fleetune.engine.rounds import OOM, REFUSED
 from fleetune.engine.schedule import Schedule
 from fleetune.models.network import linear_sites
 from fleetune.models.outline import outline_base
@@ -54,7 +54,7 @@ class Plan:
     @property
     def totals(self) -> Row:
         """Of the whole run."""
-        counted = ("num_clients", "num_ok", "num_oom", "num_dropped", "num_late")
+        counted = ("num_clients", "num_ok", "num_oom", "num_refused", "num_dropped", "num_late")
         out: Row = {"num_rounds": len(self.rounds), "sim_seconds": self.rounds[-1]["sim_seconds"]}
         out |= {name: sum(row[name] for row in self.rounds) for name in counted}
         return out | {name: sum(row[name] for row in self.devices) for name in SUMS}
@@ -107,11 +107,10 @@ def walk(problem: Problem, schedule: Schedule) -> Iterator[tuple[Row, dict[str, 
             state = method.begin_round(state, round_idx)
         now = schedule.round(state, round_idx, provisioned, sim_seconds=sim_seconds)
         sim_seconds = now.start_seconds + now.outcome.sim_seconds
-        clients = costed_columns(problem, now.client_ids, now.costs, now.outcome, now.busy_seconds)
+        clients = costed_columns(problem, now)
         untrained = {**clients, "train_loss": np.full(len(now.client_ids), np.nan)}
-        row = round_row(round_idx, method.stage(round_idx), untrained, now.outcome, sim_seconds)
+        row = round_row(method.stage(round_idx), now, untrained, sim_seconds)
         del row["train_loss"]
-        row |= {"num_available": now.num_available, "waited_seconds": now.waited_seconds}
         yield {**row, **method.columns(state)}, clients
 
 
@@ -123,7 +122,7 @@ def by_device(problem: Problem, row: Row, clients: dict[str, np.ndarray]) -> lis
         mine = index == kind
         status = clients["status"][mine]
         started = mine.copy()
-        started[mine] = status != OOM
+        started[mine] = (status != OOM) & (status != REFUSED)
         device = problem.fleet.devices[kind]
         line: Row = {
             "round": row["round"],
@@ -131,7 +130,7 @@ def by_device(problem: Problem, row: Row, clients: dict[str, np.ndarray]) -> lis
             "device": device.name,
             "num_clients": int(mine.sum()),
         }
-        line |= {f"num_{name}": int((status == name).sum()) for name in ("ok", "oom", "dropped", "late")}
+        line |= {f"num_{name}": int((status == name).sum()) for name in ("ok", "oom", "refused", "dropped", "late")}
         line |= {name: float(clients[name][mine].max()) for name in LARGEST}
         line["budget_bytes"] = float(clients["budget_bytes"][mine].min())
         line |= {name: float(clients[name][started].sum()) for name in SUMS}

@@ -21,6 +21,7 @@ METRICS = {
     "peak_memory_bytes_max": "cost/peak_memory_bytes_max",
     "num_ok": "clients/ok",
     "num_oom": "clients/oom",
+    "num_refused": "clients/refused",
     "num_dropped": "clients/dropped",
     "num_late": "clients/late",
 }
