@@ -52,6 +52,17 @@ def percent(ax: Axes) -> None:
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
+def plain_log(ax: Axes) -> None:
+    """A logarithmic horizontal axis with few ticks, written 0.002 and 50."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    ax.set_xscale("log")
+    least, most = ax.get_xlim()
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if most < 100 * least else (1.0, 3.0), numticks=12))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
 def legend(figure: Any, ax: Axes, groups: dict[str, Any]) -> None:
     """The legend of one panel below all of them, where there is more than one group."""
     handles, labels = ax.get_legend_handles_labels()

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from fleetune.records.aggregates import scale_of
-from fleetune.records.drawing import PALETTE, largest, panels, percent
+from fleetune.records.drawing import PALETTE, largest, panels, percent, plain_log
 from fleetune.records.sweep_figures import MARKERS
 from fleetune.records.sweep_results import COSTS, METHOD, SweepResults, amount, value_text
 from fleetune.records.sweep_stats import effect, heat_map
@@ -24,7 +24,8 @@ MAX_FIELDS = 6
 
 
 def effects(results: SweepResults, *, path: Path) -> Path | None:
-    """Score against each swept field: a line per method, mean over all else, its standard deviation as a bar.
+    """Score against each swept field: a line per method, mean over all else, its standard deviation as a bar. Values
+    that a search has drawn, each but once, are dots.
 
     None where only the method was swept, or nothing.
     """
@@ -42,7 +43,9 @@ def effects(results: SweepResults, *, path: Path) -> Path | None:
                 line = table[table["by"] == method]
                 x = values.place(line["value"]) + (0.06 * (i - (len(methods) - 1) / 2) if not values.numeric else 0.0)
                 look: Any = {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[i % len(MARKERS)], "ms": 5}
-                look |= {"label": method, "ls": "-" if values.numeric else ":", "capsize": 3, "elinewidth": 1}
+                drawn = len(line) > len(PALETTE) and (line["num_trials"] == 1).all()  # by a search: no two alike
+                look |= {"ls": "" if drawn else "-" if values.numeric else ":", "label": method}
+                look |= {"capsize": 3, "elinewidth": 1}
                 ax.errorbar(x, line["mean"], yerr=line["spread"], **look)
             values.label(ax)
             ax.set(title=f"{score.title.capitalize()} against {field.rpartition('.')[2]}", xlabel=field)
@@ -58,10 +61,12 @@ def effects(results: SweepResults, *, path: Path) -> Path | None:
 
 
 def heat(results: SweepResults, *, path: Path) -> Path | None:
-    """Mean score at each pair of values, where exactly two fields were swept; else None."""
+    """Mean score at each pair of values, where exactly two fields were swept, and half the pairs tried; else None."""
     if len(results.fields) != 2:
         return None
     table = heat_map(results.trials, results.score, *results.fields)
+    if 2 * int(table.notna().to_numpy().sum()) < table.size:
+        return None
     num_rows, num_columns = table.shape
     size: Any = {"width": 2.6 + 0.85 * max(3, num_columns), "height": 1.4 + 0.5 * max(2, num_rows)}
     with panels(path, columns=1, **size) as (ax,):
@@ -140,16 +145,18 @@ class _Places:
         return np.array([self.ordered.index(v) if v in self.ordered else np.nan for v in values], dtype=float)
 
     def label(self, ax: Axes) -> None:
-        """Ticks of a horizontal axis."""
+        """Ticks of a horizontal axis: at every value, unless their texts would run into each other."""
         if self.is_log:
-            ax.set_xscale("log", base=2)
-        if len(self.ordered) <= 8:
-            at = self.ordered if self.numeric else range(len(self.ordered))
-            long = sum(len(value_text(v)) for v in self.ordered) > 36
-            ax.set_xticks(at, [value_text(v) for v in self.ordered], rotation=20 if long else 0)
+            plain_log(ax)
+        texts = [value_text(v) for v in self.ordered]
+        room = 0.03 + 0.02 * max(map(len, texts))  # width of a text, as a share of the axis
+        crowded = len(texts) > 1 and np.diff(self.heights(self.ordered)).min() < room
+        if not crowded or (not self.numeric and len(texts) <= 12):
+            at = self.ordered if self.numeric else range(len(texts))
+            ax.set_xticks(at, texts, rotation=20 if crowded else 0)
             ax.minorticks_off()
         if not self.numeric:
-            ax.set_xlim(-0.5, len(self.ordered) - 0.5)
+            ax.set_xlim(-0.5, len(texts) - 0.5)
 
     def heights(self, values: Any = None) -> np.ndarray:
         """Places between 0 and 1; what is missing lies at -0.03."""

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from fleetune.records.aggregates import scale_of
-from fleetune.records.drawing import GREY, PALETTE, largest, panels, percent
+from fleetune.records.drawing import GREY, PALETTE, largest, panels, percent, plain_log
 from fleetune.records.sweep_results import COSTS, SweepResults, amount
 from fleetune.records.sweep_stats import SCORES, mean_curve, over_seeds, pareto_front, quality_under_budget
 
@@ -108,8 +108,8 @@ def budgets(results: SweepResults, chosen: dict[str, list[float]], *, path: Path
                 ax.plot(line["x"].astype(float) / divisor, line["mean"], label=label, **look)
             for budget in chosen[cost.column]:
                 ax.axvline(budget / divisor, color="#777777", lw=0.9, ls=":")
-            ax.set(title=f"Best {score.title} within a budget", xlabel=f"{cost.title} ({unit})", xscale="log")
-            _plain_log(ax)
+            ax.set(title=f"Best {score.title} within a budget", xlabel=f"{cost.title} ({unit})")
+            plain_log(ax)
             if score.is_share:
                 percent(ax)
         _legend(axes)
@@ -237,14 +237,4 @@ def _spread_out(ax: Axes, x: np.ndarray) -> None:
     """A logarithmic axis where values differ more than twentyfold."""
     known = x[np.isfinite(x) & (x > 0)]
     if len(known) and known.max() > 20 * known.min():
-        ax.set_xscale("log")
-        _plain_log(ax)
-
-
-def _plain_log(ax: Axes) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    least, most = ax.get_xlim()
-    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if most < 100 * least else (1.0, 3.0), numticks=12))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.xaxis.set_minor_formatter(NullFormatter())
+        plain_log(ax)

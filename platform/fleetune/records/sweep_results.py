@@ -110,8 +110,8 @@ def configuration_labels(trials: pd.DataFrame, fields: Sequence[str]) -> pd.Seri
 
 
 def short_names(fields: Sequence[str]) -> dict[str, str]:
-    """The last part of each dotted field, or its last two where another field ends alike."""
-    last = {field: field.rpartition(".")[2] for field in fields}
+    """The last part of each dotted field, or its last two where another field ends alike; method for its name."""
+    last = {field: "method" if field == METHOD else field.rpartition(".")[2] for field in fields}
     alike = list(last.values())
     return {f: name if alike.count(name) == 1 else ".".join(f.split(".")[-2:]) for f, name in last.items()}
 
