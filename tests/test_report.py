@@ -33,21 +33,23 @@ def test_totals_of_two_rounds(tmp_path: Path):
 
 
 def test_device_costs_leave_out_who_did_not_run(tmp_path: Path):
-    """nano: one turn of 4 s and one refused that would have needed 9 bytes of 8; orin: turns of 1 and 3 s."""
+    """nano: one turn of 4 s and one refused that would have needed 9 bytes of 8; orin: turns of 1 and 3 s;
+    agx: one of 6 s and one that another budget refused."""
     run = RunDirectory.create(tmp_path, "a", {})
     columns = {
-        "device": ["nano", "nano", "orin", "orin"],
-        "status": ["ok", "oom", "ok", "late"],
-        "sim_seconds": [4.0, 0.0, 1.0, 3.0],
-        "peak_memory_bytes": [7, 9, 5, 5],
+        "device": ["nano", "nano", "orin", "orin", "agx", "agx"],
+        "status": ["ok", "oom", "ok", "late", "ok", "refused"],
+        "sim_seconds": [4.0, 0.0, 1.0, 3.0, 6.0, 0.0],
+        "peak_memory_bytes": [7, 9, 5, 5, 4, 4],
         "budget_bytes": 8,
     }
     run.append_round({"round": 0}, columns)
     costs = device_costs(run)
-    assert costs["sim_seconds"].to_dict() == {"nano": 4.0, "orin": 2.0}
-    assert costs["oom_fraction"].to_dict() == {"nano": 0.5, "orin": 0.0}
-    assert costs["late_fraction"].to_dict() == {"nano": 0.0, "orin": 0.5}
-    assert costs["peak_memory_bytes"].to_dict() == {"nano": 9, "orin": 5}
+    assert costs["sim_seconds"].to_dict() == {"agx": 6.0, "nano": 4.0, "orin": 2.0}
+    assert costs["oom_fraction"].to_dict() == {"agx": 0.0, "nano": 0.5, "orin": 0.0}
+    assert costs["refused_fraction"].to_dict() == {"agx": 0.5, "nano": 0.0, "orin": 0.0}
+    assert costs["late_fraction"].to_dict() == {"agx": 0.0, "nano": 0.0, "orin": 0.5}
+    assert costs["peak_memory_bytes"].to_dict() == {"agx": 4, "nano": 9, "orin": 5}
 
 
 def test_values_read_well():

@@ -90,15 +90,16 @@ def rounds_from_the_start(run: RunDirectory) -> pd.DataFrame:
 
 
 def device_costs(run: RunDirectory) -> pd.DataFrame:
-    """Costs per device class (index ``device``), means over the turns that ran; ``oom_fraction`` over all
-    turns.
+    """Costs per device class (index ``device``), means over the turns that ran.
 
-    ``peak_memory_bytes`` is the largest need, refused turns included, beside ``budget_bytes``.
+    Shares of all turns: ``oom_fraction`` (refused for memory), ``refused_fraction`` (for another budget),
+    ``dropped_fraction`` and ``late_fraction``. ``peak_memory_bytes`` is the largest need, refused turns included,
+    beside ``budget_bytes``.
     """
     clients = run.clients()
     clients = clients.assign(device=clients["device"].fillna("-"))
     everyone = clients.groupby("device", sort=True)
-    ran = clients[clients["status"] != "oom"].groupby("device", sort=True)
+    ran = clients[~clients["status"].isin(("oom", "refused"))].groupby("device", sort=True)
     names = [
         "sim_seconds",
         "compute_seconds",
@@ -111,6 +112,6 @@ def device_costs(run: RunDirectory) -> pd.DataFrame:
     costs.insert(0, "num_turns", everyone.size())
     costs["peak_memory_bytes"] = everyone["peak_memory_bytes"].max()
     costs["budget_bytes"] = everyone["budget_bytes"].min()
-    for status in ("oom", "dropped", "late"):
+    for status in ("oom", "refused", "dropped", "late"):
         costs[f"{status}_fraction"] = (clients["status"] == status).groupby(clients["device"]).mean()
     return costs

@@ -298,7 +298,8 @@ def _devices(results: SweepResults, folder: Path) -> str:
     bars = {results.label(name): devices[devices["configuration"] == name] for name in known}
     made = figures.device_bars(bars, path=folder / "cost_by_device.png")
     header = ["rank", "configuration", "device class", "turns", "time of a turn", "computing", "receiving", "sending"]
-    header += ["sent", "received", "energy", "peak memory", "budget", "out of memory", "dropped", "late"]
+    header += ["sent", "received", "energy", "peak memory", "memory budget", "out of memory"]
+    header += ["other budget", "dropped", "late"]
     rows = []
     for _, c in results.devices.reset_index().iterrows():
         name, device = str(c["configuration"]), str(c["device"])
@@ -306,11 +307,12 @@ def _devices(results: SweepResults, folder: Path) -> str:
         cells += [Cell(f"{c['num_turns']:.0f}", c["num_turns"])]
         for column, quantity in _DEVICE_COLUMNS.items():
             cells.append(Cell(readable(c[column], quantity), c[column]))
-        cells += [Cell(percent(c[f"{s}_fraction"]), c[f"{s}_fraction"]) for s in ("oom", "dropped", "late")]
+        cells += [Cell(percent(c[f"{s}_fraction"]), c[f"{s}_fraction"]) for s in ("oom", "refused", "dropped", "late")]
         rows.append(cells)
     rows.sort(key=lambda cells: (float(str(cells[0].value)), cells[2].text))
     note = (
-        "Means of a client's turn, over rounds, clients and seeds; memory is the largest need, refused turns included."
+        "Means of a client's turn, over rounds, clients and seeds; memory is the largest need, refused turns included. "
+    note += "Shares of all turns: refused for memory or for another budget, dropped, late."
     )
     if len(results.ranking) > len(bars):
         note += f" The figure shows the best {len(bars)}."
