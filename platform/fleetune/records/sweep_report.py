@@ -312,7 +312,7 @@ def _devices(results: SweepResults, folder: Path) -> str:
     rows.sort(key=lambda cells: (float(str(cells[0].value)), cells[2].text))
     note = (
         "Means of a client's turn, over rounds, clients and seeds; memory is the largest need, refused turns included. "
-    note += "Shares of all turns: refused for memory or for another budget, dropped, late."
+        "Shares of all turns: refused for memory or for another budget, dropped, late."
     )
     if len(results.ranking) > len(bars):
         note += f" The figure shows the best {len(bars)}."
