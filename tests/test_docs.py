@@ -81,12 +81,12 @@ def test_a_method_has_its_page_and_its_row(name: str):
 
 @every_page
 def test_documented_commands_exist_and_their_fields_too(page: Path):
-    """Every command is one of the program's; every run's job file loads with its overrides."""
+    """Every command is one of the program's; every job file loads with its overrides."""
     known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
     for command in commands(page):
         _, verb, *words = shlex.split(command)
         assert verb in known, command
-        if verb == "run" and words and words[0].startswith("jobs/"):
+        if verb in ("run", "plan") and words and words[0].startswith("jobs/"):
             overrides = [value for flag, value in pairwise(words) if flag == "--set"]
             if not any("…" in value for value in overrides):
                 specs.load(ROOT / words[0], specs.parse_overrides(overrides))

@@ -10,6 +10,7 @@ import pytest
 import tiny
 from fleetune.engine.problem import build_problem, load_inputs
 from fleetune.methods import METHODS
+from fleetune.plan.walk import outline
 from fleetune.spec import RunSpec, load, read_yaml
 from fleetune.sweep.config import load as load_sweep
 from fleetune.sweep.expansion import trials_of
@@ -30,7 +31,8 @@ def test_every_method_has_its_job():
 def test_a_job_loads(path: Path):
     """It opens with how to run it, and runs of different jobs do not share an experiment by mistake."""
     spec = load(path)
-    assert f"fleetune run jobs/{path.relative_to(JOBS)}" in path.read_text(encoding="utf-8")
+    verb = "plan" if path.parent.name == "paper" else "run"
+    assert f"fleetune {verb} jobs/{path.relative_to(JOBS)}" in path.read_text(encoding="utf-8")
     assert spec.name == path.stem
     assert set(read_yaml(path)) <= set(RunSpec.model_fields)
 
@@ -41,7 +43,15 @@ def test_the_methods_jobs_differ_in_the_method_alone():
     assert len(hashes) == 1
 
 
-@every_job
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name == "paper"], ids=lambda path: path.stem)
+def test_a_paper_s_job_can_be_planned(path: Path):
+    """On an architecture without weights, which a run would have to fetch."""
+    problem, _ = outline(load(path))
+    assert problem.inputs.base.is_outline
+    assert problem.fleet.num_clients == len(problem.eligible)
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name != "paper"], ids=lambda path: path.stem)
 def test_a_job_builds(path: Path):
     """On the built-in model; data that one has to fetch is stood in for by a small file."""
     spec = load(path)

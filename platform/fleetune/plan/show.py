@@ -32,6 +32,8 @@ def show(plans: Sequence[Plan]) -> None:
     console.print(total_table(plans))
     if len(plans) > 1:
         console.print(f"[dim]×n: {plans[0].label} needs n times as much[/]")
+        if len({plan.totals["num_oom"] for plan in plans}) > 1:
+            console.print("[dim]refused clients cost nothing: totals with other clients refused do not compare[/]")
     for note in dict.fromkeys(note for plan in plans for note in plan.assumptions):
         console.print(f"[dim]assumed: {note}[/]", soft_wrap=True)
 

@@ -44,14 +44,17 @@ def own_columns(row: Row) -> Row:
 
 
 def comparison(plans: Sequence[Plan]) -> list[Row]:
-    """Totals of each plan, with how many times as much the first one needs: 2 means that this one halves it."""
+    """Totals of each plan, with how many times as much the first one needs: 2 means that this one halves it.
+
+    A refused client costs nothing, so plans compare where they refuse the same clients.
+    """
     first = plans[0].totals
     out = []
     for plan in plans:
         totals = plan.totals
         row: Row = {"plan": plan.label, **totals}
         for name in ("sim_seconds", "flops", "uplink_bytes", "downlink_bytes", "energy_joules"):
-            row[f"{name}_ratio"] = first[name] / totals[name] if totals[name] else None
+            row[f"{name}_ratio"] = first[name] / totals[name] if first[name] and totals[name] else None
         out.append(row)
     return out
 
