@@ -38,7 +38,8 @@ and the other `--set method.…` apply to it. `spec.yaml` in the run directory i
 `auto` decided; it is a job file again.
 
 `execution` and `tracking` say where work is done and where results go. Of all their fields only `execution.cohort`,
-`execution.threads` and `execution.device` can change a result, in its last digits ([reproducibility](reproducibility.md)).
+`execution.threads`, `execution.device` and `execution.precision` can change a result, the first three in its last digits
+([reproducibility](reproducibility.md)).
 """
 
 

@@ -22,17 +22,23 @@ import pytest
 import commands
 import tiny
 from fleetune.engine import launch
+from fleetune.engine.config import ExecutionConfig
+from fleetune.engine.resolve import gpu_share, resolve_execution
 from fleetune.errors import UserError
 from fleetune.records.run_directory import RunDirectory
 from fleetune.spec import RunSpec
 
 
 def resolved(
-    node_cores: list[int], overrides: dict[str, Any] | None = None, *, method: str = "fedit"
+    node_cores: list[int],
+    overrides: dict[str, Any] | None = None,
+    *,
+    method: str = "fedit",
+    node_gpus: list[int] | None = None,
 ) -> dict[str, Any]:
     auto = {"execution": "auto", "rounds.clients_per_round": 6}
     spec = tiny.spec({**auto, **(overrides or {})}, method=method)
-    return launch.resolve_execution(spec, node_cores=node_cores).execution.model_dump()
+    return resolve_execution(spec, node_cores=node_cores, node_gpus=node_gpus).execution.model_dump()
 
 
 # -- what auto becomes --------------------------------------------------------------------------------------------------
@@ -70,6 +76,71 @@ def test_hosts_that_do_not_fit_are_refused():
         resolved([3, 3], {"execution.hosts": 3, "execution.threads": 2})
 
 
+# -- GPUs -----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("node_cores", "node_gpus", "overrides", "device", "kind", "hosts", "threads", "cohort"),
+    [
+        ([8], [1], {}, "cuda", "serial", 1, 8, 6),  # one host has the GPU, and all cores for what it prepares
+        ([8], [2], {}, "cuda", "ray", 2, 4, 3),
+        ([8], [2], {"execution.hosts_per_gpu": 2}, "cuda", "ray", 4, 2, 2),
+        ([8, 4], [1, 1], {}, "cuda", "ray", 2, 4, 3),
+        ([8, 8], [4, 0], {}, "cpu", "ray", 6, 2, 1),  # hosts would lie on both nodes
+        ([8, 8], [4, 0], {"execution.device": "cuda"}, "cuda", "ray", 4, 2, 2),
+        ([8], [1], {"execution.device": "cpu"}, "cpu", "ray", 6, 1, 1),
+        ([8], [1], {"execution.hosts": 2}, "cpu", "ray", 2, 4, 3),  # two hosts were asked for, no matter where
+        ([8], [1], {"execution.hosts": 2, "execution.hosts_per_gpu": 2}, "cuda", "ray", 2, 4, 3),
+        ([8], [1], {"execution.hosts": 2, "execution.kind": "serial"}, "cuda", "serial", 2, 4, 3),
+    ],
+)
+def test_auto_takes_the_gpus_where_the_hosts_find_room(
+    node_cores: list[int],
+    node_gpus: list[int],
+    overrides: dict[str, Any],
+    device: str,
+    kind: str,
+    hosts: int,
+    threads: int,
+    cohort: int,
+):
+    chosen = resolved(node_cores, overrides, node_gpus=node_gpus)
+    assert chosen["device"] == device
+    assert (chosen["kind"], chosen["hosts"], chosen["threads"], chosen["cohort"]) == (kind, hosts, threads, cohort)
+
+
+def test_what_was_decided_is_decided():
+    """A spec from a run directory is resolved again where it goes on, and nothing in it changes."""
+    spec = tiny.spec({"execution": "auto", "rounds.clients_per_round": 6})
+    once = resolve_execution(spec, node_cores=[8], node_gpus=[2])
+    assert resolve_execution(once, node_cores=[8, 16], node_gpus=[2, 4]) == once
+    with pytest.raises(UserError, match=r"execution\.device='?cuda"):
+        resolve_execution(once, node_cores=[8], node_gpus=[0])
+
+
+def test_a_gpu_that_is_not_there_is_told_and_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Before anything starts, on this machine as on a cluster."""
+    monkeypatch.setattr(launch, "num_gpus", lambda: 0)
+    with pytest.raises(UserError, match="there is no GPU that PyTorch can use") as error:
+        launch.run(tiny.spec({"execution.device": "cuda"}), workspace=tmp_path)
+    assert (error.value.field, error.value.value) == ("execution.device", "cuda")
+    assert "set it to auto or cpu" in str(error.value)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="no node has a GPU"):
+        resolved([4, 4], {"execution.device": "cuda"})
+
+
+def test_hosts_that_find_no_room_on_the_gpus_are_refused():
+    with pytest.raises(UserError, match=r"3 hosts need more than the 1 GPU\(s\) .* raise execution\.hosts_per_gpu"):
+        resolved([8], {"execution.device": "cuda", "execution.hosts": 3, "execution.hosts_per_gpu": 2}, node_gpus=[1])
+
+
+@pytest.mark.parametrize(("hosts_per_gpu", "share"), [(1, 1.0), (3, 0.3333), (6, 0.1666)])
+def test_the_shares_of_a_gpu_never_exceed_it(hosts_per_gpu: int, share: float):
+    """Ray counts in ten-thousandths and would round a sixth up: six of them would not fit."""
+    execution = ExecutionConfig(device="cuda", hosts_per_gpu=hosts_per_gpu)
+    assert gpu_share(execution) == share
+    assert gpu_share(execution.model_copy(update={"device": "cpu"})) == 0.0
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:x", "127.0.0.1:99999", "127.0.0.1:"])
 def test_an_address_that_is_none_is_told_at_once(address: str):
     with pytest.raises(OSError, match="is no port"):
@@ -91,9 +162,11 @@ def test_a_run_that_goes_on_elsewhere_is_not_resumed(tmp_path: Path):
 def test_the_hash_is_that_of_what_decides_results():
     spec = tiny.spec()
     same = {"name": "other", "tracking.enabled": True, "execution.kind": "ray", "execution.hosts": 1}
+    same |= {"execution.hosts_per_gpu": 2}
     other = {"seed": 1, "execution.cohort": 1, "execution.threads": 2, "rounds.num_rounds": 4, "local.steps": 1}
+    other |= {"execution.device": "cuda", "execution.precision": "bf16"}
     assert all(tiny.spec({path: value}).spec_hash == spec.spec_hash for path, value in same.items())
-    assert len({tiny.spec({path: value}).spec_hash for path, value in other.items()} | {spec.spec_hash}) == 6
+    assert len({tiny.spec({path: value}).spec_hash for path, value in other.items()} | {spec.spec_hash}) == 8
 
 
 # -- clusters ---------------------------------------------------------------------------------------------------------------

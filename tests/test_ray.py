@@ -41,6 +41,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "fedsa-lora",
         {"fleet.dropout": 0.3, "rounds.close": "first_k", "rounds.first_k": 2},
     ),
+    "bf16": ("fedit", {"execution.precision": "bf16", "evaluation.generate": True}),
     "generated answers": ("fedit", {"evaluation.generate": True, "evaluation.batch_size": 3, "evaluation.every": 1}),
 }
 

@@ -134,7 +134,8 @@ def _heading(title: str, event: dict[str, Any]) -> str:
         if chosen["kind"] == "serial"
         else f"{chosen['hosts']} Ray hosts of {chosen['threads']} thread(s)"
     )
-    shown = f"{title}: {event['num_rounds']} rounds in {where}, cohorts of {chosen['cohort']}"
+    how = chosen["device"] if chosen["precision"] == "fp32" else f"{chosen['device']} in {chosen['precision']}"
+    shown = f"{title}: {event['num_rounds']} rounds in {where} on {how}, cohorts of {chosen['cohort']}"
     return f"{shown}, going on after round {event['round']}" if event["round"] > 0 else shown
 
 

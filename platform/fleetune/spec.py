@@ -78,7 +78,7 @@ class RunSpec(Config):
         """Identity of the results: all that can change them, and nothing else."""
         values = self.to_dict()
         del values["tracking"], values["name"]
-        values["execution"] = {k: values["execution"][k] for k in ("cohort", "threads", "device")}
+        values["execution"] = {k: values["execution"][k] for k in ("cohort", "threads", "device", "precision")}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -117,6 +117,10 @@ class Stack:
     def __len__(self) -> int:
         return self.data.shape[0]
 
+    def to(self, device: torch.device | str) -> Stack:
+        """The stack on a device; itself where it lies there already."""
+        return self if self.data.device == torch.device(device) else Stack(self.shapes, self.data.to(device))
+
     def views(self, data: Tensor | None = None) -> Tensors:
         """name -> (K, *shape), views into the buffer (or into another of the same form, such as its gradient)."""
         data = self.data if data is None else data

@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from fleetune.engine.coordinator import Baselines, Coordinator, Event
-from fleetune.engine.executor import WorkerSide
+from fleetune.engine.executor import WorkerSide, placed_base
 from fleetune.engine.lots import Lot, LotReply
 from fleetune.engine.problem import (
     Inputs,
@@ -27,6 +27,9 @@ from fleetune.engine.problem import (
 )
 from fleetune.errors import RunFailed
 from fleetune.methods.base import Context, GlobalModel, Method, Payload, Provision
+from fleetune.models.base import BaseModel
+from fleetune.models.config import LoRAConfig
+from fleetune.models.network import Network
 from fleetune.models.submodel import Submodel
 from fleetune.records.run_directory import RunDirectory
 from fleetune.spec import RunSpec
@@ -85,7 +88,8 @@ class HostActor:
         self.run_number = 0
         self._payloads: dict[Any, Payload] = {}
         self._round_idx = -1
-        self._networks: dict[Any, Any] = {}
+        self._base: tuple[Any, BaseModel] | None = None
+        self._networks: dict[LoRAConfig, dict[Submodel, Network]] = {}
 
     def prepare(
         self,
@@ -96,11 +100,14 @@ class HostActor:
         base: Mapping[str, Any],
         rest: Inputs,
     ) -> None:
-        """Take up a run. Networks of a base model and adapter form that were assembled before are kept."""
+        """Take up a run. The base model where it is computed with, and networks over it, are kept for the next one."""
         inputs = _inputs(base, rest)
+        key = (base_key, spec.execution.device, spec.execution.precision)
+        if self._base is None or self._base[0] != key:
+            self._base, self._networks = (key, placed_base(spec, inputs.base)), {}
         context = Context(inputs.base, spec.model.lora, inputs.sites, spec.rounds.num_rounds, spec.seed)
-        self.side = WorkerSide(spec, inputs, method(spec.method, context))
-        self.side.worker.adopt(self._networks.setdefault((base_key, spec.model.lora), {}))
+        self.side = WorkerSide(spec, inputs, method(spec.method, context), base=self._base[1])
+        self.side.worker.adopt(self._networks.setdefault(spec.model.lora, {}))
         self._payloads = {}
         self.side.worker.network(Submodel.prefix(inputs.base.num_layers))
         self.run_number = run_number
@@ -159,8 +166,8 @@ class RayExecutor:
     queued_per_host = 2  # one running, one waiting, so that a host never idles between lots
     max_deaths = 3  # assumed: a call whose host dies so often is to blame itself (memory, a crash in native code)
 
-    def __init__(self, num_hosts: int, threads: int):
-        self.num_hosts, self.threads = num_hosts, threads
+    def __init__(self, num_hosts: int, threads: int, gpus_per_host: float = 0.0):
+        self.num_hosts, self.threads, self.gpus_per_host = num_hosts, threads, gpus_per_host
         self.hosts = [self._new_host() for _ in range(num_hosts)]
         self._setup: tuple[Any, ...] | None = None
         self._prepared: list[Any] = []
@@ -168,7 +175,8 @@ class RayExecutor:
         self._forget()
 
     def _new_host(self) -> Any:
-        return HostActor.options(num_cpus=self.threads).remote(self.threads)  # type: ignore[attr-defined]
+        needs = {"num_cpus": self.threads, "num_gpus": self.gpus_per_host}
+        return HostActor.options(**needs).remote(self.threads)  # type: ignore[attr-defined]
 
     def _forget(self) -> None:
         """Nothing is asked of any host: calls of a run that was broken off are nobody's any more."""
@@ -354,9 +362,9 @@ def _told(error: Exception) -> str:
 class CoordinatorActor:
     """The coordinator of runs on this cluster, with its hosts; it stays for further runs."""
 
-    def __init__(self, num_hosts: int, threads: int):
+    def __init__(self, num_hosts: int, threads: int, gpus_per_host: float):
         set_threads(threads)
-        self.executor = RayExecutor(num_hosts, threads)
+        self.executor = RayExecutor(num_hosts, threads, gpus_per_host)
         self.baselines: Baselines = {}
 
     def hosts(self) -> list[Any]:

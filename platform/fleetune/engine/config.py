@@ -38,7 +38,7 @@ class EvaluationConfig(Config):
 
 
 class ExecutionConfig(Config):
-    """Where the work runs. Nothing here changes results but cohort and threads, whose products round differently."""
+    """Where the work runs. Only cohort, threads, device and precision change results: their products round differently."""
 
     kind: Literal["auto", "ray", "serial"] = "auto"
     """ray: a pool of host actors; serial: in this process; auto: ray where more than one host can be busy."""
@@ -48,8 +48,12 @@ class ExecutionConfig(Config):
     """Clients that train stacked, as one batch over the shared base. auto: enough for every host, at most 16."""
     threads: int | Literal["auto"] = "auto"
     """CPU threads per host; hosts times threads never exceed the cores. auto: cores / hosts."""
-    device: Literal["auto", "cpu"] = "auto"
-    """Where tensors live. auto: cpu."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where hosts compute. auto: cuda where every node has a GPU and the hosts find room there, else cpu."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the products in training and evaluation; bf16: autocast. Adapters, gradients and optimizer are fp32 in both."""
+    hosts_per_gpu: int = Field(1, ge=1, le=10_000)
+    """Hosts that share a GPU (device: cuda); each holds the base model once in the GPU's memory."""
 
     @model_validator(mode="before")
     @classmethod

@@ -240,9 +240,8 @@ class Coordinator:
             return self._evaluate(state)
         spec = self.spec
         data = spec.data.model_dump_json(exclude={"partition"})
-        key = (
-            f"{spec.model.base} {spec.model.quantization} {data} {spec.evaluation} {spec.seed} {spec.execution.threads}"
-        )
+        products = spec.execution.model_dump(include={"threads", "device", "precision"})
+        key = f"{spec.model.base} {spec.model.quantization} {data} {spec.evaluation} {spec.seed} {products}"
         if key not in self.baselines or not self.baselines[key].is_done():  # that of a run that failed never comes
             self.baselines[key] = self._evaluate(state)
         return self.baselines[key]

@@ -12,7 +12,9 @@ from fleetune.engine.lots import Lot, LotReply, run_lot
 from fleetune.engine.problem import Inputs, Problem
 from fleetune.errors import RunFailed
 from fleetune.methods.base import GlobalModel, Method, Payload
+from fleetune.models.base import BaseModel, placed
 from fleetune.spec import RunSpec
+from fleetune.training.device import set_up
 from fleetune.training.evaluate import EvalSums, evaluate_rows
 from fleetune.training.worker import Worker
 
@@ -59,9 +61,17 @@ class Evaluated:
 class WorkerSide:
     """What happens in a worker process, on whichever side of the seam it lies."""
 
-    def __init__(self, spec: RunSpec, inputs: Inputs, method: Method):
+    def __init__(self, spec: RunSpec, inputs: Inputs, method: Method, *, base: BaseModel | None = None):
+        """``base``: the base model as `placed_base` gives it, where this process has placed it before."""
         self.spec, self.inputs, self.method = spec, inputs, method
-        self.worker = Worker(base=inputs.base, lora=spec.model.lora, local=spec.local, data=inputs.train)
+        set_up(spec.execution.device)
+        self.worker = Worker(
+            base=base or placed_base(spec, inputs.base),
+            lora=spec.model.lora,
+            local=spec.local,
+            data=inputs.train,
+            precision=spec.execution.precision,
+        )
 
     def run(self, lot: Lot, payloads: Mapping[int, Payload], *, locate: bool = False) -> LotReply:
         """Carry out one lot."""
@@ -80,6 +90,11 @@ class WorkerSide:
             max_new_tokens=config.max_new_tokens if config.generate else None,
             answer_pattern=self.spec.data.answer_pattern,
         )
+
+
+def placed_base(spec: RunSpec, base: BaseModel) -> BaseModel:
+    """The base model on the device and in the precision of a spec."""
+    return placed(base, device=spec.execution.device, precision=spec.execution.precision)
 
 
 class SerialExecutor:

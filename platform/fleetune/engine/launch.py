@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,8 @@ import ray
 from fleetune.engine.coordinator import Coordinator, Event
 from fleetune.engine.executor import SerialExecutor
 from fleetune.engine.problem import Inputs, Problem, build_problem, load_inputs, set_threads
+from fleetune.engine.resolve import gpu_share, num_cores, num_gpus, resolve_execution
 from fleetune.errors import RunFailed, UserError
-from fleetune.methods import METHODS
 from fleetune.records.access import check_access
 from fleetune.records.run_directory import RunDirectory
 from fleetune.records.trace import write_trace
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from fleetune.engine.actors import CoordinatorActor  # noqa: F401
 
 Report = Callable[[Event], None]
-MAX_COHORT = 16
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def resume(
         return Result(run_dir.run_id, run_dir.path, "finished", result.get("metrics", {}), result.get("totals", {}))
     _check_tracking(spec)
     with engine(spec, address=address, debug=debug) as eng:
-        spec = eng.placed(spec)
+        spec = eng.placed(eng.resolve(spec))  # nothing is left to decide, but there may be fewer cores or GPUs here
         problem = build_problem(spec, eng.inputs(spec))
         return _execute(eng, problem, run_dir, report=report, warn=warn)
 
@@ -149,7 +148,7 @@ class Engine:
 
     def resolve(self, spec: RunSpec) -> RunSpec:
         """The spec with every ``auto`` decided."""
-        return resolve_execution(spec, node_cores=[num_cores()])
+        return resolve_execution(spec, node_cores=[num_cores()], node_gpus=[num_gpus()])
 
     def inputs(self, spec: RunSpec) -> Inputs:
         """Model and data of a run."""
@@ -172,7 +171,7 @@ class RayEngine(Engine):
         self._ready = threading.Event()
         self._error: BaseException | None = None
         threading.Thread(target=self._connect, daemon=True).start()  # meanwhile model and data are read and checked
-        self._coordinators: dict[tuple[int, int], Any] = {}
+        self._coordinators: dict[tuple[int, int, float], Any] = {}
         self._bases: dict[str, tuple[Any, Any]] = {}
 
     def _connect(self) -> None:
@@ -195,12 +194,16 @@ class RayEngine(Engine):
             )
 
     def resolve(self, spec: RunSpec) -> RunSpec:
-        """Hosts are chosen from the cluster's cores."""
+        """Hosts are chosen from the cluster's cores and GPUs."""
         if self.address is None:
             return super().resolve(spec)
         self.wait()
-        nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-        return resolve_execution(spec, node_cores=[cores for cores in nodes if cores] or [1])
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and int(node["Resources"].get("CPU", 0))]
+        return resolve_execution(
+            spec,
+            node_cores=[int(node["CPU"]) for node in nodes] or [1],
+            node_gpus=[int(node.get("GPU", 0)) for node in nodes] or None,
+        )
 
     def inputs(self, spec: RunSpec) -> Inputs:
         """Model and data; a base model that is in the object store already is not read again."""
@@ -219,7 +222,7 @@ class RayEngine(Engine):
         self._bases[key] = (problem.inputs.base, shared.base)
         call = (key, problem.spec, shared, str(run_dir.path))
         for is_last in (False, True):  # a coordinator that dies is replaced once, and goes on after the last round
-            coordinator = self._coordinator(int(execution.hosts), int(execution.threads))
+            coordinator = self._coordinator(int(execution.hosts), int(execution.threads), gpu_share(execution))
             stream = coordinator.run.options(num_returns="streaming").remote(*call)
             try:
                 for ref in stream:
@@ -232,20 +235,20 @@ class RayEngine(Engine):
                 if is_last:
                     raise RunFailed(f"the coordinator died: {' '.join(str(error).split())}") from error
 
-    def _coordinator(self, num_hosts: int, threads: int) -> Any:
+    def _coordinator(self, num_hosts: int, threads: int, gpus_per_host: float) -> Any:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         from fleetune.engine.actors import CoordinatorActor
 
-        key = (num_hosts, threads)
+        key = (num_hosts, threads, gpus_per_host)
         if key not in self._coordinators:
-            for other in self._coordinators.values():  # its hosts' cores are needed
+            for other in self._coordinators.values():  # its hosts' cores and GPUs are needed
                 ray.kill(other)
             self._coordinators.clear()
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
             self._coordinators[key] = CoordinatorActor.options(  # type: ignore[attr-defined]
                 scheduling_strategy=here
-            ).remote(num_hosts, threads)
+            ).remote(*key)
         return self._coordinators[key]
 
 
@@ -256,8 +259,9 @@ _follower: Follower | None = None
 @contextlib.contextmanager
 def engine(spec: RunSpec, *, address: str | None, debug: bool) -> Iterator[Engine]:
     """The engine that a spec asks for. A Ray engine stays for the next run of this process."""
-    if debug or (address is None and resolve_execution(spec, node_cores=[num_cores()]).execution.kind == "serial"):
-        yield Engine(debug=debug)
+    here = Engine(debug=debug)
+    if debug or (address is None and here.resolve(spec).execution.kind == "serial"):
+        yield here
         return
     try:
         yield ray_engine(address)
@@ -312,44 +316,6 @@ def _knock(address: str) -> None:
         if not port.isdecimal() or int(port) > 65535:
             raise OSError(f"{port!r} is no port")
         socket.create_connection((host, int(port)), timeout=10).close()
-
-
-def resolve_execution(spec: RunSpec, *, node_cores: Sequence[int]) -> RunSpec:
-    """Decide every ``auto`` of the execution: as many hosts as a round can keep busy, cores shared out, cohorts for all.
-
-    ``node_cores``: cores of each node. A host lies on one node, so a node of c cores holds c // threads of them.
-    """
-    chosen = spec.execution
-    per_round = spec.rounds.clients_per_round
-    coupled = METHODS[spec.method.name].couples(spec.method)
-
-    def room(threads: int) -> int:
-        return sum(cores // threads for cores in node_cores)
-
-    if chosen.threads != "auto":
-        threads = int(chosen.threads)
-    else:
-        wanted = int(chosen.hosts) if chosen.hosts != "auto" else min(room(1), per_round)
-        threads = next(t for t in range(max(node_cores), 0, -1) if t == 1 or room(t) >= wanted)
-    hosts = int(chosen.hosts) if chosen.hosts != "auto" else max(1, min(room(threads), per_round))
-    if hosts > room(threads):
-        raise UserError(
-            f"hosts of execution.threads={threads} do not fit on nodes of {', '.join(map(str, node_cores))} cores",
-            field="execution.hosts",
-            value=hosts,
-            hint="lower one of them, or set one to auto",
-        )
-    per_host = -(-per_round // hosts)
-    num_cohorts = -(-per_host // MAX_COHORT)  # per host, so that all hosts get equally many
-    cohort = int(chosen.cohort) if chosen.cohort != "auto" else -(-per_host // num_cohorts)
-    kind = chosen.kind if chosen.kind != "auto" else ("ray" if hosts > 1 and not coupled else "serial")
-    values = {"kind": kind, "hosts": hosts, "threads": threads, "cohort": cohort, "device": "cpu"}
-    return spec.model_copy(update={"execution": chosen.model_copy(update=values)})
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def base_key(spec: RunSpec) -> str:

@@ -137,12 +137,12 @@ class _SplitRound:
         self.config, self.network, self.plan, self.local, self.tasks = config, network, plan, local, tasks
         self.order = sorted(range(len(tasks)), key=lambda i: -len(tasks[i].rows))
         self.ranked = [tasks[i] for i in self.order]
-        rates = torch.tensor([[task.learning_rate] for task in self.ranked])
-        self.clients = StackedAdapters([payload.tensors] * len(tasks), plan)
+        rates = torch.tensor([[task.learning_rate] for task in self.ranked], device=network.device)
+        self.clients = StackedAdapters([payload.tensors] * len(tasks), plan, network.device)
         self.client_optimizer = make_optimizer(local, self.clients.trained.data, rates)
         copies = len(tasks) if config.server == "per_client" else 1
         server = {n: t for n, t in payload.server.items() if n.startswith("layers.")}
-        self.server = StackedAdapters([server] * copies, LocalPlan(plan.submodel))
+        self.server = StackedAdapters([server] * copies, LocalPlan(plan.submodel), network.device)
         self.server_optimizer = make_optimizer(local, self.server.trained.data, rates[:copies])
         if config.server != "per_client":
             _restore_moments(self.server_optimizer, payload, self.server.trained)
@@ -153,7 +153,7 @@ class _SplitRound:
         """Client forward, cut, server forward, backward and step, cut, client backward and step."""
         active = [task for task in self.ranked if len(task.rows) > step]
         n = len(active)
-        ids, labels = collate_step(worker.data, active, step)
+        ids, labels = collate_step(worker.data, active, step, self.network.device)
         client = self.clients.parameters(n)
         self.network.set_adapter(client)
         activations = self.network.blocks(self.network.embed(ids), 0, self.plan.split)
@@ -192,7 +192,7 @@ class _SplitRound:
             assert smashed.grad is not None
             smashed.grad.mul_(n)
         self._update(self.server, server, self.server_optimizer, copies)
-        return loss.detach().numpy()
+        return np.array(loss.tolist())
 
     def _update(
         self,
@@ -228,13 +228,13 @@ class _SplitRound:
         """The cohort's update in the order of its tasks."""
         back = np.argsort(self.order)
         steps = np.array([max(1, len(task.rows)) for task in self.ranked])
-        upload = self.clients.trained
+        upload = self.clients.trained.to("cpu")
         upload = Stack(upload.shapes, upload.data[torch.from_numpy(back)])
         if self.config.server == "per_client":
             weights = [task.weight for task in self.ranked]
-            server = self.server.trained.weighted_sum(weights)
+            server = self.server.trained.to("cpu").weighted_sum(weights)
         else:
-            server = self.server.trained.client(0)
+            server = self.server.trained.to("cpu").client(0)
             server.update(_moments(self.server_optimizer, self.server.trained))
         return CohortUpdate(
             upload=upload,
@@ -248,8 +248,8 @@ class _SplitRound:
 def _moments(optimizer: StackedSGD | StackedAdamW, form: Stack) -> Tensors:
     if isinstance(optimizer, StackedSGD):
         return {}
-    out = {f"adam.mean.{n}": t[0] for n, t in form.views(optimizer.mean).items()}
-    out.update({f"adam.square.{n}": t[0] for n, t in form.views(optimizer.square).items()})
+    out = {f"adam.mean.{n}": t[0] for n, t in form.views(optimizer.mean.cpu()).items()}
+    out.update({f"adam.square.{n}": t[0] for n, t in form.views(optimizer.square.cpu()).items()})
     out["server.num_steps"] = torch.tensor(optimizer.num_steps)
     return out
 

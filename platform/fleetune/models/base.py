@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fleetune.cost import shapes
 from fleetune.errors import UserError, nearest
@@ -25,6 +26,9 @@ BUILT_IN = {
 # Decoders that run as embed -> blocks(h, position embeddings) -> norm -> head, checked against their own forward
 # by tests/test_network.py.
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral")
+
+
+PRODUCT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,20 @@ class BaseModel:
     def is_outline(self) -> bool:
         """Whether the weights are names and sizes alone (`models.outline`): a plan's base."""
         return any(weight.is_meta for weight in self.weights.values())
+
+
+def placed(base: BaseModel, *, device: str, precision: str) -> BaseModel:
+    """The base where networks compute with it: a copy on another device, matrices in the type of their products.
+
+    On the CPU in fp32 that is the base itself, whose memory all processes share. With bf16 the matrices are rounded once,
+    as autocast would for every product; norms, biases and the statistics of quantised matrices keep their type.
+    """
+
+    def moved(name: str, weight: Tensor) -> Tensor:
+        is_matrix = name.endswith(".weight") and weight.ndim == 2 and weight.is_floating_point()
+        return weight.to(device, PRODUCT_DTYPES[precision] if is_matrix else weight.dtype)
+
+    return replace(base, weights={name: moved(name, weight) for name, weight in base.weights.items()})
 
 
 def find_base(name: str) -> str:

@@ -1,6 +1,7 @@
 """Two pieces of a decoder block with their gradients written out, because autograd's own take many passes over memory.
 
 The frozen base has no gradient of its own, so only the gradient of the activations is computed. Shape legend as in network.py.
+Sums and rotations are worked out in fp32 whatever the arithmetic of the products; what goes into a product has its type.
 """
 
 from __future__ import annotations
@@ -16,18 +17,20 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        wide = _at_least_fp32(x)
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # 1 / rms(x): (…, 1)
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight)
+        return (wide * inverse).mul_(weight).to(product_dtype(x))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         x, weight, inverse = ctx.saved_tensors
-        g = grads[0] * weight
+        wide = _at_least_fp32(x)
+        g = grads[0].to(wide.dtype) * weight
         # dx = g / rms - x <g, x> / (D rms^3)
-        shared = torch.linalg.vecdot(g, x).unsqueeze(-1).mul_(inverse.pow(3)).div_(x.shape[-1])
-        return g.mul_(inverse).addcmul_(x, shared, value=-1), None, None
+        shared = torch.linalg.vecdot(g, wide).unsqueeze(-1).mul_(inverse.pow(3)).div_(x.shape[-1])
+        return g.mul_(inverse).addcmul_(wide, shared, value=-1).to(x.dtype), None, None
 
 
 class _Rotary(torch.autograd.Function):
@@ -44,8 +47,18 @@ class _Rotary(torch.autograd.Function):
         return _rotate(grads[0], cos, sin, -1.0), None, None
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The type in which a product over ``x`` is carried out: that of the autocast around it, else its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension with a frozen gain."""
+    """RMSNorm over the last dimension with a frozen gain, in the type of the products that take it up."""
     return _RMSNorm.apply(x, weight, eps)
 
 
@@ -59,4 +72,4 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     out = x * cos
     out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-sign)
     out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
-    return out
+    return out.to(x.dtype)

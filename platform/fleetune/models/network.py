@@ -5,12 +5,13 @@ Shape legend: K clients, b examples per client, S tokens, D hidden size, V vocab
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fleetune.models.base import BaseModel
+from fleetune.models.base import PRODUCT_DTYPES, BaseModel
 from fleetune.models.block import norm, run_block
 from fleetune.models.config import LoRAConfig
 from fleetune.models.lora import AdaptedLinear
@@ -22,11 +23,20 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class Network:
-    """A causal language model whose adapted linear layers take the adapters of K clients at once."""
+    """A causal language model whose adapted linear layers take the adapters of K clients at once.
 
-    def __init__(self, base: BaseModel, submodel: Submodel, lora: LoRAConfig):
+    It lies where the base's weights lie (`models.base.placed`), and whatever it is given must lie there too.
+    """
+
+    precision = "fp32"
+    """Of the products, and so of the activations between them. The residual stream, logits and adapters stay fp32."""
+    device = torch.device("cpu")
+
+    def __init__(self, base: BaseModel, submodel: Submodel, lora: LoRAConfig, *, precision: str = "fp32"):
         self.submodel = submodel
-        self.model = _assemble(base, submodel)
+        self.precision = precision
+        self.model = _assemble(base, submodel, self.dtype)
+        self.device = next(self.model.parameters()).device
         self.sites = _adapt(self.model, lora)
         self.model.eval()  # the adapted layers are new: without it they would drop out in an evaluation
 
@@ -46,9 +56,23 @@ class Network:
             site.lora_A = None if stacked is None else stacked.get(f"{name}.lora_A")
             site.lora_B = None if stacked is None else stacked.get(f"{name}.lora_B")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the products."""
+        return PRODUCT_DTYPES[self.precision]
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Around products, so that all are carried out in the network's precision."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def _wide(self, x: Tensor) -> Tensor:
+        return x if self.precision == "fp32" else x.float()
+
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (K b, S) -> (K b, S, D)."""
-        return self.model.model.embed_tokens(ids)
+        return self._wide(self.model.model.embed_tokens(ids))
 
     @property
     def layers(self) -> Any:
@@ -63,13 +87,15 @@ class Network:
     def blocks(self, h: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Run blocks [start, stop) on (K b, S, D). Causal; batches are padded on the right, so no mask is needed."""
         cos, sin = self.rotary(h, torch.arange(h.shape[1], device=h.device)[None])
-        for layer in self.layers[start:stop]:
-            h = run_block(layer, h, cos, sin)
+        with self.autocast():
+            for layer in self.layers[start:stop]:
+                h = run_block(layer, h, cos, sin)
         return h
 
     def logits(self, h: Tensor) -> Tensor:
         """Final norm and head on any leading shape: (…, D) -> (…, V)."""
-        return self.model.lm_head(norm(self.model.model.norm, h))
+        with self.autocast():
+            return self._wide(self.model.lm_head(norm(self.model.model.norm, h)))
 
 
 def linear_sites(base: BaseModel, lora: LoRAConfig) -> dict[str, tuple[int, int]]:
@@ -89,29 +115,30 @@ def _skeleton(base: BaseModel, num_layers: int) -> Any:
         return AutoModelForCausalLM.from_config(base.hf_config(num_layers), attn_implementation="sdpa")
 
 
-def _assemble(base: BaseModel, submodel: Submodel) -> Any:
+def _assemble(base: BaseModel, submodel: Submodel, dtype: torch.dtype) -> Any:
     """The model with its weights assigned, not copied."""
     model = _skeleton(base, submodel.num_layers)
     weights = submodel.weights(base)
     if base.quantization != "none":
-        _install_quantized(model, weights, base.quantization)
+        _install_quantized(model, weights, base.quantization, dtype)
     names = [name for name, _ in model.named_parameters()]
     plain = {name: weights[name] for name in names if name in weights and weights[name].is_floating_point()}
     model.load_state_dict(plain, assign=True, strict=False)
     model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)  # its buffers are computed, not stored
+    rotary = type(model.model.rotary_emb)(config=model.config)  # its buffers are computed, not stored
+    model.model.rotary_emb = rotary.to(next(iter(weights.values())).device)
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise ValueError(f"the checkpoint of {base.name} lacks {', '.join(missing[:4])}")
     return model.requires_grad_(False).eval()
 
 
-def _install_quantized(model: Any, weights: Tensors, kind: str) -> None:
+def _install_quantized(model: Any, weights: Tensors, kind: str, dtype: torch.dtype) -> None:
     for name, module in list(model.named_modules()):
         key = f"{name}.weight"
         if isinstance(module, nn.Linear) and key in weights and not weights[key].is_floating_point():
             shape = (module.in_features, module.out_features)
-            layer = quantized_linear(weights, key, kind, shape=shape, bias=weights.get(f"{name}.bias"))
+            layer = quantized_linear(weights, key, kind, shape=shape, bias=weights.get(f"{name}.bias"), dtype=dtype)
             _replace(model, name, layer)
 
 

@@ -53,15 +53,21 @@ def dequantize(weights: Tensors, name: str, kind: str) -> Tensor:
     if kind == "nf4":
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        state = QuantState.from_dict(stats, device=torch.device("cpu"))
+        state = QuantState.from_dict(stats, device=weights[name].device)
         return dequantize_4bit(weights[name], state).to(torch.float32)
     return weights[name].to(torch.float32) * (stats["SCB"] / 127.0)[:, None]  # int8 rows scaled by absmax / 127
 
 
 def quantized_linear(
-    weights: Tensors, name: str, kind: str, *, shape: tuple[int, int], bias: Tensor | None
+    weights: Tensors,
+    name: str,
+    kind: str,
+    *,
+    shape: tuple[int, int],
+    bias: Tensor | None,
+    dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """A bitsandbytes layer (in, out) over the stored codes, without copying them."""
+    """A bitsandbytes layer (in, out) over the stored codes, without copying them. ``dtype``: of nf4's products."""
     import bitsandbytes as bnb
 
     num_in, num_out = shape
@@ -72,11 +78,12 @@ def quantized_linear(
             num_in,
             num_out,
             bias=bias is not None,
-            compute_dtype=torch.float32,
+            compute_dtype=dtype,
             quant_type="nf4",
             device="meta",
         )
-        layer.weight = bnb.nn.Params4bit.from_prequantized(weights[name], stats, requires_grad=False, device="cpu")
+        codes = weights[name]
+        layer.weight = bnb.nn.Params4bit.from_prequantized(codes, stats, requires_grad=False, device=codes.device)
         # On processors with AVX512-BF16 the layer would pack its codes anew for bf16 products: in place, although they are
         # shared, only for some shapes, and only where nothing is differentiated, so that evaluation rounded differently.
         layer.support_avx512bf16_for_cpu = False

@@ -89,13 +89,13 @@ class Submodel:
 
 
 def combined(parts: list, weights: list[float]):
-    """sum_j w_j x_j; a single part of weight 1 is itself, not a copy."""
+    """sum_j w_j x_j, summed in fp32; a single part of weight 1 is itself, not a copy."""
     if len(parts) == 1 and weights[0] == 1.0:
         return parts[0]
-    total = parts[0] * weights[0]
+    total = parts[0].float() * weights[0]
     for part, weight in zip(parts[1:], weights[1:], strict=True):
         total = total.add_(part, alpha=weight)
-    return total
+    return total.to(parts[0].dtype)
 
 
 def _suffixes(tensors: Tensors, prefix: str, layer: int) -> list[str]:

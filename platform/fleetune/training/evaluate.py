@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from fleetune.models.network import Network
-from fleetune.tensors import Tensors
+from fleetune.tensors import Stack, Tensors
+from fleetune.training.device import on_device
 from fleetune.training.generate import generate
 from fleetune.training.loss import cohort_loss
 
@@ -43,8 +44,8 @@ def evaluate_rows(
     """Sums over examples ``rows (n,)``; ``max_new_tokens=None`` skips generation."""
     from fleetune.data.batches import collate
 
-    network.set_adapter({name: tensor[None] for name, tensor in adapter.items()})
-    ids, labels = (torch.from_numpy(a) for a in collate(data, rows))
+    network.set_adapter(Stack.of([adapter]).to(network.device).views())
+    ids, labels = (on_device(a, network.device) for a in collate(data, rows))
     loss, counts = cohort_loss(network, network.blocks(network.embed(ids)), labels, 1)
     num_tokens = int(counts.sum())
     num_correct = None
@@ -59,9 +60,9 @@ def _generate(network: Network, data: TokenizedDataset, rows: np.ndarray, tokeni
     """Greedy continuations of the prompts, as text."""
     from fleetune.data.batches import eval_prompts
 
-    ids, mask = (torch.from_numpy(a) for a in eval_prompts(data, rows))
+    ids, mask = (on_device(a, network.device) for a in eval_prompts(data, rows))
     out = generate(network, ids, mask, max_new_tokens=max_new, end=tokenizer.eos_token_id, padding=data.pad_token_id)
-    return tokenizer.batch_decode(out, skip_special_tokens=True)
+    return tokenizer.batch_decode(out.cpu(), skip_special_tokens=True)
 
 
 def _count_correct(predictions: list[str], references: list[str], pattern: str) -> int:

@@ -23,12 +23,13 @@ class Cache:
 
     def attends(self, num_new: int, dtype: torch.dtype) -> list[Attend]:
         """Attention of ``num_new`` new tokens over the cache, which takes them up; one function per block."""
-        stop = self.length + num_new
+        stop, device = self.length + num_new, self.real.device
         visible = self.real[:, None, None, :stop]
         if num_new > 1:
-            visible = visible & torch.ones(num_new, stop, dtype=torch.bool).tril(stop - num_new)
-            visible = visible | torch.eye(num_new, stop, dtype=torch.bool)  # a padded row sees itself: no empty softmax
-        bias = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
+            visible = visible & torch.ones(num_new, stop, dtype=torch.bool, device=device).tril(stop - num_new)
+            # A padded row sees itself: no empty softmax.
+            visible = visible | torch.eye(num_new, stop, dtype=torch.bool, device=device)
+        bias = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))
         return [self._attention(block, bias, stop) for block in range(self.num_blocks)]
 
     def _attention(self, block: int, bias: Tensor, stop: int) -> Attend:
@@ -59,9 +60,9 @@ def generate(network: Network, ids: Tensor, mask: Tensor, *, max_new_tokens: int
 
     Returns the new tokens (B, max_new_tokens), ``padding`` after the end. The network's adapter is that of one client.
     """
-    out = torch.full((len(ids), max_new_tokens), padding)
-    running = torch.arange(len(ids))
-    ended = torch.zeros(len(ids), dtype=torch.bool)
+    out = torch.full((len(ids), max_new_tokens), padding, device=ids.device)
+    running = torch.arange(len(ids), device=ids.device)
+    ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     cache = Cache(mask, room=ids.shape[1] + max_new_tokens, num_blocks=network.num_layers)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     tokens = ids
@@ -83,7 +84,8 @@ def generate(network: Network, ids: Tensor, mask: Tensor, *, max_new_tokens: int
 def _forward(network: Network, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
     h = network.embed(tokens)
     cos, sin = network.rotary(h, positions)
-    for layer, attend in zip(network.layers, cache.attends(tokens.shape[1], h.dtype), strict=True):
-        h = run_block(layer, h, cos, sin, attend)
+    with network.autocast():
+        for layer, attend in zip(network.layers, cache.attends(tokens.shape[1], network.dtype), strict=True):
+            h = run_block(layer, h, cos, sin, attend)
     cache.length += tokens.shape[1]
     return h

@@ -24,5 +24,5 @@ def cohort_loss(network: Network, h: Tensor, labels: Tensor, num_clients: int) -
     token_losses = nn.functional.cross_entropy(logits, targets[counted], reduction="none")
     owner = counted // (targets.numel() // num_clients)
     counts = torch.bincount(owner, minlength=num_clients)
-    sums = torch.zeros(num_clients, dtype=token_losses.dtype).index_add(0, owner, token_losses)
+    sums = torch.zeros(num_clients, dtype=token_losses.dtype, device=h.device).index_add(0, owner, token_losses)
     return sums / counts.clamp(min=1), counts

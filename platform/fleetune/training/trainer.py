@@ -12,6 +12,7 @@ from torch import Tensor
 from fleetune.models.network import Network
 from fleetune.tensors import Stack, Tensors, select
 from fleetune.training.config import LocalConfig
+from fleetune.training.device import on_device
 from fleetune.training.loss import cohort_loss
 from fleetune.training.optimizer import clip_rows, make_optimizer
 from fleetune.training.plan import ClientTask, CohortUpdate, LocalPlan
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
 class StackedAdapters:
     """The adapters of K clients: a trained part in one buffer beside that of its gradient, and a frozen part."""
 
-    def __init__(self, starts: Sequence[Tensors], plan: LocalPlan):
-        self.trained = Stack.of([select(start, plan.trainable) for start in starts])
-        self.frozen = Stack.of([select(start, lambda name: not plan.trainable(name)) for start in starts])
+    def __init__(self, starts: Sequence[Tensors], plan: LocalPlan, device: torch.device):
+        self.trained = Stack.of([select(start, plan.trainable) for start in starts]).to(device)
+        self.frozen = Stack.of([select(start, lambda name: not plan.trainable(name)) for start in starts]).to(device)
         self.grads = torch.zeros_like(self.trained.data)
 
     def parameters(self, num_active: int) -> Tensors:
@@ -67,8 +68,8 @@ def train_cohort(
     """
     order = sorted(range(len(tasks)), key=lambda i: -len(tasks[i].rows))
     ranked = [tasks[i] for i in order]
-    adapters = StackedAdapters([{**start, **(task.private or {})} for task in ranked], plan)
-    rates = torch.tensor([[task.learning_rate] for task in ranked], dtype=adapters.trained.data.dtype)
+    adapters = StackedAdapters([{**start, **(task.private or {})} for task in ranked], plan, network.device)
+    rates = torch.tensor([[task.learning_rate] for task in ranked], device=network.device)
     optimizer = make_optimizer(local, adapters.trained.data, rates)
     initial = Stack(adapters.trained.shapes, adapters.trained.data.clone()) if plan.penalty else None
     losses = np.zeros(len(tasks))
@@ -80,7 +81,7 @@ def train_cohort(
         n = len(active)
         leaves = adapters.parameters(n)
         network.set_adapter(adapters.all_tensors(leaves, n))
-        ids, labels = collate_step(data, active, step)
+        ids, labels = collate_step(data, active, step, network.device)
         loss, _ = cohort_loss(network, network.blocks(network.embed(ids)), labels, n)
         total = loss
         if plan.penalty and initial:
@@ -90,7 +91,7 @@ def train_cohort(
         if local.max_grad_norm is not None:
             clip_rows(grads, local.max_grad_norm)
         optimizer.step(grads)
-        losses[:n] += loss.detach().numpy()
+        losses[:n] += loss.tolist()
         num_tokens[:n] += [int(row_lengths(data, task.rows[step]).sum()) for task in active]
     network.set_adapter(None)
     network.model.eval()
@@ -110,12 +111,14 @@ def row_lengths(data: TokenizedDataset, rows: np.ndarray) -> np.ndarray:
     return data.offsets[rows + 1] - data.offsets[rows]
 
 
-def collate_step(data: TokenizedDataset, tasks: Sequence[ClientTask], step: int) -> tuple[Tensor, Tensor]:
+def collate_step(
+    data: TokenizedDataset, tasks: Sequence[ClientTask], step: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Token ids and labels (K b, S) of one step of all clients, padded on the right to the longest of them."""
     from fleetune.data.batches import collate
 
     ids, labels = collate(data, np.concatenate([task.rows[step] for task in tasks]))
-    return torch.from_numpy(ids), torch.from_numpy(labels)
+    return on_device(ids, device), on_device(labels, device)
 
 
 def _in_task_order(
@@ -127,6 +130,7 @@ def _in_task_order(
     num_tokens: np.ndarray,
 ) -> CohortUpdate:
     back = np.argsort(order)
+    merged = merged.to("cpu")
     merged = Stack(merged.shapes, merged.data[torch.from_numpy(back)] if len(order) > 1 else merged.data)
     steps = np.array([max(1, len(task.rows)) for task in ranked])
     private = merged.columns(plan.keeps)

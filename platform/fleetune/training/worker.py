@@ -19,8 +19,17 @@ class Worker:
 
     max_networks = 2
 
-    def __init__(self, *, base: BaseModel, lora: LoRAConfig, local: LocalConfig, data: TokenizedDataset):
-        self.base, self.lora, self.local, self.data = base, lora, local, data
+    def __init__(
+        self,
+        *,
+        base: BaseModel,
+        lora: LoRAConfig,
+        local: LocalConfig,
+        data: TokenizedDataset,
+        precision: str = "fp32",
+    ):
+        """``base`` lies where the worker computes, in the type of its products (`models.base.placed`)."""
+        self.base, self.lora, self.local, self.data, self.precision = base, lora, local, data, precision
         self._networks: dict[Submodel, Network] = {}
 
     def adopt(self, networks: dict[Submodel, Network]) -> None:
@@ -33,6 +42,6 @@ class Worker:
         if network is None:
             while len(self._networks) >= self.max_networks:
                 del self._networks[next(iter(self._networks))]
-            network = Network(self.base, submodel, self.lora)
+            network = Network(self.base, submodel, self.lora, precision=self.precision)
         self._networks[submodel] = network  # the last used stands last
         return network
