@@ -82,6 +82,10 @@ def test_sync_sends_everything_once(workspace: Path):
     assert (stored.data.tags["trained_model"], stored.data.tags["costed_model"]) == ("micro-llama", "llama2-7b")
     assert stored.inputs.dataset_inputs[0].dataset.name == "micro-reasoning"
     assert client.get_experiment(first.experiment_id).name == "devft-quickstart"
+    (model,) = client.search_logged_models([first.experiment_id])  # once, though it was sent twice
+    assert (model.source_run_id, model.params["model.base"]) == (first.mlflow_run_id, "micro-llama")
+    assert model.tags["files"] == f"runs:/{first.mlflow_run_id}/adapter"
+    assert [out.model_id for out in stored.outputs.model_outputs] == [model.model_id]
     names = {a.path for a in client.list_artifacts(first.mlflow_run_id)}
     assert {"spec.yaml", "rounds.parquet", "clients.parquet", "result.json", "adapter", "figures"} <= names
     times = [m.timestamp for m in client.get_metric_history(first.mlflow_run_id, "train/loss")]
@@ -115,6 +119,7 @@ def test_trials_are_children_of_their_sweep(workspace: Path):
             "parent_run_dir": "../growth",
             "sweep": "growth",
             "overrides": {"seed": seed, "method.growth_rate": 4},
+            "text": "base: jobs/methods/devft.yaml",
         }
         trial = make_run(workspace, f"trial{seed}", spec=make_spec(seed=seed, num_rounds=3), meta=meta)
         (trial.path / "figures").mkdir()
@@ -128,6 +133,9 @@ def test_trials_are_children_of_their_sweep(workspace: Path):
         "devft · growth_rate 4 · seed 0",
         "devft · growth_rate 4 · seed 1",
     ]
+    note = trials[0].data.tags["mlflow.note.content"]
+    assert "Trial of **growth**: `seed=0`, `method.growth_rate=4`" in note
+    assert "base: jobs/methods/devft.yaml" in note
     stored = client.get_run(parent.mlflow_run_id)
     assert (stored.info.run_name, stored.data.metrics) == ("growth", {"best_accuracy": 0.75})
     assert {t.info.experiment_id for t in trials} == {stored.info.experiment_id}

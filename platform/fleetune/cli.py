@@ -48,14 +48,17 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run one job, on this machine or on a Ray cluster."""
-    from fleetune.spec import load, parse_overrides
+    from fleetune.spec import job_text, load, parse_overrides
 
     spec = load(job, parse_overrides(assignments or []))
+    meta = {"text": job_text(job, assignments or [])}
     from fleetune.engine import launch
     from fleetune.progress import make_progress
 
     with make_progress(spec.name) as progress:
-        result = launch.run(spec, workspace=workspace, address=address, debug=debug, report=progress, warn=_say)
+        result = launch.run(
+            spec, workspace=workspace, address=address, debug=debug, report=progress, warn=_say, meta=meta
+        )
     _show_result(result, as_json)
 
 
@@ -128,15 +131,16 @@ def sweep(
     as_json: Json = False,
 ) -> int:
     """Run a grid or a search on Ray Tune; launched again, it runs what is missing."""
-    from fleetune.spec import parse_overrides
+    from fleetune.spec import job_text, parse_overrides
     from fleetune.sweep.config import load
 
     spec = load(file, parse_overrides(assignments or []))
+    text = job_text(file, assignments or [])
     from fleetune.sweep import launch
     from fleetune.sweep.progress import make_progress
 
     with make_progress(spec) as progress:
-        result = launch.run(spec, workspace=workspace, address=address, report=progress, warn=_say)
+        result = launch.run(spec, workspace=workspace, address=address, text=text, report=progress, warn=_say)
     if as_json:
         _print_json(result.to_dict())
     else:

@@ -109,6 +109,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def job_text(path: str | Path, assignments: list[str]) -> str:
+    """A job or sweep file as it was launched: its text, and each ``--set`` as a comment."""
+    return "\n".join([Path(path).read_text(encoding="utf-8").rstrip(), *(f"# --set {each}" for each in assignments)])
+
+
 def parse_overrides(assignments: list[str]) -> dict[str, Any]:
     """``["method.growth_rate=4"]`` -> ``{"method.growth_rate": 4}``; values are YAML."""
     out: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""MLflow, fed from run directories. The only module that imports mlflow.
+"""MLflow, fed from run directories. Only this module and tracking_models import mlflow.
 
 One code path serves both streaming (:class:`Follower` calls it again and again while a run goes on) and
 ``fleetune sync``: ask the store what it holds of this run, send the rest. So each (metric, step) arrives
@@ -27,8 +27,10 @@ from fleetune.records.access import check_access, without_password
 from fleetune.records.follower import Follower
 from fleetune.records.metrics import RoundMetrics, number
 from fleetune.records.naming import flatten, method_of, run_name, shown
+from fleetune.records.note import note
 from fleetune.records.run_directory import RunDirectory, parent_of
 from fleetune.records.sweep_directory import SweepDirectory, open_directory
+from fleetune.records.tracking_models import log_adapter
 
 __all__ = ["Follower", "SyncReport", "Tracker", "TrackingConfig", "default_uri", "open_ui", "sync"]
 
@@ -38,6 +40,7 @@ ARTIFACTS = (
     "sweep.yaml",
     "result.json",
     "trials.parquet",
+    "trials.csv",
     "rounds.parquet",
     "clients.parquet",
     "trace.json",
@@ -53,15 +56,6 @@ EXPERIMENT_TAGS = {
     "mlflow.experiment.primaryMetric.name": "eval/accuracy",
     "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
 }
-# Fields of the spec that a run's summary names.
-TOLD = (
-    "model.base",
-    "data.dataset",
-    "fleet.num_clients",
-    "fleet.network",
-    "rounds.num_rounds",
-    "rounds.clients_per_round",
-)
 # A parameter longer than this is of no use in a table; MLflow's own limit is 6,000 (mlflow 3.17).
 PARAM_LENGTH = 500
 
@@ -118,7 +112,9 @@ class Tracker:
     def __init__(self, run: RunDirectory, *, uri: str | None = None, live: bool = False):
         """``live``: the run is going on now, so one that the store believes to be over has been resumed."""
         self.run, self._live = run, live
-        tracking = run.spec.get("tracking") or {}
+        tracking = (
+            run.spec.get("tracking") or run.spec.get("base", {}).get("tracking") or {}
+        )  # a sweep's are its base's
         self.uri = uri or tracking.get("uri") or default_uri(run.workspace)
         self._experiment = tracking.get("experiment")
         self._metrics = RoundMetrics()
@@ -214,7 +210,7 @@ class Tracker:
             "mlflow.user": getpass.getuser(),
             "mlflow.source.name": "fleetune",
             "mlflow.source.git.commit": meta.get("git_commit"),
-            "mlflow.note.content": summary(self.run),
+            "mlflow.note.content": note(self.run),
         }
         parent = parent_of(self.run)
         if parent and (parent / SweepDirectory.SPEC).is_file():
@@ -276,9 +272,11 @@ class Tracker:
         if result and not self._metrics.next_round:
             self._push_result(result)
         num_artifacts = self._push_artifacts()
+        if result and (self.run.path / "adapter").is_dir():
+            log_adapter(self._client, self.run, *self._ids)
         status = str(result.get("status", "finished")) if result else "interrupted"
-        self._set_tags({"status": status, "mlflow.note.content": summary(self.run)})
-        over = {"finished": "FINISHED", "interrupted": "KILLED"}.get(status, "FAILED")
+        self._set_tags({"status": status, "mlflow.note.content": note(self.run)})
+        over = {"finished": "FINISHED", "stopped": "FINISHED", "interrupted": "KILLED"}.get(status, "FAILED")
         stored = self._client.get_run(self._ids[1])
         if stored.info.status != over:
             ended_at = (self.run.path / "result.json").stat().st_mtime if result else time.time()
@@ -328,22 +326,6 @@ class Tracker:
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
             return json.loads((self.run.path / "checkpoint" / "mlflow.json").read_text())
         return {}
-
-
-def summary(run: RunDirectory) -> str:
-    """The note shown on top of a run's page: what was run, and how it came out. Markdown."""
-    flat = flatten(run.spec)
-    told = [f"{field.rpartition('.')[2].replace('_', ' ')} **{shown(flat[field])}**" for field in TOLD if field in flat]
-    blocks = [" · ".join(told)] if told else []
-    result = run.result() or {}
-    numbers = flatten({**(result.get("metrics") or {}), **(result.get("totals") or {})})
-    rows = [f"| {name} | {shown(value)} |" for name, value in numbers.items() if isinstance(value, int | float)]
-    if rows:
-        blocks.append("\n".join(["| result | |", "| --- | --- |", *rows]))
-    if result.get("error"):
-        blocks.append(f"Failed: {result['error']}")
-    blocks.append(f"Run directory: `{run.path}`")
-    return "\n\n".join(blocks)
 
 
 def open_ui(workspace: str | Path, port: int = 5000, *, uri: str | None = None) -> NoReturn:

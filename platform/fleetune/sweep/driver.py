@@ -68,6 +68,7 @@ class Driver:
             "parent_run_dir": f"../../sweeps/{self.directory.path.name}",
             "overrides": entry.trial.overrides,
             "git_commit": self.commit,
+            "text": self.directory.meta.get("text"),
         }
         workspace = self.directory.path.parent.parent
         return Order(entry.trial.number, entry.trial.spec.to_dict(), str(workspace), entry.run.path.name, meta)
@@ -157,7 +158,8 @@ def take_stock(board: Board, trials: Sequence[Trial], sweep_path: Path) -> int:
     for trial in trials:
         own = RunDirectory(workspace / "runs" / f"{sweep_path.name}-{trial.number:03d}")
         entry = Entry(trial, own)
-        entry.take_result()
+        if entry.has_begun:
+            entry.take_result()
         other = elsewhere.get(trial.spec.spec_hash)
         if entry.status not in OVER and other is not None:
             entry = Entry(trial, other)

@@ -53,9 +53,18 @@ class SweepResult:
 
 
 def run(
-    sweep: SweepSpec, *, workspace: Path, address: str | None = None, report: Report | None = None, warn: Warn
+    sweep: SweepSpec,
+    *,
+    workspace: Path,
+    address: str | None = None,
+    text: str | None = None,
+    report: Report | None = None,
+    warn: Warn,
 ) -> SweepResult:
-    """Run what is missing of a sweep. UserError before any trial starts; a trial that fails is a row of the table."""
+    """Run what is missing of a sweep. UserError before any trial starts; a trial that fails is a row of the table.
+
+    ``text``: the sweep file's, which MLflow shows with the sweep and its trials.
+    """
     path = workspace.absolute() / "sweeps" / sweep_id(sweep)
     trials, probes, search = _plan(sweep, path)
     example = (trials or probes)[0].spec
@@ -68,7 +77,7 @@ def run(
     missing = [entry.trial for entry in board.entries.values() if entry.status not in OVER]
     is_complete = not missing and len(trials) == board.num_trials
     shared = {} if is_complete else _prepare([*missing, *probes], workspace, address)
-    directory = _open(sweep, path)
+    directory = _open(sweep, path, text)
 
     def watch(run_path: Path) -> None:
         if example.tracking.enabled:
@@ -135,10 +144,10 @@ def _prepare(trials: Sequence[Trial], workspace: Path, address: str | None) -> d
     return tuning.put(inputs, examples)
 
 
-def _open(sweep: SweepSpec, path: Path) -> SweepDirectory:
+def _open(sweep: SweepSpec, path: Path, text: str | None) -> SweepDirectory:
     if (path / SweepDirectory.SPEC).is_file():
         return SweepDirectory.open(path)
-    meta = {"sweep": sweep.name, "git_commit": launch.git_commit()}
+    meta = {"sweep": sweep.name, "git_commit": launch.git_commit(), "text": text}
     values = sweep.model_dump(mode="json", exclude_none=True)
     with _writable(path.parent.parent):
         return SweepDirectory.create(path.parent.parent, path.name, values, meta=meta, directory=path.parent)
@@ -166,13 +175,14 @@ def _known(sweep: SweepSpec, board: Board) -> list[tuple[str, list[dict[str, Any
 
 
 def _summarise(sweep: SweepSpec, directory: SweepDirectory, board: Board) -> SweepResult:
-    from fleetune.records import figures
+    """The report, and ``result.json``, whose presence means that the sweep is over."""
+    from fleetune.records.sweep_report import sweep_report
 
     entries = [entry for _, entry in sorted(board.entries.items())]
-    runs = [entry.run for entry in entries if entry.status == "finished"]
-    (directory.path / "figures").mkdir(exist_ok=True)
-    if len(runs) > 1:
-        figures.sweep_effect(runs, path=directory.path / "figures" / "sweep_effect.png")
+    has_finished = any(entry.status == "finished" for entry in entries)
+    if has_finished:
+        sweep_report(directory.path)
+    directory.write("trials.csv", directory.trials().to_csv(index=False).encode())  # MLflow's UI shows it as a table
     best = board.best()
     told = None
     if best is not None:
@@ -183,20 +193,17 @@ def _summarise(sweep: SweepSpec, directory: SweepDirectory, board: Board) -> Swe
             sweep.metric: board.value(best),
         }
     failures = [
-        {"trial": e.trial.number, "sets": label(e.trial.overrides), "error": e.error}
-        for e in entries
-        if e.status == "failed"
+        {"trial": entry.trial.number, "sets": label(entry.trial.overrides), "error": entry.error}
+        for entry in entries
+        if entry.status == "failed"
     ]
     counts = board.counts()
     metrics: dict[str, Any] = {f"trials/{state}": number for state, number in counts.items()}
     if told is not None:
         metrics[f"best/{sweep.metric}"] = told[sweep.metric]
-    status = "finished" if runs or not failures else "failed"
-    result = SweepResult(directory.path, status, counts, told, failures)
-    document = {**result.to_dict(), "metrics": metrics}
-    del document["sweep_dir"]
-    directory.write_result(document)
-    return result
+    status = "finished" if has_finished or not failures else "failed"
+    directory.write_result({"status": status, "metrics": metrics, "trials": counts, "best": told, "failures": failures})
+    return SweepResult(directory.path, status, counts, told, failures)
 
 
 def _wait_for_mlflow(directory: SweepDirectory, board: Board, warn: Warn) -> None:
