@@ -266,6 +266,7 @@ def _disturbance(results: SweepResults, field: str, meaning: str, calm_is_low: b
         cells += [Cell("–" if v != v else f"{100 * v:+.1f} %", v) for v in change.loc[name, others]]
         rows.append(cells)
     note = f"<code>{field}</code>: {meaning}. Changes are relative to {value_text(calmest)}."
+    note += "" if results.score.higher_is_better else " A loss that rises is worse."
     return (
         f"<p>{note}</p>" + image(made, f"{results.score.title} against {field}") + sortable(header, rows, caption=field)
     )

@@ -38,6 +38,7 @@ th button { all: unset; cursor: pointer; font-weight: 600; }
 th button:focus-visible { outline: 2px solid #0072B2; }
 th[aria-sort=ascending] button::after { content: " ▲"; }
 th[aria-sort=descending] button::after { content: " ▼"; }
+p code { white-space: nowrap; }
 caption { position: absolute; left: -9999px; }
 td.best { background: #eef5fb; }
 """
