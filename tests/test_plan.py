@@ -27,12 +27,15 @@ from fleetune.plan.schedule import ExpectedSchedule, expected_longest
 from fleetune.plan.summary import by_stage, comparison
 from fleetune.plan.variants import variants
 from fleetune.plan.walk import Plan, outline, plan
+from fleetune.spec import load
 
 Command = Callable[..., Output]
 COSTED = {"cost.model": "llama2-7b", "cost.weights": "nf4", "cost.precision": "bf16"}
 
 COMING_AND_GOING = {
     "fleet.dropout": 0.3,
+    "fleet.adapt": "checkpointing",
+    "fleet.budgets": {"memory_bytes": 4.0e9},
     "fleet.availability": {"kind": "markov", "mean_on_seconds": 60, "mean_off_seconds": 30},
     "rounds.close": "deadline",
     "rounds.deadline_seconds": 20,
@@ -50,8 +53,12 @@ def planned(of: Plan) -> pd.DataFrame:
 
 
 def as_recorded(column: Any, recorded: pd.Series) -> list[Any]:
-    """Whole bytes where the records hold whole bytes."""
-    return (np.rint(column) if recorded.dtype.kind == "i" else np.asarray(column)).tolist()
+    """Whole bytes where the records hold whole bytes, None for what is not there."""
+    return plain(np.rint(column) if recorded.dtype.kind == "i" else column)
+
+
+def plain(column: Any) -> list[Any]:
+    return [None if pd.isna(value) else value for value in np.asarray(column).tolist()]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -66,13 +73,11 @@ def test_a_plan_is_what_the_run_records(method: str, costs: dict[str, Any], tmp_
     ours, theirs = pd.DataFrame(rows), done.rounds
     assert {"sim_seconds", "uplink_bytes", "energy_joules", "num_ok"} <= set(ours)
     for name in ours:
-        assert as_recorded(ours[name], theirs[name]) == theirs[name].tolist(), name
+        assert as_recorded(ours[name], theirs[name]) == plain(theirs[name]), name
     for round_idx, columns in enumerate(clients):
         recorded = done.clients[done.clients["round"] == round_idx].reset_index(drop=True)
         for name, column in columns.items():
-            there = recorded[name].notna()
-            assert as_recorded(column[there], recorded[name]) == recorded[name][there].tolist(), name
-            assert not any(value is not None for value in column[~there]), name
+            assert as_recorded(column, recorded[name]) == plain(recorded[name]), name
 
 
 def test_a_plan_adds_up_its_rounds(tmp_path: Path):
@@ -142,6 +147,19 @@ def test_lengths_come_from_the_cache_and_notice_a_changed_file(tmp_path: Path):
     data.write_text(text.replace("Q: ", "Question: what is "))
     longer = plan(spec, cache_dir=tmp_path)
     assert longer.totals["flops"] > first.totals["flops"]
+
+
+def test_who_is_refused_reads_what_would_fit(tmp_path: Path):
+    """DevFT of 4, 8, 16 and 32 blocks of llama2-7b in nf4 on a TX2 NX: from the third stage on, half the blocks."""
+    spec = load(Path(__file__).parent.parent / "jobs" / "paper" / "devft_on_jetson.yaml")
+    stages = [row for row in by_stage(plan(spec, cache_dir=tmp_path)) if row["device"] == "jetson-tx2-nx"]
+    assert [row["num_oom"] > 0 for row in stages] == [False, False, True, True]
+    assert [row["refused_by"] for row in stages] == [None, None, "memory", "memory"]
+    assert ["8 blocks" in (row["refused_hint"] or "") for row in stages] == [False, False, True, True]
+    adapted = spec.model_copy(update={"fleet": spec.fleet.model_copy(update={"adapt": "capacity"})})
+    stages = [row for row in by_stage(plan(adapted, cache_dir=tmp_path)) if row["device"] == "jetson-tx2-nx"]
+    assert [row["num_oom"] for row in stages] == [0] * 4
+    assert [row["least_depth"] for row in stages] == [4, 8, 8, 8]
 
 
 def test_an_architecture_is_planned_without_weights_or_data(tmp_path: Path):

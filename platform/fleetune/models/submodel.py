@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from fleetune.models.base import BaseModel
 from fleetune.models.quantize import dequantize, is_linear, quantize, statistics
 from fleetune.tensors import Tensors
@@ -92,6 +94,8 @@ def combined(parts: list, weights: list[float]):
     """sum_j w_j x_j, summed in fp32; a single part of weight 1 is itself, not a copy."""
     if len(parts) == 1 and weights[0] == 1.0:
         return parts[0]
+    if parts[0].is_meta:  # a plan's: it has a size alone, and torch would load half its compiler to multiply it
+        return torch.empty(parts[0].shape, dtype=parts[0].dtype, device="meta")
     total = parts[0].float() * weights[0]
     for part, weight in zip(parts[1:], weights[1:], strict=True):
         total = total.add_(part, alpha=weight)

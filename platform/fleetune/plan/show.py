@@ -19,7 +19,7 @@ STAGES_IN_FULL = 3  # plans beside each other beyond which the stages are shown 
 
 def show(plans: Sequence[Plan]) -> None:
     """Stages by device class, the run's totals, and what was assumed; on stdout."""
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     spec = plans[0].spec
     costed = f", costed as {spec.cost.model}" if spec.cost.model else ""
     how = f"{spec.rounds.num_rounds} rounds of {spec.rounds.clients_per_round} out of {spec.fleet.num_clients} clients"
@@ -32,7 +32,7 @@ def show(plans: Sequence[Plan]) -> None:
     console.print(total_table(plans))
     if len(plans) > 1:
         console.print(f"[dim]×n: {plans[0].label} needs n times as much[/]")
-        if len({plan.totals["num_oom"] for plan in plans}) > 1:
+        if len({plan.totals["num_oom"] + plan.totals["num_refused"] for plan in plans}) > 1:
             console.print("[dim]refused clients cost nothing: totals with other clients refused do not compare[/]")
     for note in dict.fromkeys(note for plan in plans for note in plan.assumptions):
         console.print(f"[dim]assumed: {note}[/]", soft_wrap=True)
@@ -58,11 +58,18 @@ def stage_table(plan: Plan, *, title: str | None) -> Table:
         "down",
     ):
         table.add_column(name, justify="left" if name == "device" else "right")
+    hinted, adapts = any(row["refused_hint"] for row in rows), plan.spec.fleet.adapt
+    if adapts != "none":
+        table.add_column("works with")
+    if hinted:
+        table.add_column("would fit")
     previous = None
     for row in rows:
         new = row["stage"] != previous
+        tail = [_smallest(row, adapts)] if adapts != "none" else []
+        tail += [row["refused_hint"] or ""] if hinted else []
         lead = [str(row["stage"]), *(f"{row[name]:g}" for name in own)] if new else [""] * (1 + len(own))
-        table.add_row(*lead, row["device"], *_cells(row))
+        table.add_row(*lead, row["device"], *_cells(row), *tail)
         previous = row["stage"]
     return table
 
@@ -84,6 +91,14 @@ def _cells(row: Row) -> list[Text | str]:
         size(row["uplink_bytes"]),
         size(row["downlink_bytes"]),
     ]
+
+
+def _smallest(row: Row, adapts: str) -> str:
+    """The smallest share of the work that any client of this row takes."""
+    if adapts == "checkpointing":
+        return "checkpointing" if row["checkpointing"] else "all kept"
+    least = {"batch": "batch {least_batch_size}", "rank": "rank {least_rank}", "capacity": "{least_depth:g} blocks"}
+    return least[adapts].format(**row)
 
 
 def joules(energy: float) -> str:

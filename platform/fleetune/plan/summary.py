@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fleetune.plan.walk import LARGEST, MEANS, SUMS, Plan, Row
+from fleetune.plan.walk import LARGEST, MEANS, SHARES, SUMS, Plan, Row
 
 COUNTS = ("num_clients", "num_ok", "num_oom", "num_refused", "num_dropped", "num_late")
 
@@ -25,6 +25,11 @@ def by_stage(plan: Plan) -> list[Row]:
         row |= {name: sum(line[name] for line in lines) for name in COUNTS}
         row |= {name: max(line[name] for line in lines) for name in LARGEST}
         row["budget_bytes"] = lines[0]["budget_bytes"]
+        row |= {f"least_{name}": min(line[f"least_{name}"] for line in lines) for name in SHARES}
+        row["checkpointing"] = any(line["checkpointing"] for line in lines)
+        row |= {
+            name: next((line[name] for line in lines if line[name]), None) for name in ("refused_by", "refused_hint")
+        }
         started = [line["num_clients"] - line["num_oom"] - line["num_refused"] for line in lines]
         num = sum(started)
         row |= {name: sum(line[name] for line in lines) / num if num else None for name in SUMS}
@@ -70,7 +75,7 @@ def takes_part(plans: Sequence[Plan]) -> list[Row]:
                 "plan": plan.label,
                 "device": device,
                 "needs_bytes": [row["peak_memory_bytes"] for row in mine],
-                "fits": [1 - row["num_oom"] / row["num_clients"] for row in mine],
+                "fits": [1 - (row["num_oom"] + row["num_refused"]) / row["num_clients"] for row in mine],
                 "budget_bytes": mine[0]["budget_bytes"],
             })  # fmt: skip
     return out

@@ -34,6 +34,8 @@ LARGEST = (
     "activation_bytes",
 )
 
+SHARES = ("batch_size", "rank", "depth")  # what clients may make smaller
+
 Row = dict[str, Any]
 
 
@@ -47,8 +49,8 @@ class Plan:
     rounds: list[Row]
     """As in rounds.parquet, without what only training shows."""
     devices: list[Row]
-    """One row per round and device class: clients by status, sums over those that start, means of their seconds, and the
-    largest memory that any of them needs."""
+    """One row per round and device class: clients by status, sums over those that start, means of their seconds, the largest
+    memory that any of them needs, the smallest share of the work, and of those refused the most frequent reason and hint."""
     assumptions: list[str]
 
     @property
@@ -132,8 +134,17 @@ def by_device(problem: Problem, row: Row, clients: dict[str, np.ndarray]) -> lis
         }
         line |= {f"num_{name}": int((status == name).sum()) for name in ("ok", "oom", "refused", "dropped", "late")}
         line |= {name: float(clients[name][mine].max()) for name in LARGEST}
+        line |= {f"least_{name}": min(clients[name][mine].tolist()) for name in SHARES}
+        line["checkpointing"] = bool(np.any(clients["checkpointing"][mine]))
+        line |= {name: _most_frequent(clients[name][mine]) for name in ("refused_by", "refused_hint")}
         line["budget_bytes"] = float(clients["budget_bytes"][mine].min())
         line |= {name: float(clients[name][started].sum()) for name in SUMS}
         line |= {name: float(clients[name][started].mean()) if started.any() else None for name in MEANS}
         out.append(line)
     return out
+
+
+def _most_frequent(values: np.ndarray) -> str | None:
+    """The word that stands most often, the first of equals; None where there is none."""
+    words = [value for value in values.tolist() if value is not None]
+    return max(dict.fromkeys(words), key=words.count) if words else None
