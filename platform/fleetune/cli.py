@@ -33,15 +33,16 @@ Address = Annotated[
 Debug = Annotated[
     bool, typer.Option("--debug", help="Run serially in this process, so that breakpoints work; the same results.")
 ]
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", "-s", metavar="a.b=c", help="Override a field; may be given often.")
+]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory, runs/<run_id>.")]
 
 
 @app.command()
 def run(
     job: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")],
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", "-s", metavar="a.b=c", help="Override a field; may be given often.")
-    ] = None,
+    assignments: Assignments = None,
     address: Address = None,
     workspace: Workspace = Path(),
     debug: Debug = False,
@@ -65,9 +66,7 @@ def run(
 @app.command()
 def plan(
     job: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")],
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", "-s", metavar="a.b=c", help="Override a field; may be given often.")
-    ] = None,
+    assignments: Assignments = None,
     compare: Annotated[
         str | None, typer.Option(metavar="METHODS", help="Methods to put side by side: fedit,devft,split-lora.")
     ] = None,
@@ -146,6 +145,58 @@ def sweep(
     else:
         print("\n".join(result.lines()))
     return 1 if result.failures else 0
+
+
+@app.command()
+def submit(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A job or sweep file inside the current folder.")],
+    address: Annotated[str, typer.Option("--address", help="The cluster's job server, http://HEAD:8265.")],
+    assignments: Assignments = None,
+    workspace: Annotated[
+        str | None,
+        typer.Option("--workspace", "-w", help="Folder on the cluster for runs/; default: ~/fleetune there."),
+    ] = None,
+    variables: Annotated[
+        list[str] | None,
+        typer.Option("--env", metavar="NAME", help="Hand on an environment variable; may be given often."),
+    ] = None,
+    installed: Annotated[
+        bool, typer.Option("--installed", help="Run the cluster's own fleetune, not the code that is here.")
+    ] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Follow the job, and end with its exit status.")
+    ] = True,
+    as_json: Json = False,
+) -> int:
+    """Run a job or a sweep on a Ray cluster, from any machine that reaches its job server."""
+    from fleetune import submit as jobs
+
+    job = jobs.submit(
+        file,
+        address=address,
+        assignments=assignments or [],
+        workspace=workspace,
+        variables=variables or [],
+        installed=installed,
+        as_json=as_json,
+    )
+    _say(f"{job.job_id} is submitted to {address}; {job.how_to_follow}")
+    document: dict[str, Any] = {"job_id": job.job_id, "address": address, "status": "submitted"}
+    status = 0
+    if wait:
+        try:
+            status = jobs.follow(
+                job, lambda text: print(text, end="", file=sys.stderr if as_json else None, flush=True)
+            )
+        except KeyboardInterrupt:
+            raise SystemExit(
+                _complain(f"{job.job_id} goes on; {job.how_to_follow}", {**document, "status": "detached"}, status=130)
+            ) from None
+        outcome = {"status": "failed" if status else "succeeded", "exit_status": status}
+        document = {**document, **outcome, "result": jobs.result_of(job)} if as_json else document
+    if as_json:
+        _print_json(document)
+    return status
 
 
 @app.command()

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from fleetune.engine.actors import CoordinatorActor  # noqa: F401
 
 Report = Callable[[Event], None]
+# Set in what Ray's job server starts (ray._private.runtime_env.constants, 2.60).
+IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 @dataclass(frozen=True)
@@ -306,7 +308,9 @@ def connect(address: str | None) -> None:
         ray.init(address="local", num_cpus=max(num_cores(), 1), include_dashboard=False, **common)
     else:
         _knock(address)
-        ray.init(address=address, runtime_env={"py_modules": [str(Path(__file__).parent.parent)]}, **common)
+        # A job of the cluster has its code already (fleetune submit), and Ray takes only one of both.
+        sent = {} if IN_A_JOB in os.environ else {"py_modules": [str(Path(__file__).parent.parent)]}
+        ray.init(address=address, runtime_env=sent, **common)
 
 
 def _knock(address: str) -> None:

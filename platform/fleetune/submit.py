@@ -1,0 +1,219 @@
+"""``fleetune submit``: a job or sweep file becomes a job of a Ray cluster, run there by the same command.
+
+What travels is the folder in which the command is given, with this package's code; what the job prints comes back, and its
+exit status. Ray's job server is what is spoken to (https://docs.ray.io/en/latest/cluster/running-applications/job-submission).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shlex
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from fleetune.errors import RunFailed, UserError
+from fleetune.spec import load, parse_overrides, read_yaml
+
+Write = Callable[[str], None]
+PACKAGE = Path(__file__).parent
+CONNECT_SECONDS = 10.0
+LOST_SECONDS = 60.0  # how long the job server may be away while a job is followed
+# Never sent, besides what a .gitignore names: results, stores, environments, caches.
+EXCLUDED = [
+    *("runs/", "sweeps/", "mlflow.db*", "mlartifacts/", "mlruns/"),
+    *(".git/", ".venv/", "venv/", "node_modules/"),
+    *("__pycache__/", ".mypy_cache/", ".ruff_cache/", ".pytest_cache/", ".hypothesis/"),
+]
+# Where the job writes: its own folder on the cluster goes when it ends.
+HOME_OF_RUNS = '"${FLEETUNE_WORKSPACE:-$HOME/fleetune}"'
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job of a cluster."""
+
+    job_id: str
+    address: str
+    client: Any
+
+    @property
+    def how_to_follow(self) -> str:
+        """Commands for later."""
+        there = f"--address {self.address} {self.job_id}"
+        return f"follow it: ray job logs --follow {there}; stop it: ray job stop {there}"
+
+
+def submit(
+    file: Path,
+    *,
+    address: str,
+    assignments: Sequence[str] = (),
+    workspace: str | None = None,
+    variables: Sequence[str] = (),
+    installed: bool = False,
+    as_json: bool = False,
+) -> Submitted:
+    """Check the file here, send the working tree, start the job. UserError where anything stands in the way.
+
+    ``workspace``: a folder on the cluster. ``variables``: names of environment variables that the job gets as they are here.
+    ``installed``: the cluster's own fleetune runs the job, not this one.
+    """
+    if _has_token():
+        os.environ.setdefault(
+            "RAY_AUTH_MODE", "token"
+        )  # only then does Ray send it; it looks once, when it is imported
+    folder = Path.cwd()
+    command = ["python", "-m", "fleetune", _checked(file, assignments), _inside(file, folder), "--address", "auto"]
+    command += [part for assignment in assignments for part in ("--set", assignment)]
+    command += ["--json"] if as_json else []
+    where = shlex.quote(workspace) if workspace else HOME_OF_RUNS
+    runtime_env: dict[str, Any] = {
+        "working_dir": str(folder),
+        "excludes": EXCLUDED,
+        "env_vars": _environment(variables),
+    }
+    if not installed:
+        runtime_env["py_modules"] = [str(PACKAGE)]
+    client = connect(address)
+    job_id = f"fleetune-{file.stem}-{uuid.uuid4().hex[:6]}"
+    with _refusals(address):
+        client.submit_job(
+            entrypoint=f"{shlex.join(command)} --workspace {where}",
+            submission_id=job_id,
+            runtime_env=runtime_env,
+            metadata={"fleetune": file.name},
+        )
+    return Submitted(job_id, address, client)
+
+
+def follow(job: Submitted, write: Write) -> int:
+    """Hand on what the job prints until it ends; its exit status. RunFailed where it has none, or is out of sight."""
+    from ray.job_submission import JobStatus
+
+    shown, seen_at = 0, time.monotonic()
+
+    async def tail() -> None:
+        nonlocal shown, seen_at
+        position = 0
+        async for text in job.client.tail_job_logs(job.job_id):
+            position, seen_at = position + len(text), time.monotonic()
+            if position > shown:
+                write(text[shown - position :])
+                shown = position
+
+    while True:
+        with suppress(Exception):  # a connection that broke: the log is asked for again, without what was shown
+            asyncio.run(tail())
+        with suppress(Exception):
+            details = job.client.get_job_info(job.job_id)
+            if details.status.is_terminal():
+                break
+            seen_at = time.monotonic()
+        if time.monotonic() - seen_at > LOST_SECONDS:
+            raise RunFailed(f"the job server at {job.address} has gone; {job.how_to_follow}")
+        time.sleep(1.0)
+    if details.status == JobStatus.SUCCEEDED:
+        return 0
+    if details.driver_exit_code is None or details.status == JobStatus.STOPPED:
+        raise RunFailed(f"job {job.job_id}: {details.message or details.status.value.lower()}")
+    return int(details.driver_exit_code)
+
+
+def result_of(job: Submitted) -> Any:
+    """The JSON document that a job with ``--json`` printed last; None where it printed none."""
+    lines = job.client.get_job_logs(job.job_id).strip().splitlines()
+    with suppress(json.JSONDecodeError, IndexError):
+        return json.loads(lines[-1])
+    return None
+
+
+def connect(address: str) -> Any:
+    """A client of the job server at ``http://HEAD:8265``. UserError where none answers, or it does not let us in."""
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(
+            "must be the URL of the cluster's job server",
+            field="--address",
+            value=address,
+            hint="http://HEAD:8265; a cluster that this machine belongs to is joined by `fleetune run --address`",
+        )
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname, port), timeout=CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        hint = "is the cluster up, with its dashboard, and is the port open? its own machine: --address http://127.0.0.1:8265"
+        raise UserError(f"no job server answers: {error}", field="--address", value=address, hint=hint) from None
+    from ray.job_submission import JobSubmissionClient
+
+    elsewhere = {name: os.environ.pop(name, None) for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
+    try:  # Ray would prefer either to the address it is given
+        with _refusals(address):
+            return JobSubmissionClient(address)
+    finally:
+        os.environ.update({name: value for name, value in elsewhere.items() if value is not None})
+
+
+def _checked(file: Path, assignments: Sequence[str]) -> str:
+    """The command for a file, ``run`` or ``sweep``. UserError where its job, or one of its trials, is not right."""
+    overrides = parse_overrides(list(assignments))
+    if {"base", "grid", "search"}.isdisjoint(read_yaml(file)):
+        load(file, overrides)
+        return "run"
+    from fleetune.sweep import config
+    from fleetune.sweep.expansion import trials_of
+
+    trials_of(config.load(file, overrides))
+    return "sweep"
+
+
+def _has_token() -> bool:
+    """Whether there is one in any of the three places where Ray looks."""
+    given = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return bool(given) or Path("~/.ray/auth_token").expanduser().exists()
+
+
+@contextmanager
+def _refusals(address: str) -> Iterator[None]:
+    """What the job server says no to, as a mistake of the user."""
+    from ray.exceptions import AuthenticationError
+
+    try:
+        yield
+    except AuthenticationError:
+        raise UserError(
+            "the cluster refuses this token" if _has_token() else "the cluster wants a token",
+            field="--address",
+            value=address,
+            hint="export RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH=FILE; on the head: ray get-auth-token",
+        ) from None
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"the job server does not take it: {reason}", field="--address", value=address) from None
+
+
+def _inside(file: Path, folder: Path) -> str:
+    path = file.resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise UserError(
+            f"lies outside of {folder}, which is what is sent",
+            field="FILE",
+            value=str(file),
+            hint="give the command in a folder that holds it, with the data it names",
+        )
+    return str(path.relative_to(folder.resolve()))
+
+
+def _environment(names: Sequence[str]) -> dict[str, str]:
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise UserError("is not set here", field="--env", value=missing[0], hint=f"export {missing[0]}=…")
+    return {name: os.environ[name] for name in names}
