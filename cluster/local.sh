@@ -4,10 +4,22 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 job=${1:-jobs/quickstart.yaml}
 shift || true
-port=${PORT:-6399}
-export RAY_AUTH_MODE=disabled  # a local Ray of before may have left a token, which nodes would then ask for
-ray start --head --port="$port" --num-cpus=1 --include-dashboard=false --disable-usage-stats >/dev/null
-trap 'ray stop >/dev/null' EXIT
-ray start --address="127.0.0.1:$port" --num-cpus=1 --disable-usage-stats >/dev/null
-fleetune run "$job" --address "127.0.0.1:$port" --set execution.hosts=2 --set execution.threads=1 \
+address=127.0.0.1:${PORT:-6399}
+
+RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | od -An -vtx1 | tr -d ' \n')
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN RAY_USAGE_STATS_ENABLED=0
+
+nodes=()
+trap 'kill "${nodes[@]}" 2>/dev/null; wait' EXIT
+ray start --head --block --node-ip-address=127.0.0.1 --port="${address#*:}" --num-cpus=1 --include-dashboard=false >/dev/null &
+nodes+=($!)
+until ray status --address="$address" &>/dev/null; do
+  kill -0 "${nodes[0]}" 2>/dev/null || { echo "Ray did not start; is port ${address#*:} free?" >&2; exit 1; }
+  sleep 1
+done
+ray start --block --node-ip-address=127.0.0.1 --address="$address" --num-cpus=1 >/dev/null &
+nodes+=($!)
+until [ "$(ray status --address="$address" 2>/dev/null | grep -c ' node_')" -ge 2 ]; do sleep 1; done
+
+fleetune run "$job" --address "$address" --set execution.hosts=2 --set execution.threads=1 \
   --set rounds.num_rounds=2 --set evaluation.generate=false "$@"

@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+SERVE = Path(__file__).parent.parent / "cluster" / "mlflow" / "serve.sh"
 BUCKET = "fleetune"
 QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "stdin": subprocess.DEVNULL}
 
@@ -66,45 +67,37 @@ def postgres() -> Iterator[str]:
 
 @contextlib.contextmanager
 def s3() -> Iterator[dict[str, str]]:
-    """An S3-compatible store with one bucket, in memory. Yields the variables with which clients find it."""
-    import boto3
-
+    """An S3-compatible store, in memory. Yields the variables with which clients find it."""
     port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    access = {"AWS_ACCESS_KEY_ID": secrets.token_hex(8), "AWS_SECRET_ACCESS_KEY": secrets.token_hex(16)}
-    access["AWS_DEFAULT_REGION"] = "us-east-1"
     server = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with process(server, is_up=lambda: answers(port)):
-        store = boto3.client(
-            "s3",
-            endpoint_url=url,
-            aws_access_key_id=access["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=access["AWS_SECRET_ACCESS_KEY"],
-            region_name=access["AWS_DEFAULT_REGION"],
-        )
-        store.create_bucket(Bucket=BUCKET)
-        yield {"MLFLOW_S3_ENDPOINT_URL": url, **access}
+        yield {
+            "MLFLOW_S3_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": secrets.token_hex(8),
+            "AWS_SECRET_ACCESS_KEY": secrets.token_hex(16),
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
 
 
 class MLflowServer:
-    """An MLflow server that can be killed and started again. ``env``: what its clients need to be let in."""
+    """The MLflow server of cluster/compose.yaml, which can be killed and started again.
 
-    def __init__(self, database_uri: str, store: Mapping[str, str], folder: Path, *, workers: int = 1):
+    ``env``: what its clients need to be let in.
+    """
+
+    def __init__(self, database_uri: str, store: Mapping[str, str], *, workers: int = 1):
         self._running = contextlib.ExitStack()
         port = free_port()
         self.uri = f"http://127.0.0.1:{port}"
         self.env = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": secrets.token_hex(16)}
-        config = folder / "basic_auth.ini"
-        config.write_text(
-            f"[mlflow]\ndefault_permission = READ\ndatabase_uri = {database_uri}\nadmin_username = admin\n"
-        )
-        self._command = [sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth"]
-        self._command += ["--backend-store-uri", database_uri, "--artifacts-destination", f"s3://{BUCKET}"]
-        self._command += ["--host", "127.0.0.1", "--port", str(port), "--workers", str(workers)]
         self._env = {
             **os.environ,
             **store,
-            "MLFLOW_AUTH_CONFIG_PATH": str(config),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "DATABASE_URI": database_uri,
+            "BUCKET": BUCKET,
+            "PORT": str(port),
+            "WORKERS": str(workers),
             "MLFLOW_AUTH_ADMIN_PASSWORD": self.env["MLFLOW_TRACKING_PASSWORD"],
             "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
             "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -113,7 +106,7 @@ class MLflowServer:
 
     def start(self) -> None:
         """Until it answers."""
-        server = process(self._command, is_up=lambda: healthy(self.uri), stop=signal.SIGKILL, env=self._env)
+        server = process(["sh", SERVE], is_up=lambda: healthy(self.uri), stop=signal.SIGKILL, env=self._env)
         self._running.enter_context(server)
 
     def kill(self) -> None:
@@ -122,10 +115,10 @@ class MLflowServer:
 
 
 @contextlib.contextmanager
-def mlflow_on_postgres(folder: Path, *, workers: int = 1) -> Iterator[MLflowServer]:
+def mlflow_on_postgres(*, workers: int = 1) -> Iterator[MLflowServer]:
     """An MLflow server, its database and its store, running for the body."""
     with postgres() as database_uri, s3() as store:
-        server = MLflowServer(database_uri, store, folder, workers=workers)
+        server = MLflowServer(database_uri, store, workers=workers)
         server.start()
         try:
             yield server
@@ -185,7 +178,7 @@ def main(command: list[str]) -> int:
     if lacking := missing():
         print(f"missing: {lacking}", file=sys.stderr)
         return 2
-    with tempfile.TemporaryDirectory() as folder, mlflow_on_postgres(Path(folder), workers=4) as server:
+    with mlflow_on_postgres(workers=4) as server:
         env = {**os.environ, **server.env, "MLFLOW_TRACKING_URI": server.uri}
         return subprocess.run(" ".join(command), shell=True, env=env).returncode
 

@@ -28,10 +28,10 @@ NUM_ROUNDS = 30
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[services.MLflowServer]:
+def server() -> Iterator[services.MLflowServer]:
     """One for all tests here: making its tables takes seconds."""
     assert lacking is None, f"FLEETUNE_REQUIRE_SERVICES is set, but what is missing is {lacking}"
-    with services.mlflow_on_postgres(tmp_path_factory.mktemp("mlflow")) as installed:
+    with services.mlflow_on_postgres() as installed:
         yield installed
 
 

@@ -170,8 +170,13 @@ def _checked(file: Path, assignments: Sequence[str]) -> str:
         return "run"
     from fleetune.sweep import config
     from fleetune.sweep.expansion import trials_of
+    from fleetune.sweep.optuna_search import probes
 
-    trials_of(config.load(file, overrides))
+    sweep = config.load(file, overrides)
+    if sweep.search is not None and sweep.search.kind == "optuna":
+        probes(sweep)
+    else:
+        trials_of(sweep)
     return "sweep"
 
 
