@@ -14,7 +14,7 @@ from fleetune.cost.flops import backward_flops, client_flops, forward_flops, ser
 from fleetune.cost.memory import NF4_BYTES, memory_need, weights_bytes
 from fleetune.cost.roofline import step_traffic
 from fleetune.cost.shapes import ARCHITECTURES, LINEARS, ModelShape, architecture
-from fleetune.cost.validation import CHUNKED_LOGITS, GEMMA3_270M, lora_work, peak_bytes, rows, table
+from fleetune.cost.validation import CHUNKED_LOGITS, GEMMA3_270M, lora_work, medians, peak_bytes, rows, table
 from fleetune.errors import UserError
 from fleetune.fleet.devices import device
 from fleetune.fleet.fleet import FleetConfig, build_fleet
@@ -80,7 +80,10 @@ def test_every_traced_row_is_met_within_a_thousandth_or_the_rounding_of_its_refe
 
 
 def test_published_memory_is_met_within_two_percent_eager_and_eleven_compiled():
-    memory = [row for row in rows() if row.kind == "published" and row.unit != "s/step"]
+    known = ("huggingface/peft", "RTX 4090", "five phones")
+    memory = [
+        r for r in rows() if r.kind == "published" and r.unit in ("GB", "GiB") and any(k in r.source for k in known)
+    ]
     assert len(memory) == 6
     for row in memory:
         assert abs(row.error) < (0.11 if "compiled" in row.source else 0.02), row
@@ -90,7 +93,7 @@ def test_calibrated_step_times_are_met_within_a_fifth():
     times = [row for row in rows() if row.kind == "calibrated" and row.unit == "s/step"]
     assert len(times) == 6
     assert all(abs(row.error) < 0.2 for row in times)
-    assert table().count("\n") == len(rows()) + 1
+    assert table().count("\n") == len(rows()) + 3
 
 
 def test_nf4_with_double_quantisation_takes_4_127_bits():
@@ -318,3 +321,21 @@ def test_an_unknown_architecture_or_family_is_refused():
 def test_the_page_of_costs_ends_with_the_table_that_is_printed():
     page = Path(__file__).parents[1] / "docs" / "cost.md"
     assert page.read_text().endswith(table() + "\n")
+
+
+def test_others_measurements_are_met():
+    """Half of what was measured elsewhere, and fitted nothing, is met within 15 % (memory) and 30 % (time); where a point is
+    further off than that, its row says why."""
+    found = medians()
+    assert {kind: points >= least for (kind, (points, _)), least in zip(found.items(), (20, 10, 4), strict=True)} == {
+        "memory": True,
+        "time": True,
+        "traffic": True,
+    }
+    assert found["memory"][1] < 0.15
+    assert found["time"][1] < 0.30
+    assert found["traffic"][1] < 0.01
+    far = [
+        row for row in rows() if row.kind == "published" and abs(row.error) > (0.3 if row.unit == "s/step" else 0.15)
+    ]
+    assert all(";" in row.source for row in far)
