@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -244,24 +245,70 @@ def test_names_say_what_tells_runs_apart(tmp_path: Path):
 
 
 def test_trace_lays_the_phases_end_to_end(tmp_path: Path):
-    """Round 1 begins at 10 s, when round 0 ended; client 3 receives 1 s, computes 2 s, sends 3 s."""
+    """Round 0 refuses client 3 for 10 s. Round 1 begins after 2 s of waiting: 1 s receiving, 2 computing, 3 sending, 4 idle."""
     run = RunDirectory.create(tmp_path, "a", {})
     columns = {"client_id": [3], "device": "nano", "status": "ok"}
-    phases = {"downlink_seconds": 1.0, "compute_seconds": 2.0, "uplink_seconds": 3.0}
-    run.append_round({"round": 0, "sim_seconds": 10.0}, columns | {"status": "oom"})
-    run.append_round({"round": 1, "sim_seconds": 16.0}, columns | phases)
+    phases = {"downlink_seconds": 1.0, "compute_seconds": 2.0, "uplink_seconds": 3.0, "sim_seconds": 6.0}
+    refused = {"status": "oom", "refused_by": "memory", "refused_hint": "batch size 4"}
+    run.append_round({"round": 0, "stage": 0, "sim_seconds": 10.0}, columns | refused)
+    run.append_round({"round": 1, "stage": 0, "sim_seconds": 22.0, "waited_seconds": 2.0}, columns | phases)
     events = json.loads(write_trace(run).read_text())["traceEvents"]
-    slices = {e["name"]: (e["ts"] / 1e6, e["dur"] / 1e6) for e in events if e["ph"] == "X" and e["pid"] != 1}
-    assert slices == {"downlink": (10, 1), "compute": (11, 2), "uplink": (13, 3)}
-    assert [e["ts"] / 1e6 for e in events if e["name"] == "aggregate"] == [10, 16]
-    assert [e["ts"] for e in events if e["name"] == "oom"] == [0]
-    assert {e["args"]["name"] for e in events if e["ph"] == "M"} == {"server", "nano", "client 3"}
+    slices = {(e["pid"], e["tid"], e["name"]): (e["ts"] / 1e6, e["dur"] / 1e6) for e in events if e["ph"] == "X"}
+    assert slices == {
+        (1, 0, "round 0"): (0, 10), (1, 0, "round 1"): (12, 10), (1, 1, "stage 0"): (0, 22),
+        (1, 2, "nobody available"): (10, 2), (2, 3, "refused"): (0, 10), (2, 3, "downlink"): (12, 1),
+        (2, 3, "compute"): (13, 2), (2, 3, "uplink"): (15, 3), (2, 3, "idle"): (18, 4),
+    }  # fmt: skip
+    assert [e["ts"] / 1e6 for e in events if e["name"] == "aggregate"] == [10, 22]
+    assert [e["args"] for e in events if e["name"] == "refused"] == [
+        {"round": 0, "by": "memory", "would fit": "batch size 4"}
+    ]
+    named = {e["args"]["name"] for e in events if e["ph"] == "M"}
+    assert named == {"server", "rounds", "stages", "nano", "client 3"}
+
+
+def test_a_split_models_turn_has_the_servers_part_in_it(tmp_path: Path):
+    """1 s down, 2 s of its own, 3 s of the server's, 1 s up; the slower client is cut at the close after 6 s."""
+    run = RunDirectory.create(tmp_path, "a", {})
+    columns = {"client_id": [0, 1], "device": "nano", "status": ["ok", "late"], "sim_seconds": [5.0, 7.0]}
+    columns |= {"downlink_seconds": 1.0, "compute_seconds": 2.0, "server_seconds": [1.0, 3.0], "uplink_seconds": 1.0}
+    run.append_round({"round": 0, "sim_seconds": 6.0}, columns)
+    events = json.loads(write_trace(run).read_text())["traceEvents"]
+    lanes = {tid: [(e["name"], e["dur"] / 1e6) for e in events if e["ph"] == "X" and e["pid"] == 2 and e["tid"] == tid]
+             for tid in (0, 1)}  # fmt: skip
+    assert lanes[0] == [("downlink", 1), ("compute", 2), ("server", 1), ("uplink", 1), ("idle", 1)]
+    assert lanes[1] == [("downlink", 1), ("compute", 2), ("server", 3)]
+    half = next(e for e in events if e["name"] == "its half")
+    assert (half["ts"], half["dur"], half["args"]) == (1e6, 3e6, {"seconds of all clients": 4.0})
+
+
+def test_trace_holds_what_the_format_asks_for(tmp_path: Path):
+    """Every event has its fields, they are in order of time, no two slices of a lane overlap, and turns fill their rounds."""
+    run = make_run(tmp_path, "a")
+    events = json.loads(write_trace(run).read_text())["traceEvents"]
+    timed = [e for e in events if e["ph"] != "M"]
+    assert {e["ph"] for e in events} == {"M", "X", "C", "i"}
+    assert all(isinstance(e[key], int) for e in events for key in ("pid",))
+    assert [e["ts"] for e in timed] == sorted(e["ts"] for e in timed)
+    lanes: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for event in timed:
+        if event["ph"] == "X":
+            lanes.setdefault((event["pid"], event["tid"]), []).append(event)
+    for lane in lanes.values():
+        for before, after in itertools.pairwise(lane):
+            assert after["ts"] >= before["ts"] + before["dur"] - 1e-3
+    rounds = {e["name"]: e["dur"] for e in lanes[1, 0]}
+    for (pid, _), lane in lanes.items():
+        filled: dict[int, float] = {}
+        for event in lane if pid > 1 else ():
+            filled[event["args"]["round"]] = filled.get(event["args"]["round"], 0.0) + event["dur"]
+        assert filled == pytest.approx({i: rounds[f"round {i}"] for i in filled})
 
 
 def test_trace_samples_clients_of_a_large_run(tmp_path: Path):
-    """12 rounds x 20 clients x 3 slices = 720 events; with room for 360, half of the clients stay whole."""
+    """12 rounds x 20 clients x 4 slices = 960 events; with room for 480, half of the clients stay whole."""
     run = make_run(tmp_path, "a")
-    trace = json.loads(write_trace(run, max_events=360).read_text())
+    trace = json.loads(write_trace(run, max_events=480).read_text())
     assert trace["otherData"]["clients"] == "10 of 20, evenly chosen by id"
     assert len({e["tid"] for e in trace["traceEvents"] if e["pid"] > 1 and e["name"] != "process_name"}) == 10
 

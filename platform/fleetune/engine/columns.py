@@ -28,6 +28,7 @@ SPENT = {
     "flops": "compute",
     "server_flops": "compute",
     "compute_seconds": "compute",
+    "server_seconds": "compute",
     "uplink_bytes": "uplink",
     "uplink_seconds": "uplink",
     "energy_joules": "turn",

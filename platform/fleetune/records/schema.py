@@ -51,6 +51,7 @@ CLIENT_COLUMNS: tuple[Column, ...] = (
     Column("downlink_bytes", "int64", "bytes from the server to the client"),
     Column("uplink_bytes", "int64", "bytes from the client to the server"),
     Column("compute_seconds", "double", "virtual time of computing"),
+    Column("server_seconds", "double", "virtual time for which it waits for the server's half (split learning)"),
     Column("downlink_seconds", "double", "virtual time of receiving"),
     Column("uplink_seconds", "double", "virtual time of sending"),
     Column("sim_seconds", "double", "virtual time of the client's whole turn"),

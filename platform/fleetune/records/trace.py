@@ -1,9 +1,11 @@
 """The virtual-time timeline of a run in Chrome's trace event format: opens in Perfetto (ui.perfetto.dev) and
-chrome://tracing.
+chrome://tracing. One microsecond in the trace is one microsecond of virtual time.
 
-A process per device class, a thread per client, and one process for the server. Within a round a client
-receives, computes and sends one after the other, from the round's start or from its own ``start_seconds``
-where the records have that column. One microsecond in the trace is one microsecond of virtual time.
+A process for the server, with a lane for rounds, one for stages and one for what it does, and counters of what was
+spent so far; then a process per device class with a lane per client. A client's slices in a round follow each other
+without a gap from the round's start to its end: downlink, compute, server (split learning: it waits for the server's
+half), uplink, idle; or refused all along. A late client's are cut at the round's close. So the slices of a lane never
+overlap, and those of one turn add up to the round.
 """
 
 from __future__ import annotations
@@ -24,7 +26,11 @@ if TYPE_CHECKING:
 # evenly.
 MAX_EVENTS = 50_000
 PHASES = ("downlink", "compute", "uplink")
+EVENTS_PER_TURN = len(PHASES) + 1
+REFUSED = ("oom", "refused")
 SERVER = 1
+ROUNDS, STAGES, WORK = range(3)  # the server's lanes
+Event = dict[str, Any]
 
 
 def write_trace(run_dir: str | Path | RunDirectory, *, max_events: int = MAX_EVENTS) -> Path:
@@ -32,20 +38,27 @@ def write_trace(run_dir: str | Path | RunDirectory, *, max_events: int = MAX_EVE
     run = run_dir if isinstance(run_dir, RunDirectory) else RunDirectory.open(run_dir)
     rounds, clients = run.rounds(), run.clients()
     kept, sampled = sample_clients(clients, max_events=max_events)
-    starts = round_starts(rounds)
-    lines = [*_server_events(rounds, starts), *_names(kept), *_client_events(kept, starts)]
+    names = [*_server_names(), *_client_names(kept)]
+    events = [*_round_events(rounds), *_stage_events(rounds), *_server_events(rounds, clients), *_turns(kept, rounds)]
+    events.sort(key=lambda event: (event["ts"], -event.get("dur", 0.0)))
     notes = {"run_id": run.run_id, "clock": "virtual time", "clients": sampled}
     head = f'{{"displayTimeUnit": "ms", "otherData": {json.dumps(notes)}, "traceEvents": ['
-    text = "\n".join([head, ",\n".join(lines), "]}", ""])
-    run.write("trace.json", text.encode())
+    lines = ",\n".join(json.dumps(event, default=_plain) for event in [*names, *events])
+    run.write("trace.json", "\n".join([head, lines, "]}", ""]).encode())
     return run.path / "trace.json"
 
 
 def round_starts(rounds: pd.DataFrame) -> dict[int, float]:
     """Round -> virtual time at which it began: when the one before it ended, or the first client came after that."""
     ends = rounds["sim_seconds"].ffill().fillna(0.0).to_numpy(dtype=float)
-    waited = rounds["waited_seconds"].fillna(0.0).to_numpy(dtype=float)
+    waited = rounds["waited_seconds"].fillna(0.0).to_numpy(dtype=float) if "waited_seconds" in rounds else 0.0
     return dict(zip(rounds["round"].tolist(), (np.r_[0.0, ends][: len(ends)] + waited).tolist(), strict=True))
+
+
+def round_ends(rounds: pd.DataFrame) -> dict[int, float]:
+    """Round -> virtual time of its close."""
+    ends = rounds["sim_seconds"].ffill().fillna(0.0)
+    return dict(zip(rounds["round"].tolist(), ends.tolist(), strict=True))
 
 
 def sample_clients(clients: pd.DataFrame, *, max_events: int) -> tuple[pd.DataFrame, str]:
@@ -53,7 +66,7 @@ def sample_clients(clients: pd.DataFrame, *, max_events: int) -> tuple[pd.DataFr
     these are.
     """
     ids = np.sort(clients["client_id"].dropna().unique())
-    num_events = len(PHASES) * len(clients)
+    num_events = EVENTS_PER_TURN * len(clients)
     if num_events <= max_events:
         return clients, f"all {len(ids)}"
     num_kept = max(1, int(len(ids) * max_events / num_events))
@@ -61,50 +74,101 @@ def sample_clients(clients: pd.DataFrame, *, max_events: int) -> tuple[pd.DataFr
     return clients[clients["client_id"].isin(chosen)], f"{num_kept} of {len(ids)}, evenly chosen by id"
 
 
-def _server_events(rounds: pd.DataFrame, starts: dict[int, float]) -> Iterator[str]:
-    yield _name_event("process_name", SERVER, 0, "server")
+# -- the server -----------------------------------------------------------------------------------------------------------
+def _round_events(rounds: pd.DataFrame) -> Iterator[Event]:
+    """A slice per round with its row as arguments, and counters of what all clients have spent by its end."""
+    starts, ends = round_starts(rounds), round_ends(rounds)
     shown = [c for c in rounds.columns if c not in ("run_id", "round", "sim_seconds")]
-    for row in rounds.to_dict("records"):
-        args = {name: row[name] for name in shown if row[name] is not None and row[name] == row[name]}
-        start, end = starts[row["round"]], row["sim_seconds"]
-        end = end if end == end else start
-        slice_ = {"name": f"round {row['round']}", "ph": "X", "ts": start * 1e6, "dur": (end - start) * 1e6}
-        yield json.dumps({**slice_, "pid": SERVER, "tid": 0, "args": args}, default=str)
-        instant = {"name": "aggregate", "ph": "i", "s": "p", "ts": end * 1e6, "pid": SERVER, "tid": 0}
-        yield json.dumps(instant)
+    spent = {
+        "uplink MB": ("uplink_bytes", 1e-6),
+        "downlink MB": ("downlink_bytes", 1e-6),
+        "kJ": ("energy_joules", 1e-3),
+    }
+    totals = {name: rounds[column].fillna(0.0).cumsum() * scale for name, (column, scale) in spent.items()}
+    for i, row in enumerate(rounds.to_dict("records")):
+        start, end = starts[row["round"]], ends[row["round"]]
+        yield {
+            **_slice(f"round {row['round']}", start, end, SERVER, ROUNDS),
+            "args": _known({name: row[name] for name in shown}),
+        }
+        for name, total in totals.items():
+            yield {"name": name, "ph": "C", "ts": end * 1e6, "pid": SERVER, "args": {"total": round(total.iloc[i], 6)}}
 
 
-def _names(clients: pd.DataFrame) -> Iterator[str]:
+def _stage_events(rounds: pd.DataFrame) -> Iterator[Event]:
+    """A slice per stage, over all of its rounds."""
+    starts, ends = round_starts(rounds), round_ends(rounds)
+    for stage, mine in rounds.dropna(subset="stage").groupby("stage"):
+        first, last = mine["round"].iloc[0], mine["round"].iloc[-1]
+        depth = f", {mine['depth'].iloc[0]:.0f} blocks" if "depth" in mine else ""
+        yield _slice(f"stage {stage:.0f}{depth}", starts[first], ends[last], SERVER, STAGES)
+
+
+def _server_events(rounds: pd.DataFrame, clients: pd.DataFrame) -> Iterator[Event]:
+    """What the server does: it waits for somebody to come, works on its half of a split model, and aggregates."""
+    starts, ends = round_starts(rounds), round_ends(rounds)
+    waited = dict(zip(rounds["round"], rounds["waited_seconds"].fillna(0.0), strict=True))
+    half = clients.assign(server=clients["server_seconds"].fillna(0.0)).groupby("round")["server"].agg(["max", "sum"])
+    first = clients[clients["downlink_seconds"] > 0].groupby("round")["downlink_seconds"].min()
+    for round_idx, start in starts.items():
+        if waited[round_idx] > 0:
+            yield _slice("nobody available", start - waited[round_idx], start, SERVER, WORK)
+        longest = half["max"].get(round_idx, 0.0)
+        if longest > 0:
+            begin = start + first.get(round_idx, 0.0)
+            args = {"seconds of all clients": half["sum"][round_idx]}
+            yield {**_slice("its half", begin, min(begin + longest, ends[round_idx]), SERVER, WORK), "args": args}
+        yield {"name": "aggregate", "ph": "i", "s": "t", "ts": ends[round_idx] * 1e6, "pid": SERVER, "tid": WORK}
+
+
+def _server_names() -> Iterator[Event]:
+    yield _name("process_name", SERVER, 0, "server")
+    for lane, name in ((ROUNDS, "rounds"), (STAGES, "stages"), (WORK, "server")):
+        yield _name("thread_name", SERVER, lane, name)
+
+
+# -- clients --------------------------------------------------------------------------------------------------------------
+def _client_names(clients: pd.DataFrame) -> Iterator[Event]:
     pids = _pids(clients)
     for device, pid in pids.items():
-        yield _name_event("process_name", pid, 0, device)
+        yield _name("process_name", pid, 0, device)
     pairs = clients[["device", "client_id"]].drop_duplicates()
     for device, client_id in zip(pairs["device"].fillna("-"), pairs["client_id"], strict=True):
-        yield _name_event("thread_name", pids[device], int(client_id), f"client {int(client_id)}")
+        yield _name("thread_name", pids[device], int(client_id), f"client {int(client_id)}")
 
 
-def _client_events(clients: pd.DataFrame, starts: dict[int, float]) -> Iterator[str]:
-    """Three slices a row, or one instant for a client that did not run; a column at a time."""
-    pids = _pids(clients)
-    pid = clients["device"].fillna("-").map(pids).tolist()
-    tid, round_idx = clients["client_id"].tolist(), clients["round"].tolist()
-    status = clients["status"].fillna("ok").tolist()
-    start = clients["round"].map(starts).to_numpy(dtype=float)
-    if "start_seconds" in clients:
-        own = clients["start_seconds"].to_numpy(dtype=float)
-        start = np.where(np.isfinite(own), own, start)
-    spans = [np.nan_to_num(clients[f"{phase}_seconds"].to_numpy(dtype=float)) for phase in PHASES]
-    idle = sum(spans) == 0
-    for i in np.flatnonzero(idle).tolist():
-        place = f'"ts": {start[i] * 1e6:.3f}, "pid": {pid[i]}, "tid": {tid[i]}'
-        yield f'{{"name": "{status[i]}", "ph": "i", "s": "t", {place}, "args": {{"round": {round_idx[i]}}}}}'
-    for phase, seconds in zip(PHASES, spans, strict=True):
-        ts, dur = (start * 1e6).tolist(), (seconds * 1e6).tolist()
-        for i in np.flatnonzero(seconds > 0).tolist():
-            place = f'"ts": {ts[i]:.3f}, "dur": {dur[i]:.3f}, "pid": {pid[i]}, "tid": {tid[i]}'
-            args = f'"args": {{"round": {round_idx[i]}, "status": "{status[i]}"}}'
-            yield f'{{"name": "{phase}", "ph": "X", {place}, {args}}}'
-        start = start + seconds
+def _turns(clients: pd.DataFrame, rounds: pd.DataFrame) -> Iterator[Event]:
+    """The slices of every client and round, a column at a time."""
+    columns = {name: clients[name].tolist() for name in ("client_id", "round", "refused_by", "refused_hint")}
+    pid = clients["device"].fillna("-").map(_pids(clients)).tolist()
+    status = clients["status"].fillna("ok")
+    end = clients["round"].map(round_ends(rounds)).to_numpy(dtype=float)
+    at = clients["round"].map(round_starts(rounds)).to_numpy(dtype=float)
+
+    def events(name: str, start: np.ndarray, stop: np.ndarray) -> Iterator[Event]:
+        for i in np.flatnonzero(stop > start).tolist():
+            event = _slice(name, float(start[i]), float(stop[i]), pid[i], columns["client_id"][i])
+            yield {**event, "args": {"round": columns["round"][i], "status": status.iloc[i]}}
+
+    refused = status.isin(REFUSED).to_numpy()
+    for i in np.flatnonzero(refused).tolist():
+        event = _slice("refused", float(at[i]), float(end[i]), pid[i], columns["client_id"][i])
+        args = {"round": columns["round"][i], "by": columns["refused_by"][i], "would fit": columns["refused_hint"][i]}
+        yield {**event, "args": _known(args)}
+    for name, seconds in _spans(clients).items():
+        stop = np.minimum(at + np.where(refused, 0.0, seconds), end)
+        yield from events(name, at, stop)
+        at = np.maximum(at, stop)
+    yield from events("idle", np.where(refused, end, at), end)
+
+
+def _spans(clients: pd.DataFrame) -> dict[str, np.ndarray]:
+    """The phases of a turn in their order, seconds (n,); what the turn is longer than they are, is the server's."""
+    spans = {phase: np.nan_to_num(clients[f"{phase}_seconds"].to_numpy(dtype=float)) for phase in PHASES}
+    turn = np.nan_to_num(clients["sim_seconds"].to_numpy(dtype=float))
+    server = np.nan_to_num(clients["server_seconds"].to_numpy(dtype=float))
+    rest = np.where(server > 0, np.maximum(turn - sum(spans.values()), 0.0), 0.0)
+    return {"downlink": spans["downlink"], "compute": spans["compute"], "server": rest, "uplink": spans["uplink"]}
 
 
 def _pids(clients: pd.DataFrame) -> dict[Any, int]:
@@ -112,5 +176,21 @@ def _pids(clients: pd.DataFrame) -> dict[Any, int]:
     return {device: SERVER + 1 + i for i, device in enumerate(sorted(clients["device"].fillna("-").unique()))}
 
 
-def _name_event(kind: str, pid: int, tid: int, name: str) -> str:
-    return json.dumps({"name": kind, "ph": "M", "pid": pid, "tid": tid, "args": {"name": name}})
+# -- events ---------------------------------------------------------------------------------------------------------------
+def _slice(name: str, start: float, end: float, pid: int, tid: int) -> Event:
+    """A complete event from ``start`` to ``end``, virtual seconds."""
+    return {"name": name, "ph": "X", "ts": start * 1e6, "dur": max(end - start, 0.0) * 1e6, "pid": pid, "tid": tid}
+
+
+def _name(kind: str, pid: int, tid: int, name: str) -> Event:
+    return {"name": kind, "ph": "M", "pid": pid, "tid": tid, "args": {"name": name}}
+
+
+def _known(args: dict[str, Any]) -> dict[str, Any]:
+    """Without what is null in the records: NaN is no JSON."""
+    return {name: value for name, value in args.items() if value is not None and value == value}
+
+
+def _plain(value: Any) -> Any:
+    """NumPy values for JSON."""
+    return value.item() if isinstance(value, np.generic) else str(value)
