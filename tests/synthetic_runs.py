@@ -103,6 +103,8 @@ def rounds_of(
             "client_id": np.arange(num_clients),
             "device": [names[i] for i in device],
             "status": ["oom" if is_oom else "ok" for is_oom in oom],
+            "refused_by": ["memory" if is_oom else None for is_oom in oom],
+            "refused_hint": ["batch size 4" if is_oom else None for is_oom in oom],
             "num_examples": tokens // 100,
             "num_tokens": tokens,
             "flops": np.where(ran, flops, 0.0),

@@ -89,7 +89,7 @@ def test_a_ladder_goes_down_by_halves(kind: str, sizes: list[Any]):
 
 def test_shares_are_told_in_words():
     told = [share.told(WHOLE) for kind in ("capacity", "rank") for share in WHOLE.ladder(kind)]
-    assert told == ["3 blocks", "1 block", "rank 2", "rank 1"]
+    assert told == ["a submodel of 3 blocks", "a submodel of 1 block", "rank 2", "rank 1"]
 
 
 def test_a_client_over_another_budget_is_refused_and_costs_nothing():
@@ -115,7 +115,7 @@ def test_a_hint_names_what_fits():
     plain = runs.run(tiny.spec(tight, method="devft")).clients
     assert (plain["status"] == "oom").groupby(plain["round"]).mean().tolist() == [0.0, 0.0, 1.0]
     refused = plain[plain["status"] == "oom"]
-    assert set(refused["refused_hint"]) == {"2 blocks"}
+    assert set(refused["refused_hint"]) == {"a submodel of 2 blocks"}
     adapted = runs.run(tiny.spec({**tight, "fleet.adapt": "capacity"}, method="devft")).clients
     assert (adapted["status"] == "ok").all()
     where = adapted.loc[refused.index]

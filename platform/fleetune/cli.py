@@ -331,6 +331,12 @@ def _show_result(result: Any, as_json: bool) -> None:
         print(f"eval loss  {metrics['baseline_eval_loss']:.3f} → {metrics['eval_loss']:.3f}")
     print(f"virtual    {duration(totals['sim_seconds'])}, {totals['energy_joules'] / 1000:.1f} kJ on all devices")
     print(f"links      {size(totals['uplink_bytes'])} up, {size(totals['downlink_bytes'])} down")
+    if totals.get("num_oom", 0) + totals.get("num_refused", 0) > 0:
+        from fleetune.records.profile import told
+        from fleetune.records.run_directory import RunDirectory
+
+        for i, line in enumerate(told(RunDirectory.open(result.run_dir).clients())):
+            print(f"{'' if i else 'refused':<10} {line}")
     print(f"run        {result.run_dir}")
     print(f"next       fleetune ui · fleetune report {result.run_dir}")
 

@@ -52,7 +52,7 @@ class Share:
         parts = {
             "batch_size": f"batch size {self.batch_size}",
             "checkpointing": "checkpointing",
-            "depth": f"{self.depth} block{'s' * (self.depth > 1)}",
+            "depth": f"a submodel of {self.depth} block{'s' * (self.depth > 1)}",
             "rank": f"rank {self.rank}",
         }
         return " with ".join(text for field, text in parts.items() if getattr(self, field) != getattr(whole, field))

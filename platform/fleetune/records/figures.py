@@ -144,7 +144,7 @@ def timeline(run: RunDirectory, *, path: Path, rounds: Sequence[int] | None = No
         )
         ax.set(title=f"Timeline, {span}", xlabel=f"virtual time ({unit})")
         ax.grid(axis="y", visible=False)
-        refused = (clients["status"] == "oom").to_numpy()
+        refused = clients["status"].isin(("oom", "refused")).to_numpy()
         at = start
         for phase in PHASES:
             seconds = np.nan_to_num(clients[f"{phase}_seconds"].to_numpy(dtype=float))
@@ -166,7 +166,7 @@ def timeline(run: RunDirectory, *, path: Path, rounds: Sequence[int] | None = No
                 color=REFUSED,
                 ms=5,
                 mew=1.6,
-                label="refused (memory)",
+                label="refused",
             )
         for round_idx in chosen:
             ax.axvline(starts[round_idx] / divisor, color="#999999", lw=0.8, ls=":")

@@ -13,6 +13,7 @@ from fleetune.records import figures
 from fleetune.records.aggregates import device_costs, readable, run_totals
 from fleetune.records.naming import flatten, group_labels, run_name, shown, varied_fields
 from fleetune.records.page import image, page, percent, section, table, text
+from fleetune.records.profile_report import profile_sections
 from fleetune.records.run_directory import RunDirectory, find_runs
 from fleetune.records.sweep_directory import SweepDirectory
 from fleetune.records.sweep_report import sweep_report
@@ -77,6 +78,8 @@ def runs_report(runs: Sequence[RunDirectory], out: Path) -> Path:
     ]
     costs = image(figures.cost_by_device(runs, path=folder / "cost_by_device.png"))
     body += [section("Cost per device class", costs + _device_tables(runs))]
+    if len(runs) == 1 and len(runs[0].clients()):
+        body += profile_sections(runs[0].clients(), folder)
     body += [section("Timeline", _timelines(runs, folder)), section("Files", _links(runs, out.parent))]
     out.write_text(page(title, body), encoding="utf-8")
     return out
@@ -153,7 +156,7 @@ def _device_tables(runs: Sequence[RunDirectory]) -> str:
         "energy",
         "peak memory",
     ]
-    header += ["budget", "out of memory", "dropped", "late"]
+    header += ["budget", "out of memory", "refused", "dropped", "late"]
     blocks = []
     for label, members in list(group_labels(list(runs)).items())[:MAX_DEVICE_TABLES]:
         lines = []
@@ -162,7 +165,7 @@ def _device_tables(runs: Sequence[RunDirectory]) -> str:
             cells += [readable(c[f"{phase}_seconds"], "seconds") for phase in ("sim", "compute", "downlink", "uplink")]
             cells += [readable(c["uplink_bytes"], "bytes"), readable(c["energy_joules"], "joules")]
             cells += [readable(c[name], "memory") for name in ("peak_memory_bytes", "budget_bytes")]
-            cells += [percent(c[f"{status}_fraction"]) for status in ("oom", "dropped", "late")]
+            cells += [percent(c[f"{status}_fraction"]) for status in ("oom", "refused", "dropped", "late")]
             lines.append(f"<td>{text(device)}</td>" + "".join(f"<td class='n'>{text(cell)}</td>" for cell in cells))
         name = label if len(members) == 1 else f"{label} (seed {members[0].spec.get('seed')})"
         blocks.append((f"<p><b>{text(name)}</b></p>" if len(runs) > 1 else "") + table(header, lines))

@@ -46,10 +46,11 @@ def client_table(columns: Mapping[str, Any], *, defaults: Mapping[str, Any]) -> 
 
 
 def largest_peak(clients: pa.Table) -> int | None:
-    """The largest ``peak_memory_bytes`` of clients not refused for memory; None where none ran."""
+    """The largest ``peak_memory_bytes`` of clients that were not refused; None where none ran."""
     import pyarrow.compute as pc
 
-    ran = clients.filter(pc.fill_null(pc.not_equal(clients["status"], "oom"), True))
+    refused = pc.is_in(clients["status"], value_set=pa.array(["oom", "refused"]))
+    ran = clients.filter(pc.invert(pc.fill_null(refused, False)))
     return pc.max(ran["peak_memory_bytes"]).as_py()
 
 
