@@ -125,21 +125,22 @@ class Fitting:
         refused = np.flatnonzero(refused_by != None)  # noqa: E711
         if not len(refused):
             return out
-        told: list[list[str]] = [[] for _ in refused]
-        place = {int(i): n for n, i in enumerate(refused)}
+        told: dict[int, list[str]] = {i: [] for i in refused.tolist()}
         for key in np.unique(work.group_of[refused]).tolist():
             whole = work.shares[key]
             for kind in (BATCH, CHECKPOINTING, CAPACITY, RANK):
                 if kind == CAPACITY and not can_shrink(type(self.method)):
                     continue
                 for where, part, _ in self._descent(work, key, client_ids, refused_by, kind):
+                    way = part.shares[0].told(whole)
                     for i in where.tolist():
-                        told[place[i]].append(part.shares[0].told(whole))
-            none = np.array([i for i in refused if work.group_of[i] == key and not told[place[int(i)]]], np.int64)
+                        told[i].append(way)
+            mine = refused[work.group_of[refused] == key]
+            none = np.array([i for i in mine.tolist() if not told[i]], np.int64)
             if len(none):
                 least = replace(whole, batch_size=1, checkpointing=True)
                 _, fits, _ = self._tried(work, key, client_ids, none, least)
                 for i in none[fits].tolist():
-                    told[place[i]].append(least.told(whole))
-        out[refused] = [" or ".join(ways) or "nothing smaller" for ways in told]
+                    told[i].append(least.told(whole))
+        out[refused] = [" or ".join(ways) or "nothing smaller" for ways in told.values()]
         return out
