@@ -181,6 +181,14 @@ def test_an_architecture_is_planned_without_weights_or_data(tmp_path: Path):
     ]
 
 
+def test_a_folder_with_nothing_but_a_configuration_can_be_planned(tmp_path: Path):
+    """Bytes as with the weights beside it; lengths, for want of a tokenizer, are assumed."""
+    (tmp_path / "config.json").write_text((Path(tiny.model_folder()) / "config.json").read_text())
+    whole, bare = (plan(tiny.spec(base), cache_dir=tmp_path) for base in ({}, {"model.base": str(tmp_path)}))
+    assert bare.totals["uplink_bytes"] == whole.totals["uplink_bytes"]
+    assert "comes without a tokenizer" in bare.assumptions[0]
+
+
 def test_a_data_set_of_the_hub_is_not_fetched(tmp_path: Path):
     """Every example has data.max_tokens tokens then: FLOPs grow faster than the length, because of attention."""
     short = plan(tiny.spec({"data.dataset": "tatsu-lab/alpaca", "data.max_tokens": 16}), cache_dir=tmp_path)

@@ -80,7 +80,7 @@ def _tokenised(spec: RunSpec, base: BaseModel, cache_dir: Path | None) -> Length
 def _assumed(spec: RunSpec, base: BaseModel) -> Lengths:
     data = spec.data
     num_examples = data.num_examples or EXAMPLES_PER_CLIENT * spec.fleet.num_clients
-    why = f"{data.dataset} is not read by a plan" if base.folder else f"{base.name} comes without a tokenizer"
+    why = f"{data.dataset} is not read by a plan" if has_tokenizer(base) else f"{base.name} comes without a tokenizer"
     notes = [f"{why}: every example is taken to have data.max_tokens={data.max_tokens} tokens, all of them learnt"]
     if data.num_examples is None:
         notes.append(
@@ -96,10 +96,15 @@ def _files(data: DataConfig, base: BaseModel) -> list[Path] | None:
     """The files that the lengths depend on; None where the dataset or the tokenizer is not on this machine."""
     names = [name for name in (data.dataset, data.eval_dataset) if name is not None and name not in DATASETS]
     on_hub = any(name.count("/") == 1 and not looks_like_a_file(name) and not Path(name).exists() for name in names)
-    if on_hub or not base.folder:
+    if on_hub or not has_tokenizer(base):
         return None
     local = [Path(name).expanduser() for name in names]
     return [*local, Path(base.folder) / "tokenizer.json", Path(base.folder) / "tokenizer_config.json"]
+
+
+def has_tokenizer(base: BaseModel) -> bool:
+    """Whether its tokenizer lies beside the model on this machine."""
+    return bool(base.folder) and (Path(base.folder) / "tokenizer.json").is_file()
 
 
 def _key(spec: RunSpec, files: list[Path]) -> str:
