@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import runs
+import tiny
 
 ROOT = Path(__file__).parent.parent / "platform"
 PACKAGE = ROOT / "fleetune"
@@ -126,5 +130,27 @@ def test_platform_is_no_package_and_holds_no_module():
 def test_importing_the_spec_loads_nothing_heavy():
     """In a fresh interpreter: reading a job file needs neither Ray nor transformers nor MLflow."""
     code = f"import sys, fleetune.spec; print([m for m in sys.modules if m in {sorted(HEAVY)!r}])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_worker_needs_no_transformers(tmp_path: Path):
+    """It trains and evaluates with generation on a pickled problem: the library's import would cost each host seconds."""
+    spec = tiny.spec()
+    inputs = runs.inputs(spec)
+    file = tmp_path / "inputs.pickle"
+    file.write_bytes(pickle.dumps((spec, inputs)))
+    code = f"""
+import pickle, sys
+import numpy as np
+import fleetune.engine.actors
+from fleetune.engine.executor import SerialExecutor
+from fleetune.engine.problem import build_problem
+problem = build_problem(*pickle.load(open({str(file)!r}, "rb")))
+executor, method = SerialExecutor(problem, debug=True), problem.method
+model = method.evaluated(method.start(), lambda: iter([]))
+assert executor.evaluate(model, [np.arange(4)]).sums()[0].num_correct is not None
+print([m for m in sys.modules if m in {sorted(HEAVY - {"ray"})!r}])
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

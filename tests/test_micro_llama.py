@@ -6,11 +6,15 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import fleetune
+from fleetune.data.answers import AnswerReader
 from fleetune.data.micro_reasoning import micro_reasoning
+from fleetune.models.base import SIZES, find_base, load_config, load_tokenizer
+from fleetune.models.config import ModelConfig
 
 ASSET = Path(fleetune.__file__).parent / "assets" / "micro-llama"
 JOBS = Path(__file__).parent.parent / "jobs"
@@ -43,6 +47,22 @@ def model():
 @pytest.fixture(scope="module")
 def recipe():
     return json.loads((ASSET / "RECIPE.json").read_text())
+
+
+def test_it_is_read_as_transformers_reads_it(tokenizer, model):
+    """The short cuts around its import: the same configuration where anything is read of it, the same texts and tokens."""
+    config = load_config(ModelConfig())
+    theirs = model.config.to_dict()
+    assert {name: config[name] for name in SIZES} == {name: theirs[name] for name in SIZES}
+    ours = load_tokenizer(find_base("micro-llama"))
+    texts = [
+        example["prompt"] + example["response"] for example in micro_reasoning(split="test", num_examples=40, seed=0)
+    ]
+    ids = tokenizer(texts, padding=True).input_ids
+    assert ours(texts, padding=True).input_ids == ids
+    reader = AnswerReader.of(ours)
+    assert reader.end == tokenizer.eos_token_id
+    assert reader.texts(np.array(ids)) == tokenizer.batch_decode(ids, skip_special_tokens=True) == texts
 
 
 def test_it_is_a_small_deep_llama(model, recipe):

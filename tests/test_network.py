@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ import models
 from fleetune.models.base import ARCHITECTURES
 from fleetune.models.block import norm
 from fleetune.models.config import LoRAConfig
+from fleetune.models.decoder import Rotary
 from fleetune.models.fused import rms_norm, rotary
 from fleetune.models.network import Network, linear_sites
 from fleetune.models.submodel import Submodel
@@ -37,6 +41,36 @@ def test_logits_are_those_of_transformers(architecture: str):
     ids = models.random_ids(3, 11)
     expected = models.reference(architecture)(ids).logits.detach()
     close(logits_of(network_of(architecture), ids), expected)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_scaled_positions_are_those_of_transformers(rope: dict[str, Any]):
+    """Every scaling that is supported, at positions up to the last."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    base = models.base_of("llama")
+    scaled = dataclasses.replace(base, config={**base.config, "rope_parameters": {"rope_theta": 1e4, **rope}})
+    positions, h = torch.arange(models.SIZES["max_position_embeddings"])[None], torch.zeros(1)
+    expected = LlamaRotaryEmbedding(scaled.hf_config())(h, positions)
+    for ours, theirs in zip(Rotary(scaled)(h, positions), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    plain = Rotary(base)(h, positions)[0]
+    assert rope["rope_type"] == "dynamic" or not torch.equal(plain, expected[0])
 
 
 @every_architecture

@@ -91,7 +91,7 @@ def test_every_int8_layer_computes_with_what_its_codes_stand_for(architecture: s
     generator = torch.Generator().manual_seed(2)
     for name in quantised.sites:
         results = []
-        num_in, num_out = plain.sites[name].base.in_features, plain.sites[name].base.out_features
+        num_out, num_in = plain.sites[name].base.weight.shape
         x, g = torch.randn(2, 5, num_in, generator=generator), torch.randn(2, 5, num_out, generator=generator)
         for network in (quantised, plain):
             leaf = x.clone().requires_grad_()

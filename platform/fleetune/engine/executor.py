@@ -86,7 +86,7 @@ class WorkerSide:
             data=self.inputs.evaluation.data,
             responses=self.inputs.evaluation.responses,
             rows=rows,
-            tokenizer=self.inputs.tokenizer,
+            reader=self.inputs.reader,
             max_new_tokens=config.max_new_tokens if config.generate else None,
             answer_pattern=self.spec.data.answer_pattern,
         )

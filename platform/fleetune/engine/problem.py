@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fleetune.cost.shapes import architecture
+from fleetune.data.answers import AnswerReader
 from fleetune.data.dataset import TokenizedDataset
 from fleetune.data.partition import Partition, partition, partition_keys
 from fleetune.data.sources import load_records
@@ -45,10 +46,10 @@ class Inputs:
     """What the partition goes by, int64 (n,)."""
     evaluation: EvalSet
     dataset_name: str
-    tokenizer: Any = None
-    """The model's own; only evaluation by generation needs it in a worker."""
     availability: AvailabilityTrace | None = None
     """When clients are available, where the job names a trace file."""
+    reader: AnswerReader | None = None
+    """Reads generated answers as the model's own tokenizer does; nothing else in a worker needs one."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ def load_inputs(spec: RunSpec, *, base: BaseModel | None = None, cache_dir: Path
         keys=partition_keys(records.train, config=config.partition),
         evaluation=EvalSet(held_out, list(records.eval["response"])),
         dataset_name=records.name,
-        tokenizer=tokenizer,
         availability=availability,
+        reader=AnswerReader.of(tokenizer),
     )
 
 

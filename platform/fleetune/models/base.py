@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,25 @@ BUILT_IN = {
 # Decoders that run as embed -> blocks(h, position embeddings) -> norm -> head, checked against their own forward
 # by tests/test_network.py.
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral")
+# Those whose frequencies do not change within a model's positions; longrope's depend on the length of each text.
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+# What is read of a configuration.
+SIZES = {
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "attention_bias",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+}
 
 
 PRODUCT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -113,9 +133,12 @@ def find_base(name: str) -> str:
 
 def load_config(config: ModelConfig) -> dict[str, Any]:
     """The architecture of the base model, without its weights."""
+    folder = find_base(config.base)
+    complete = _complete_config(folder)
+    if complete is not None:
+        return complete
     from transformers import AutoConfig
 
-    folder = find_base(config.base)
     try:
         hf_config = AutoConfig.from_pretrained(folder)
     except Exception as error:
@@ -132,7 +155,27 @@ def load_config(config: ModelConfig) -> dict[str, Any]:
             value=config.base,
             hint=f"supported: {', '.join(ARCHITECTURES)}",
         )
-    return hf_config.to_dict()
+    values = hf_config.to_dict()
+    rope = values["rope_parameters"].get("rope_type", "default")
+    if rope not in ROPE_TYPES:
+        raise UserError(
+            f"rotary embeddings of type {rope!r} are not supported",
+            field="model.base",
+            value=config.base,
+            hint=f"supported: {', '.join(ROPE_TYPES)}",
+        )
+    return values
+
+
+def _complete_config(folder: str) -> dict[str, Any] | None:
+    """A local config.json that leaves nothing to the defaults of transformers, whose import takes seconds; else None."""
+    try:
+        values = json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    is_complete = isinstance(values, dict) and values.keys() >= SIZES and values.get("model_type") == "llama"
+    rope = values["rope_parameters"] if is_complete else None
+    return values if isinstance(rope, dict) and rope.get("rope_type") == "default" else None
 
 
 def load_base(config: ModelConfig) -> BaseModel:
@@ -177,9 +220,13 @@ def _read_weights(folder: str, name: str) -> Tensors:
 
 def load_tokenizer(folder: str) -> Any:
     """The base model's own fast tokenizer."""
-    from transformers import AutoTokenizer
-
     try:
+        if _is_generic_tokenizer(folder):
+            from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+            return TokenizersBackend.from_pretrained(folder)
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:
         raise UserError(
@@ -188,3 +235,13 @@ def load_tokenizer(folder: str) -> Any:
             value=folder,
             hint="save it beside the model: tokenizer.save_pretrained(folder)",
         ) from error
+
+
+def _is_generic_tokenizer(folder: str) -> bool:
+    """Whether a local tokenizer.json is all there is to it, so that the class to read it with need not be looked up."""
+    try:
+        values = json.loads((Path(folder) / "tokenizer_config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    generic = isinstance(values, dict) and values.get("tokenizer_class") == "TokenizersBackend"
+    return generic and (Path(folder) / "tokenizer.json").is_file()

@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from fleetune.models.base import PRODUCT_DTYPES, BaseModel
 from fleetune.models.block import norm, run_block
 from fleetune.models.config import LoRAConfig
+from fleetune.models.decoder import ATTENTION, Decoder
 from fleetune.models.lora import AdaptedLinear
-from fleetune.models.quantize import quantized_linear
 from fleetune.models.submodel import Submodel
 from fleetune.tensors import Tensors
-
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class Network:
@@ -35,7 +33,7 @@ class Network:
     def __init__(self, base: BaseModel, submodel: Submodel, lora: LoRAConfig, *, precision: str = "fp32"):
         self.submodel = submodel
         self.precision = precision
-        self.model = _assemble(base, submodel, self.dtype)
+        self.model: Any = Decoder(base, submodel.weights(base), submodel.num_layers, dtype=self.dtype)
         self.device = next(self.model.parameters()).device
         self.sites = _adapt(self.model, lora)
         self.model.eval()  # the adapted layers are new: without it they would drop out in an evaluation
@@ -48,7 +46,7 @@ class Network:
     @property
     def hidden_size(self) -> int:
         """Width of the residual stream."""
-        return int(self.model.config.hidden_size)
+        return int(self.model.model.embed_tokens.weight.shape[1])
 
     def set_adapter(self, stacked: Tensors | None) -> None:
         """Give every site its stacked factors, ``<site>.lora_A (K, r, in)`` and ``.lora_B (K, out, r)``; None: none."""
@@ -106,40 +104,6 @@ def linear_sites(base: BaseModel, lora: LoRAConfig) -> dict[str, tuple[int, int]
             if name in lora.target_names:
                 out[f"layers.{layer}.{'self_attn' if name in ATTENTION else 'mlp'}.{name}"] = shape
     return out
-
-
-def _skeleton(base: BaseModel, num_layers: int) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(base.hf_config(num_layers), attn_implementation="sdpa")
-
-
-def _assemble(base: BaseModel, submodel: Submodel, dtype: torch.dtype) -> Any:
-    """The model with its weights assigned, not copied."""
-    model = _skeleton(base, submodel.num_layers)
-    weights = submodel.weights(base)
-    if base.quantization != "none":
-        _install_quantized(model, weights, base.quantization, dtype)
-    names = [name for name, _ in model.named_parameters()]
-    plain = {name: weights[name] for name in names if name in weights and weights[name].is_floating_point()}
-    model.load_state_dict(plain, assign=True, strict=False)
-    model.tie_weights()
-    rotary = type(model.model.rotary_emb)(config=model.config)  # its buffers are computed, not stored
-    model.model.rotary_emb = rotary.to(next(iter(weights.values())).device)
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if missing:
-        raise ValueError(f"the checkpoint of {base.name} lacks {', '.join(missing[:4])}")
-    return model.requires_grad_(False).eval()
-
-
-def _install_quantized(model: Any, weights: Tensors, kind: str, dtype: torch.dtype) -> None:
-    for name, module in list(model.named_modules()):
-        key = f"{name}.weight"
-        if isinstance(module, nn.Linear) and key in weights and not weights[key].is_floating_point():
-            shape = (module.in_features, module.out_features)
-            layer = quantized_linear(weights, key, kind, shape=shape, bias=weights.get(f"{name}.bias"), dtype=dtype)
-            _replace(model, name, layer)
 
 
 def _adapt(model: Any, lora: LoRAConfig) -> dict[str, AdaptedLinear]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from fleetune.training.generate import generate
 from fleetune.training.loss import cohort_loss
 
 if TYPE_CHECKING:
+    from fleetune.data.answers import AnswerReader
     from fleetune.data.dataset import TokenizedDataset
 
 
@@ -37,11 +38,11 @@ def evaluate_rows(
     data: TokenizedDataset,
     responses: Sequence[str],
     rows: np.ndarray,
-    tokenizer: Any,
+    reader: AnswerReader | None,
     max_new_tokens: int | None,
     answer_pattern: str,
 ) -> EvalSums:
-    """Sums over examples ``rows (n,)``; ``max_new_tokens=None`` skips generation."""
+    """Sums over examples ``rows (n,)``; without ``max_new_tokens`` or ``reader`` nothing is generated."""
     from fleetune.data.batches import collate
 
     network.set_adapter(Stack.of([adapter]).to(network.device).views())
@@ -49,20 +50,22 @@ def evaluate_rows(
     loss, counts = cohort_loss(network, network.blocks(network.embed(ids)), labels, 1)
     num_tokens = int(counts.sum())
     num_correct = None
-    if max_new_tokens is not None:
-        answers = _generate(network, data, rows, tokenizer, max_new_tokens)
+    if max_new_tokens is not None and reader is not None:
+        answers = _generate(network, data, rows, reader, max_new_tokens)
         num_correct = _count_correct(answers, [responses[i] for i in rows], answer_pattern)
     network.set_adapter(None)
     return EvalSums(float(loss.sum()) * num_tokens, num_tokens, num_correct, len(rows))
 
 
-def _generate(network: Network, data: TokenizedDataset, rows: np.ndarray, tokenizer: Any, max_new: int) -> list[str]:
+def _generate(
+    network: Network, data: TokenizedDataset, rows: np.ndarray, reader: AnswerReader, max_new: int
+) -> list[str]:
     """Greedy continuations of the prompts, as text."""
     from fleetune.data.batches import eval_prompts
 
     ids, mask = (on_device(a, network.device) for a in eval_prompts(data, rows))
-    out = generate(network, ids, mask, max_new_tokens=max_new, end=tokenizer.eos_token_id, padding=data.pad_token_id)
-    return tokenizer.batch_decode(out.cpu(), skip_special_tokens=True)
+    out = generate(network, ids, mask, max_new_tokens=max_new, end=reader.end, padding=data.pad_token_id)
+    return reader.texts(out.cpu().numpy())
 
 
 def _count_correct(predictions: list[str], references: list[str], pattern: str) -> int:

@@ -1,0 +1,28 @@
+"""Generated tokens back into text, by the tokenizer's own rules and without the library around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class AnswerReader:
+    """What an evaluation needs of a tokenizer. Workers unpickle it without importing transformers."""
+
+    backend: Any
+    """The ``tokenizers.Tokenizer`` inside of it."""
+    end: int
+    """Id of the token that ends an answer."""
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> AnswerReader:
+        """From a fast tokenizer of transformers; one without an end never ends an answer."""
+        end = tokenizer.eos_token_id
+        return cls(tokenizer.backend_tokenizer, -1 if end is None else int(end))
+
+    def texts(self, ids: np.ndarray) -> list[str]:
+        """Texts of token ids (n, S), special tokens left out."""
+        return [self.backend.decode(row, skip_special_tokens=True) for row in ids.tolist()]
