@@ -20,7 +20,7 @@ from fleetune.engine.rounds import LATE, OK, Outcome
 from fleetune.engine.schedule import Schedule
 from fleetune.engine.work import Work
 from fleetune.errors import RunFailed
-from fleetune.methods.base import State, Update
+from fleetune.methods.base import GlobalModel, State, Update
 from fleetune.records.run_directory import RunDirectory
 from fleetune.tensors import Packed, Tensors, pack
 
@@ -80,7 +80,7 @@ class Coordinator:
                 row = round_row(self.method.stage(round_idx), now, clients, progress.sim_seconds)
                 row.update(self.method.columns(state))
                 self.checkpoint.keep(round_idx, self._kept(replies, client_ids, work))
-                evaluation = self._evaluate(state) if self._is_evaluated(round_idx) else None
+                evaluation = self._evaluate_round(state) if self._is_evaluated(round_idx) else None
                 row["wall_seconds"] = time.perf_counter() - started
                 _count(progress, row)
                 self.ledger.add(FinishedRound(row, clients, self.checkpoint.snapshot(state, progress), evaluation))
@@ -98,6 +98,8 @@ class Coordinator:
         if saved is not None:
             self.run_dir.truncate(saved[1].next_round)
             self.ledger.baseline = saved[1].baseline
+            if not saved[1].baseline:
+                self.ledger.expect_baseline(self._baseline(self.method.start()))
             return saved
         self.run_dir.truncate(0)
         state = self.method.start()
@@ -223,27 +225,30 @@ class Coordinator:
         return any(plan.keeps(name) for plan, payload in plans for name in self.method.client_adapter(payload))
 
     # -- evaluation -------------------------------------------------------------------------------------------------------
-    def _evaluate(self, state: State) -> Evaluating:
-        """Loss and accuracy of the global model on the held-out examples, in chunks that any worker can take."""
+    def _evaluate_round(self, state: State) -> Evaluating:
+        return self._evaluate(self.method.evaluated(state, self._private_states))
+
+    def _evaluate(self, model: GlobalModel) -> Evaluating:
+        """Loss and accuracy of a model on the held-out examples, in chunks that any worker can take."""
         num_examples = len(self.problem.inputs.evaluation.data)
         size = self.spec.evaluation.batch_size
         chunks = [np.arange(start, min(start + size, num_examples)) for start in range(0, num_examples, size)]
-        return Evaluating(self.executor.evaluate(self.method.evaluated(state, self._private_states), chunks))
+        return Evaluating(self.executor.evaluate(model, chunks))
 
     def _baseline(self, state: State) -> Evaluating:
         """The untrained model's quality. With B = 0 it is the base model's, so runs on one base and data share it."""
-        model = self.method.evaluated(state, self._private_states)
+        model = self.method.evaluated(state, lambda: iter(()))
         is_base = model.submodel.is_whole(self.problem.inputs.base.num_layers) and not any(
             tensor.any() for name, tensor in model.adapter.items() if name.endswith(".lora_B")
         )
         if not is_base:
-            return self._evaluate(state)
+            return self._evaluate(model)
         spec = self.spec
         data = spec.data.model_dump_json(exclude={"partition"})
         products = spec.execution.model_dump(include={"threads", "device", "precision"})
         key = f"{spec.model.base} {spec.model.quantization} {data} {spec.evaluation} {spec.seed} {products}"
         if key not in self.baselines or not self.baselines[key].is_done():  # that of a run that failed never comes
-            self.baselines[key] = self._evaluate(state)
+            self.baselines[key] = self._evaluate(model)
         return self.baselines[key]
 
     def _private_states(self) -> Iterator[tuple[int, int, Any]]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from fleetune.engine.config import ExecutionConfig
 from fleetune.engine.coordinator import Coordinator, Event
 from fleetune.engine.executor import SerialExecutor
 from fleetune.engine.problem import Inputs, Problem, build_problem, load_inputs, set_threads
@@ -174,6 +175,7 @@ class RayEngine(Engine):
         self._error: BaseException | None = None
         threading.Thread(target=self._connect, daemon=True).start()  # meanwhile model and data are read and checked
         self._coordinators: dict[tuple[int, int, float], Any] = {}
+        self._starting = threading.Lock()
         self._bases: dict[str, tuple[Any, Any]] = {}
 
     def _connect(self) -> None:
@@ -208,7 +210,9 @@ class RayEngine(Engine):
         )
 
     def inputs(self, spec: RunSpec) -> Inputs:
-        """Model and data; a base model that is in the object store already is not read again."""
+        """Model and data, while Ray and the hosts start; a base model that is in the object store is not read again."""
+        if not self._coordinators:
+            threading.Thread(target=self._start_hosts, args=(spec.execution,), daemon=True).start()
         loaded = self._bases.get(base_key(spec))
         return load_inputs(spec, base=loaded[0] if loaded else None)
 
@@ -224,7 +228,7 @@ class RayEngine(Engine):
         self._bases[key] = (problem.inputs.base, shared.base)
         call = (key, problem.spec, shared, str(run_dir.path))
         for is_last in (False, True):  # a coordinator that dies is replaced once, and goes on after the last round
-            coordinator = self._coordinator(int(execution.hosts), int(execution.threads), gpu_share(execution))
+            coordinator = self._coordinator(execution)
             stream = coordinator.run.options(num_returns="streaming").remote(*call)
             try:
                 for ref in stream:
@@ -237,7 +241,16 @@ class RayEngine(Engine):
                 if is_last:
                     raise RunFailed(f"the coordinator died: {' '.join(str(error).split())}") from error
 
-    def _coordinator(self, num_hosts: int, threads: int, gpus_per_host: float) -> Any:
+    def _start_hosts(self, execution: ExecutionConfig) -> None:
+        self._ready.wait()
+        if self._error is None:
+            self._coordinator(execution)
+
+    def _coordinator(self, execution: ExecutionConfig) -> Any:
+        with self._starting:
+            return self._find_coordinator(int(execution.hosts), int(execution.threads), gpu_share(execution))
+
+    def _find_coordinator(self, num_hosts: int, threads: int, gpus_per_host: float) -> Any:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         from fleetune.engine.actors import CoordinatorActor

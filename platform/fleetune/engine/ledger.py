@@ -57,7 +57,7 @@ class FinishedRound:
 
 
 class Ledger:
-    """Takes finished rounds and writes them, each once its evaluation and that of the untrained model are there."""
+    """Takes finished rounds and writes them, each once its evaluation is there."""
 
     def __init__(self, run_dir: RunDirectory, checkpoint: Checkpoint):
         self.run_dir, self.checkpoint = run_dir, checkpoint
@@ -66,10 +66,9 @@ class Ledger:
         self._open: deque[FinishedRound] = deque()
 
     def expect_baseline(self, evaluation: Evaluating) -> None:
-        """The untrained model's quality is on its way."""
+        """The untrained model's quality is on its way. No round waits for it: a run that goes on without it asks again."""
         self._baseline = evaluation
-        if evaluation.is_done():
-            self._settle_baseline()
+        self._settle_baseline(wait=False)
 
     def add(self, finished: FinishedRound) -> None:
         """A round that is to be written."""
@@ -77,12 +76,12 @@ class Ledger:
 
     def write(self, *, everything: bool = False) -> Iterator[FinishedRound]:
         """Write the rounds that are ready, in order, and hand each out; wait for those that are too many."""
+        self._settle_baseline(wait=everything)
         while self._open:
             first = self._open[0]
-            if not (everything or len(self._open) > MAX_OPEN or self._is_ready(first)):
-                return
-            self._settle_baseline()
             if first.evaluation is not None:
+                if not (everything or len(self._open) > MAX_OPEN or first.evaluation.is_done()):
+                    return
                 first.row.update(first.evaluation.quality())
             first.progress.baseline = self.baseline
             self.run_dir.append_round(first.row, first.clients)
@@ -90,11 +89,8 @@ class Ledger:
             self._open.popleft()
             yield first
 
-    def _is_ready(self, finished: FinishedRound) -> bool:
-        return all(e is None or e.is_done() for e in (self._baseline, finished.evaluation))
-
-    def _settle_baseline(self) -> None:
-        if self._baseline is not None:
+    def _settle_baseline(self, *, wait: bool) -> None:
+        if self._baseline is not None and (wait or self._baseline.is_done()):
             self.baseline = self._baseline.quality()
             self.run_dir.update_meta(baseline=self.baseline)
             self._baseline = None
