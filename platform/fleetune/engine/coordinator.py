@@ -188,7 +188,7 @@ class Coordinator:
                         weight = float(weights[i])
                         upload = self._whole(reply.each[client_id].unpack(), work, key, 1.0, trained)
                         yield Update(upload, weight, (client_id,), {}, group, weight)
-            reply.partial_sums, reply.server, reply.each = {}, None, {}
+            reply.let_go()
             replies.append(reply)
 
     def _whole(self, upload: Tensors, work: Work, key: int, share: float, trained: np.ndarray | None) -> Tensors:

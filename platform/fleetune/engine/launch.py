@@ -311,6 +311,7 @@ def connect(address: str | None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 lets anything else go first
+    os.environ.setdefault("RAY_free_objects_period_milliseconds", "0")  # default 1000: replies of many rounds pile up
     # Hosts keep the pages of large stacks instead of giving them back and faulting them in again for every cohort.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2 << 30))

@@ -87,6 +87,12 @@ class LotReply:
     server: Packed | None = None
     private: dict[int, Packed] = field(default_factory=dict)
 
+    def let_go(self) -> None:
+        """Drop the tensors that were aggregated. The columns are copied, because they lie in the buffer that came with them."""
+        self.partial_sums, self.server, self.each = {}, None, {}
+        for name in ("client_ids", "losses", "num_tokens", "upload_bytes", "cut_bytes", "wall_seconds"):
+            setattr(self, name, getattr(self, name).copy())
+
 
 def make_lots(
     *,
