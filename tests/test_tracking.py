@@ -149,6 +149,7 @@ def test_follower_streams_while_the_run_goes_on(workspace: Path):
     import mlflow
 
     spec = make_spec(seed=7)
+    spec["tracking"]["system_metrics"] = True
     run, orphan = (RunDirectory.create(workspace, name, spec) for name in ("streamed", "orphan"))
     rounds = list(rounds_of(spec))
     follower = Follower.start(warn=lambda line: pytest.fail(line))
@@ -157,6 +158,7 @@ def test_follower_streams_while_the_run_goes_on(workspace: Path):
     for row, clients in rounds[:4]:
         run.append_round(row, clients)
         orphan.append_round(row, clients)
+    wait_for((run.path / "checkpoint" / "mlflow.json").is_file)  # two processes must not make one SQLite store at once
     client = mlflow.MlflowClient(tracking_uri=default_uri(workspace))
     stored = wait_for(lambda: find(client, run, "metrics.`train/loss` > 0"))
     assert stored.info.status == "RUNNING"
@@ -165,7 +167,11 @@ def test_follower_streams_while_the_run_goes_on(workspace: Path):
     run.consolidate()
     run.write_result({"status": "finished"})
     assert follower.finished(run.path, timeout_seconds=60)
-    assert steps(default_uri(workspace), stored.info.run_id) == expected_steps(run)
+    held = steps(default_uri(workspace), stored.info.run_id)
+    measured = {key: held.pop(key) for key in list(held) if key.startswith("system/")}
+    assert held == expected_steps(run)
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= set(measured)
+    assert all(len(found) == len(set(found)) for found in measured.values())
     follower.close()
     assert client.get_run(stored.info.run_id).info.status == "FINISHED"
     killed = find(client, orphan, "")

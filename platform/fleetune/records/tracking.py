@@ -1,4 +1,4 @@
-"""MLflow, fed from run directories. Only this module and tracking_models import mlflow.
+"""MLflow, fed from run directories. Only the modules tracking* import mlflow.
 
 One code path serves both streaming (:class:`Follower` calls it again and again while a run goes on) and
 ``fleetune sync``: ask the store what it holds of this run, send the rest. So each (metric, step) arrives
@@ -31,6 +31,7 @@ from fleetune.records.note import note
 from fleetune.records.run_directory import RunDirectory, parent_of
 from fleetune.records.sweep_directory import SweepDirectory, open_directory
 from fleetune.records.tracking_models import log_adapter
+from fleetune.records.tracking_system import SystemMetrics
 
 __all__ = ["Follower", "SyncReport", "Tracker", "TrackingConfig", "default_uri", "open_ui", "sync"]
 
@@ -71,6 +72,8 @@ class TrackingConfig(Config):
     """
     experiment: str | None = None
     """MLflow experiment; null: the sweep's name, or the job's."""
+    system_metrics: bool = False
+    """Whether processor, memory, disk and network of the command's machine are sent along with every round."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ class Tracker:
         )  # a sweep's are its base's
         self.uri = uri or tracking.get("uri") or default_uri(run.workspace)
         self._experiment = tracking.get("experiment")
+        self._system = SystemMetrics() if live and tracking.get("system_metrics") else None
         self._metrics = RoundMetrics()
         self._sent: dict[str, set[int]] | None = None
         self._ids: tuple[str, str] = ("", "")
@@ -261,6 +265,9 @@ class Tracker:
             for key, value in self._metrics.of(row).items():
                 if step not in self._sent.get(key, ()):
                     news.append(Metric(key, value, recorded_at_ms, step))
+        if news and self._system is not None:
+            sampled = self._system.sample(step=news[-1].step)
+            news += [metric for metric in sampled if metric.step not in self._sent.get(metric.key, ())]
         for start in range(0, len(news), METRICS_PER_CALL):
             self._client.log_batch(self._ids[1], metrics=news[start : start + METRICS_PER_CALL])
         return len(news)
