@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -52,8 +53,10 @@ def test_a_trial_that_fails_or_dies_does_not_stop_the_others(tmp_path: Path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / f"{sweep_id(spec)}-001").write_text("in the way")
     killed: list[int] = []
+    terminal = threading.Lock()  # what shows progress on a terminal holds one, and cannot be stored
 
     def kill_one(board: Board) -> None:
+        assert not terminal.locked()
         if not killed and any(entry.num_rounds == 2 for entry in board.entries.values()):
             process = next(p for p in psutil.process_iter() if "TrialProcess" in " ".join(p.cmdline()))
             killed.append(process.pid)

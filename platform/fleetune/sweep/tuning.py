@@ -195,6 +195,8 @@ def put(inputs: Mapping[str, Inputs], specs: Mapping[str, RunSpec]) -> dict[str,
 
 
 # -- Tune's hooks ------------------------------------------------------------
+# Tune stores both with every experiment, in case it is to restore one. The run directories do that here, and a conductor with its
+# terminal and its processes cannot be stored.
 class _Source(Searcher):
     """Tune asks for trials, the conductor gives them."""
 
@@ -220,7 +222,7 @@ class _Source(Searcher):
     def restore(self, checkpoint_path: str) -> None:
         pass
 
-    def get_state(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
@@ -229,6 +231,9 @@ class _Callback(tune.Callback):
 
     def __init__(self, conductor: Conductor):
         self.conductor = conductor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         self.conductor.on_start(_number(trial))
