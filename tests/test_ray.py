@@ -45,6 +45,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "fedsa-lora",
         {"fleet.dropout": 0.3, "rounds.close": "first_k", "rounds.first_k": 2},
     ),
+    "ranks adapt, clients come and go": (
+        "fedsa-lora",
+        {
+            "fleet.adapt": "rank",
+            "fleet.budgets.bytes_per_round": {"jetson-nano": 10_000},  # 7,680 at rank 1, both ways
+            "fleet.availability": {"kind": "markov", "mean_on_seconds": 10.0, "mean_off_seconds": 5.0},
+        },
+    ),
+    "submodels adapt": (
+        "devft",
+        {"fleet.adapt": "capacity", "fleet.budgets.bytes_per_round": {"jetson-nano": 8000}},  # 7,936 for one block
+    ),
     "bf16": ("fedit", {"execution.precision": "bf16", "evaluation.generate": True}),
     "generated answers": ("fedit", {"evaluation.generate": True, "evaluation.batch_size": 3, "evaluation.every": 1}),
 }
