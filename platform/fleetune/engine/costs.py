@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from fleetune.cost.estimate import estimate
+from fleetune.cost.overlap import overlapped
 from fleetune.cost.shapes import ARCHITECTURES
 from fleetune.cost.work import LocalWork, lora_targets
 from fleetune.data.dataset import TokenizedDataset
@@ -153,6 +154,7 @@ class Pricing:
         down = self.costing.num_bytes(payload.tensors) + provision_bytes
         up = np.full(len(client_ids), self.costing.num_bytes({n: t for n, t in adapter.items() if plan.uploads(n)}))
         messages = np.ones(len(client_ids))
+        cut_up = cut_down = np.zeros(len(client_ids))
         if plan.split is not None:
             cut_up, cut_down = self.costing.cut_bytes(np.rint(load.mean_tokens * share.batch_size * load.num_steps))
             up, down, messages = up + cut_up, down + cut_down, messages + load.num_steps
@@ -172,8 +174,18 @@ class Pricing:
             num_messages=messages,
             logit_fraction=load.logit_fraction,
             radio=fleet.radio(client_ids),
+            server=fleet.server,
         )
-        return {**table.columns(), "downlink_bytes": down, "uplink_bytes": up}
+        costs = {**table.columns(), "downlink_bytes": down, "uplink_bytes": up}
+        if not plan.pipelined:
+            return costs
+        idle_watts = np.array([profile.idle_watts for profile in fleet.devices])[fleet.device_index[client_ids]]
+        return overlapped(
+            costs,
+            adapter_down_seconds=latency + 8 * (down - cut_down) / down_bps,
+            adapter_up_seconds=latency + 8 * (up - cut_up) / up_bps,
+            idle_watts=idle_watts,
+        )
 
 
 def batch_load(data: TokenizedDataset, rows: Sequence[np.ndarray]) -> Load:

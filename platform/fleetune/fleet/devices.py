@@ -20,12 +20,12 @@ from fleetune.fleet.profile import DeviceProfile
 DEVICES: dict[str, DeviceProfile] = {profile.name: profile for profile in (*JETSONS, *BOARDS)}
 
 
-def device(name: str) -> DeviceProfile:
+def device(name: str, *, field: str = "fleet.devices") -> DeviceProfile:
     """The device of that name, or one of its power modes (``jetson-agx-orin-64gb@30w``); ``UserError`` if "
     "unknown."""
     base, _, mode = name.partition("@")
     if base not in DEVICES:
-        raise unknown_name("device", name, DEVICES, field="fleet.devices")
+        raise unknown_name("device", name, DEVICES, field=field)
     return DEVICES[base].in_mode(mode) if mode else DEVICES[base]
 
 

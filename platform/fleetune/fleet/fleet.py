@@ -40,6 +40,8 @@ class FleetConfig(Config):
     """The link of all clients, or the fraction of the clients on each."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability that a sampled client leaves during the round, before it sends its update."""
+    server: str = "server-a100"
+    """The server's device: computes the server's half in split learning."""
     availability: AvailabilityConfig = AvailabilityConfig()
     """Who can be sampled when."""
     budgets: BudgetsConfig = BudgetsConfig()
@@ -54,6 +56,11 @@ class FleetConfig(Config):
         for name in devices:
             device(name)
         return _checked_fractions(devices, field="fleet.devices")
+
+    @field_validator("server")
+    @classmethod
+    def _known_server(cls, name: str) -> str:
+        return device(name, field="fleet.server").name
 
     @field_validator("network")
     @classmethod
@@ -83,6 +90,7 @@ class Fleet:
     dropout: float
     availability: Availability
     budgets: Budgets
+    server: DeviceProfile
 
     @property
     def num_clients(self) -> int:
@@ -163,6 +171,7 @@ def build_fleet(config: FleetConfig, seed: int, *, trace: AvailabilityTrace | No
             trace=trace or read_availability(config, seed),
         ),
         budgets=build_budgets(config.budgets, devices),
+        server=device(config.server),
     )
 
 

@@ -45,6 +45,9 @@ class SplitLoRAConfig(MethodConfig):
     """Blocks on the client; the cut is after them. The paper takes a quarter of the model."""
     server: Literal["concatenated", "in_turn", "per_client"] = "concatenated"
     """How the server's half learns from several clients."""
+    pipelined: bool = False
+    """Client, links and server work on different micro-batches of a step at once, instead of one after the other. Gradients
+    are summed, so the result is the same; the steps take as long as the slowest of them."""
 
 
 class SplitLoRA(Method):
@@ -79,6 +82,7 @@ class SplitLoRA(Method):
             trainable=self.on_client,
             uploads=self.on_client,
             split=self.config.split_point,
+            pipelined=self.config.pipelined,
         )
 
     def broadcast(self, state: State, round_idx: int, group: Any) -> Payload:

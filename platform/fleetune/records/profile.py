@@ -64,10 +64,11 @@ def adapted(clients: pd.DataFrame) -> pd.DataFrame:
 
 
 def phase_seconds(clients: pd.DataFrame) -> pd.DataFrame:
-    """The parts of each turn, columns :data:`PHASES`; the server's is what the turn is longer than the others."""
+    """The parts of each turn, columns :data:`PHASES`, which add up to it; where they overlap, in proportion."""
     out = clients[[f"{phase}_seconds" for phase in PHASES]].fillna(0.0).set_axis(list(PHASES), axis=1)
-    own = out["downlink"] + out["compute"] + out["uplink"]
-    return out.assign(server=np.where(out["server"] > 0, np.maximum(clients["sim_seconds"] - own, 0.0), 0.0))
+    together = out.sum(axis=1)
+    scale = (clients["sim_seconds"] / together.where(together > 0, 1.0)).clip(upper=1.0)
+    return out.mul(scale, axis=0)
 
 
 def bounds(clients: pd.DataFrame) -> pd.DataFrame:

@@ -4,8 +4,8 @@ chrome://tracing. One microsecond in the trace is one microsecond of virtual tim
 A process for the server, with a lane for rounds, one for stages and one for what it does, and counters of what was
 spent so far; then a process per device class with a lane per client. A client's slices in a round follow each other
 without a gap from the round's start to its end: downlink, compute, server (split learning: it waits for the server's
-half), uplink, idle; or refused all along. A late client's are cut at the round's close. So the slices of a lane never
-overlap, and those of one turn add up to the round.
+half), uplink, idle; one slice where these overlap (pipelined); or refused all along. A late client's are cut at the
+round's close. So the slices of a lane never overlap, and those of one turn add up to the round.
 """
 
 from __future__ import annotations
@@ -167,8 +167,17 @@ def _spans(clients: pd.DataFrame) -> dict[str, np.ndarray]:
     spans = {phase: np.nan_to_num(clients[f"{phase}_seconds"].to_numpy(dtype=float)) for phase in PHASES}
     turn = np.nan_to_num(clients["sim_seconds"].to_numpy(dtype=float))
     server = np.nan_to_num(clients["server_seconds"].to_numpy(dtype=float))
-    rest = np.where(server > 0, np.maximum(turn - sum(spans.values()), 0.0), 0.0)
-    return {"downlink": spans["downlink"], "compute": spans["compute"], "server": rest, "uplink": spans["uplink"]}
+    together = sum(spans.values()) + server
+    overlaps = together > turn * (1 + 1e-9)
+    spans = {phase: np.where(overlaps, 0.0, seconds) for phase, seconds in spans.items()}
+    rest = np.where((server > 0) & ~overlaps, turn - sum(spans.values()), 0.0)
+    return {
+        "downlink": spans["downlink"],
+        "compute": spans["compute"],
+        "server": rest,
+        "uplink": spans["uplink"],
+        "pipelined": np.where(overlaps, turn, 0.0),
+    }
 
 
 def _pids(clients: pd.DataFrame) -> dict[Any, int]:

@@ -40,6 +40,8 @@ class LocalPlan:
     """Added to each client's loss: (parameters {name: (K, …)}, their values at the start) -> (K,)."""
     split: int | None = None
     """Blocks on the client, where the model is cut; the server holds the rest."""
+    pipelined: bool = False
+    """Whether client, links and server work on different micro-batches at once: the same result, in less virtual time."""
 
 
 @dataclass(frozen=True)
