@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from fleetune.engine import launch
 from fleetune.engine.actors import RayExecutor, SharedInputs
 from fleetune.engine.executor import SerialExecutor
 from fleetune.engine.problem import Problem
-from fleetune.errors import RunFailed
+from fleetune.errors import RunFailed, UserError
 from fleetune.methods import METHODS
 from fleetune.methods.fedavg import FedIT
 from fleetune.records.run_directory import RunDirectory
@@ -34,6 +35,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The given NumPy array is not writable"),
 ]
 
+GPU_SHARE = 0.25  # of a GPU that Ray counts as well, and on which nothing is computed
 NUM_CORES = 5  # those that Ray counts, not those of this machine: three hosts, and two of a coordinator
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -102,6 +104,7 @@ def cluster() -> Iterator[None]:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # as a method in a script or a notebook travels
     ray.init(
         num_cpus=NUM_CORES,
+        num_gpus=1,  # likewise
         address="local",
         include_dashboard=False,
         logging_level=logging.ERROR,
@@ -116,8 +119,8 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[list[Any]]:
-    """Three hosts for all tests: each is prepared for a run while it still holds the former."""
-    executor = RayExecutor(3, threads=1)
+    """Three hosts for all tests: each is prepared for a run while it still holds the former. They ask for shares of a GPU."""
+    executor = RayExecutor(3, threads=1, gpus_per_host=GPU_SHARE)
     yield executor.hosts
     for host in executor.hosts:
         ray.kill(host)
@@ -129,7 +132,7 @@ class Borrowed(RayExecutor):
     num_borrowed = itertools.count()
 
     def __init__(self, hosts: list[Any], num_hosts: int):
-        super().__init__(0, threads=1)
+        super().__init__(0, threads=1, gpus_per_host=GPU_SHARE)
         self.num_hosts, self.hosts = num_hosts, hosts
         self._run_number = 1000 * next(Borrowed.num_borrowed)  # no host mistakes its run for that of another executor
 
@@ -140,6 +143,32 @@ def test_any_number_of_hosts_gives_the_bits_of_a_serial_run(hosts: list[Any], ca
     run = runs.run(spec_of(case), on(Borrowed(hosts, num_hosts)))
     runs.same_runs(run, serially(case))
     same_adapters(run, serially(case))
+
+
+def test_hosts_share_the_gpu_that_ray_gives_them(hosts: list[Any]):
+    """Three hosts with a quarter each: all see GPU 0 and no other, and a quarter of it is left."""
+
+    def sees(_: Any) -> str | None:
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    assert ray.get([host.__ray_call__.remote(sees) for host in hosts]) == ["0", "0", "0"]
+    assert ray.available_resources()["GPU"] == pytest.approx(1 - 3 * GPU_SHARE)
+
+
+def test_a_cluster_s_gpus_are_found(monkeypatch: pytest.MonkeyPatch):
+    """One node of five cores with one GPU, as Ray counts them, whatever this machine has."""
+    monkeypatch.setattr(launch.RayEngine, "_connect", lambda engine: engine._ready.set())
+    cluster = launch.RayEngine("auto")
+
+    def chosen(**execution: Any) -> Any:
+        return cluster.resolve(tiny.spec({"execution": execution})).execution
+
+    alone = chosen()
+    assert (alone.device, alone.hosts, alone.threads) == ("cuda", 1, NUM_CORES)
+    shared = chosen(hosts_per_gpu=2)
+    assert (shared.device, shared.hosts, shared.threads) == ("cuda", 2, 2)
+    with pytest.raises(UserError, match="3 hosts need more than the 1 GPU"):
+        chosen(device="cuda", hosts=3, hosts_per_gpu=2)
 
 
 # -- hosts that die ---------------------------------------------------------------------------------------------------

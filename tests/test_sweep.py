@@ -57,6 +57,22 @@ def test_a_trial_is_one_process_of_one_thread_unless_it_asks_for_a_gang():
     assert (gang.is_gang, auto.is_gang) == (True, False)
 
 
+def test_a_trial_on_gpus_takes_its_share_of_them():
+    """A process takes half a GPU where two share one, and a gang of three hosts as much each; four halves hold one gang."""
+    from fleetune.sweep import tuning
+
+    shared = {"execution.device": "cuda", "execution.hosts_per_gpu": 2}
+    alone = expansion.decided(tiny.spec({"execution": "auto", **shared}))
+    gang = expansion.decided(tiny.spec({"execution": "auto", **shared, "execution.kind": "ray", "execution.hosts": 3}))
+    assert tuning.bundles_of(alone) == [{"CPU": 1.0, "GPU": 0.5}]
+    assert tuning.bundles_of(gang) == [{"CPU": 1.0, "GPU": 0.5}] * 3
+    assert tuning.bundles_of(expansion.decided(tiny.spec({"execution": "auto"}))) == [{"CPU": 1.0}]
+    tuning.check_fits([alone, gang], [4], [2])
+    with pytest.raises(UserError, match=r"needs 3 host\(s\) with a GPU .* room for 2") as error:
+        tuning.check_fits([gang], [4, 4], [1, 0])
+    assert error.value.field == "execution.device"
+
+
 def test_another_method_in_a_grid_starts_from_its_own_defaults():
     """The base's settings of DevFT are none of FedIT's."""
     trials = expansion.trials_of(sweep_of(grid={"method.name": ["devft", "fedit"]}))

@@ -141,7 +141,7 @@ class _SplitRound:
         self.config, self.network, self.plan, self.local, self.tasks = config, network, plan, local, tasks
         self.order = sorted(range(len(tasks)), key=lambda i: -len(tasks[i].rows))
         self.ranked = [tasks[i] for i in self.order]
-        rates = torch.tensor([[task.learning_rate] for task in self.ranked], device=network.device)
+        rates = torch.tensor([[task.learning_rate] for task in self.ranked]).to(network.device)
         self.clients = StackedAdapters([payload.tensors] * len(tasks), plan, network.device)
         self.client_optimizer = make_optimizer(local, self.clients.trained.data, rates)
         copies = len(tasks) if config.server == "per_client" else 1

@@ -64,12 +64,13 @@ def checked(sweep: SweepSpec, overrides: Mapping[str, Any], *, number: int) -> R
 
 
 def decided(spec: RunSpec) -> RunSpec:
-    """Every ``auto`` decided, on every machine alike: a trial is one process with one thread unless it asks for more."""
+    """Every ``auto`` decided, on every machine alike: one process with one thread, on the CPU, unless the trial asks for more."""
     execution = spec.execution
     hosts = 1 if execution.hosts == "auto" else int(execution.hosts)
     threads = 1 if execution.threads == "auto" else int(execution.threads)
     asked = execution.model_copy(update={"hosts": hosts, "threads": threads})
-    spec = resolve_execution(spec.model_copy(update={"execution": asked}), node_cores=[hosts * threads])
+    gpus = [hosts] if execution.device == "cuda" else None
+    spec = resolve_execution(spec.model_copy(update={"execution": asked}), node_cores=[hosts * threads], node_gpus=gpus)
     kind = "ray" if spec.execution.kind == "ray" and hosts > 1 else "serial"
     return spec.model_copy(update={"execution": spec.execution.model_copy(update={"kind": kind})})
 

@@ -15,6 +15,7 @@ from fleetune.engine.coordinator import Event
 from fleetune.engine.executor import Executor
 from fleetune.engine.launch import base_key
 from fleetune.engine.problem import Inputs, Problem
+from fleetune.engine.resolve import gpu_share
 from fleetune.sweep.resident import Order, Resident, inputs_key
 
 METRICS = ("train_loss", "eval_loss", "eval_accuracy")  # with sim_seconds and these, what a sweep can go by
@@ -77,7 +78,7 @@ class TrialProcess(tune.Trainable):
     def _make_hosts(self, problem: Problem) -> Executor:
         execution = problem.spec.execution
         if self._hosts is None:
-            self._hosts = RayExecutor(int(execution.hosts), int(execution.threads))
+            self._hosts = RayExecutor(int(execution.hosts), int(execution.threads), gpu_share(execution))
         self._hosts.prepare(base_key(problem.spec), problem.spec, type(problem.method), self._put(problem))
         return self._hosts
 

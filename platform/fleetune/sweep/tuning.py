@@ -19,8 +19,10 @@ from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fleetune.engine.actors import SharedInputs
+from fleetune.engine.config import ExecutionConfig
 from fleetune.engine.launch import base_key
 from fleetune.engine.problem import Inputs
+from fleetune.engine.resolve import gpu_share
 from fleetune.errors import UserError
 from fleetune.spec import RunSpec
 from fleetune.sweep.config import SweepSpec
@@ -126,19 +128,24 @@ def _quiet_tune(sweep: SweepSpec) -> Iterator[None]:
 def bundles_of(spec: RunSpec) -> list[dict[str, float]]:
     """What a trial takes: its process, or one bundle for each host of a gang (its coordinator computes next to nothing)."""
     hosts = int(spec.execution.hosts) if spec.execution.kind == "ray" else 1
-    return [{"CPU": float(spec.execution.threads)}] * hosts
+    return [_bundle(spec.execution)] * hosts
+
+
+def _bundle(execution: ExecutionConfig) -> dict[str, float]:
+    """A host's cores, and its GPU or share of one."""
+    share = gpu_share(execution)
+    return {"CPU": float(execution.threads), **({"GPU": share} if share else {})}
 
 
 def resources_of(config: dict[str, Any]) -> Any:
     """Tune's placement group of a trial."""
-    execution = json.loads(config["order"])["spec"]["execution"]
-    bundle = {"CPU": float(execution["threads"])}
-    if execution["kind"] != "ray":
-        return tune.PlacementGroupFactory([bundle])
-    return tune.PlacementGroupFactory([{}, *([bundle] * int(execution["hosts"]))])
+    execution = ExecutionConfig.model_validate(json.loads(config["order"])["spec"]["execution"])
+    if execution.kind != "ray":
+        return tune.PlacementGroupFactory([_bundle(execution)])
+    return tune.PlacementGroupFactory([{}, *([_bundle(execution)] * int(execution.hosts))])
 
 
-def check_fits(specs: Sequence[RunSpec], node_cores: Sequence[int]) -> None:
+def check_fits(specs: Sequence[RunSpec], node_cores: Sequence[int], node_gpus: Sequence[int]) -> None:
     """UserError where a trial fits on no node, or a gang not on all of them together; otherwise it would wait for ever."""
     for spec in specs:
         bundles = bundles_of(spec)
@@ -153,12 +160,31 @@ def check_fits(specs: Sequence[RunSpec], node_cores: Sequence[int]) -> None:
                 value=len(bundles) if len(bundles) > 1 else cores,
                 hint="lower execution.hosts or execution.threads, or join more nodes",
             )
+        if spec.execution.device == "cuda":
+            hosts_per_gpu = spec.execution.hosts_per_gpu
+            places = sum(min(c // cores, g * hosts_per_gpu) for c, g in zip(node_cores, node_gpus, strict=True))
+            if places < len(bundles):
+                raise UserError(
+                    f"a trial needs {len(bundles)} host(s) with a GPU at execution.hosts_per_gpu={hosts_per_gpu}; "
+                    f"the nodes have {', '.join(map(str, node_gpus))} GPU(s), and room for {places}",
+                    field="execution.device",
+                    value="cuda",
+                    hint="lower execution.hosts, raise execution.hosts_per_gpu, or set execution.device=cpu",
+                )
 
 
 def node_cores() -> list[int]:
     """Cores of the nodes that are alive."""
-    found = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    return [cores for cores in found if cores] or [0]
+    return [int(node["CPU"]) for node in _nodes()] or [0]
+
+
+def node_gpus() -> list[int]:
+    """GPUs of the same nodes."""
+    return [int(node.get("GPU", 0)) for node in _nodes()] or [0]
+
+
+def _nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"] and int(node["Resources"].get("CPU", 0))]
 
 
 def check_shared(workspace: Path) -> None:

@@ -69,7 +69,7 @@ def train_cohort(
     order = sorted(range(len(tasks)), key=lambda i: -len(tasks[i].rows))
     ranked = [tasks[i] for i in order]
     adapters = StackedAdapters([{**start, **(task.private or {})} for task in ranked], plan, network.device)
-    rates = torch.tensor([[task.learning_rate] for task in ranked], device=network.device)
+    rates = torch.tensor([[task.learning_rate] for task in ranked]).to(network.device)
     optimizer = make_optimizer(local, adapters.trained.data, rates)
     initial = Stack(adapters.trained.shapes, adapters.trained.data.clone()) if plan.penalty else None
     losses = np.zeros(len(tasks))
