@@ -54,7 +54,6 @@ def test_a_trial_is_one_process_of_one_thread_unless_it_asks_for_a_gang():
     assert auto.spec.execution.cohort == 3  # all clients of a round
     (gang,) = expansion.trials_of(sweep_of(seeds=[0], base={"execution": {"hosts": 3, "threads": 2}}))
     assert (gang.spec.execution.kind, gang.spec.execution.hosts, gang.spec.execution.threads) == ("ray", 3, 2)
-    assert (gang.is_gang, auto.is_gang) == (True, False)
 
 
 def test_a_trial_on_gpus_takes_its_share_of_them():

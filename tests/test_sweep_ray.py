@@ -14,7 +14,7 @@ import pytest
 from fleetune.records import SweepDirectory
 from fleetune.sweep import config
 from fleetune.sweep.board import Board
-from fleetune.sweep.expansion import sweep_id, trials_of
+from fleetune.sweep.expansion import sweep_id
 from sweeping import NUM_ROUNDS, in_mlflow, local_ray, one_by_one, same_as, sweep, sweep_file
 from test_kill import started
 
@@ -73,14 +73,6 @@ def test_a_trial_that_fails_or_dies_does_not_stop_the_others(tmp_path: Path):
     (tmp_path / "runs" / f"{sweep_id(spec)}-001").unlink()
     assert sweep(path, tmp_path).trials == {"finished": 4}
     same_as(SweepDirectory.open(result.sweep_dir), one_by_one(path))
-
-
-def test_a_trial_on_several_hosts_is_the_same_trial(tmp_path: Path):
-    """Two hosts in a placement group: the same bits as one process."""
-    gang = {"execution.kind": "ray", "execution.hosts": 2, "execution.cohort": 1}
-    path = sweep_file(tmp_path, base=gang, seeds=[0, 1])
-    assert all(trial.is_gang for trial in trials_of(config.load(path)))
-    same_as(SweepDirectory.open(sweep(path, tmp_path).sweep_dir), one_by_one(path))
 
 
 def test_trials_that_fall_behind_are_stopped_and_stay_so(tmp_path: Path):

@@ -100,8 +100,9 @@ def placed_base(spec: RunSpec, base: BaseModel) -> BaseModel:
 class SerialExecutor:
     """Everything in this process, in order; breakpoints work. ``debug`` lets exceptions through as they are."""
 
-    def __init__(self, problem: Problem, *, debug: bool = False):
-        self.side = WorkerSide(problem.spec, problem.inputs, problem.method)
+    def __init__(self, problem: Problem, *, debug: bool = False, base: BaseModel | None = None):
+        """``base``: as for `WorkerSide`."""
+        self.side = WorkerSide(problem.spec, problem.inputs, problem.method, base=base)
         self.debug = debug
 
     def run(self, lots: Sequence[Lot], payloads: Mapping[int, Payload]) -> Iterator[LotReply]:

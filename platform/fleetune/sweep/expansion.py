@@ -30,11 +30,6 @@ class Trial:
     overrides: dict[str, Any]
     spec: RunSpec
 
-    @property
-    def is_gang(self) -> bool:
-        """Whether it takes a group of hosts; otherwise it is one process."""
-        return self.spec.execution.kind == "ray"
-
 
 def sweep_id(sweep: SweepSpec) -> str:
     """Name of the sweep's directory: the same for the same content, so that a further launch finds it."""

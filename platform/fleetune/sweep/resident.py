@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fleetune.engine.coordinator import Baselines, Coordinator, Event
-from fleetune.engine.executor import Executor, SerialExecutor
+from fleetune.engine.executor import Executor, SerialExecutor, placed_base
 from fleetune.engine.launch import base_key, finish, locked, run_meta
 from fleetune.engine.problem import Inputs, Problem, build_problem, load_inputs, set_threads
 from fleetune.models.base import BaseModel
@@ -17,7 +17,7 @@ from fleetune.records.run_directory import RunDirectory
 from fleetune.spec import RunSpec, from_dict
 
 MAX_INPUTS = 4  # assumed: trials of a few seeds take turns
-MAX_NETWORK_SETS = 2  # assumed: two base models or adapter forms take turns
+MAX_PLACED = 2  # assumed: two base models take turns
 LOCK_PATIENCE_SECONDS = 60.0  # a process that was killed with its sweep is gone long before
 
 
@@ -59,7 +59,8 @@ class Resident:
         """``fetch``: inputs by key where somebody has loaded them already; ``make_hosts``: the executor of a gang."""
         self._fetch, self._make_hosts = fetch, make_hosts
         self._inputs: dict[str, Inputs] = {}
-        self._networks: dict[Any, Any] = {}
+        self._placed: dict[Any, tuple[BaseModel, dict[Any, Any]]] = {}
+        """Base models where they are computed with, and the networks over each."""
         self._baselines: Baselines = {}
 
     def run(self, order: Order) -> Iterator[Event]:
@@ -90,7 +91,7 @@ class Resident:
         try:
             yield from self._attempt(problem, run_dir)
         except Exception:
-            self._networks.clear()  # whatever state the failure left them in
+            self._placed.clear()  # whatever state the failure left the networks in
             yield from self._attempt(problem, run_dir)
 
     def _attempt(self, problem: Problem, run_dir: RunDirectory) -> Iterator[Event]:
@@ -119,13 +120,14 @@ class Resident:
     def _executor(self, problem: Problem) -> Executor:
         if problem.spec.execution.kind == "ray" and self._make_hosts is not None:
             return self._make_hosts(problem)
-        executor = SerialExecutor(problem)
-        key = (base_key(problem.spec), problem.spec.model.lora)
-        networks = self._networks.pop(key, {})
-        while len(self._networks) >= MAX_NETWORK_SETS:
-            del self._networks[next(iter(self._networks))]
-        self._networks[key] = networks
-        executor.side.worker.adopt(networks)
+        spec = problem.spec
+        key = (base_key(spec), spec.execution.device, spec.execution.precision)
+        kept = self._placed.pop(key) if key in self._placed else (placed_base(spec, problem.inputs.base), {})
+        while len(self._placed) >= MAX_PLACED:
+            del self._placed[next(iter(self._placed))]
+        self._placed[key] = kept  # the last used stands last
+        executor = SerialExecutor(problem, base=kept[0])
+        executor.side.worker.adopt(kept[1].setdefault(spec.model.lora, {}))
         return executor
 
     def _directory(self, order: Order, problem: Problem) -> RunDirectory:
