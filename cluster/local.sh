@@ -19,7 +19,14 @@ until ray status --address="$address" &>/dev/null; do
 done
 ray start --block --node-ip-address=127.0.0.1 --address="$address" --num-cpus=1 >/dev/null &
 nodes+=($!)
-until [ "$(ray status --address="$address" 2>/dev/null | grep -c ' node_')" -ge 2 ]; do sleep 1; done
+python - "$address" <<'END'
+import sys, time
+import ray
+
+ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
+while sum(node["Alive"] for node in ray.nodes()) < 2:
+    time.sleep(0.2)
+END
 
 fleetune run "$job" --address "$address" --set execution.hosts=2 --set execution.threads=1 \
   --set rounds.num_rounds=2 --set evaluation.generate=false "$@"

@@ -32,9 +32,8 @@ trap '[ ${#steps[@]} = 0 ] || kill "${steps[@]}" 2>/dev/null; wait' EXIT
 "${one_node[@]}" --nodelist="${nodes[0]}" ray start --head --block --node-ip-address="$address" --port="$port" \
   --num-cpus="$cpus" --include-dashboard=false --temp-dir="$temp" >/dev/null &
 steps+=($!)
-up() { ray status --address="$address:$port" 2>/dev/null; }
 for _ in $(seq 120); do
-  up >/dev/null && break
+  ray status --address="$address:$port" &>/dev/null && break
   kill -0 "${steps[0]}" 2>/dev/null || { echo "Ray's head ended on ${nodes[0]}" >&2; exit 1; }
   sleep 1
 done
@@ -43,9 +42,16 @@ for node in "${nodes[@]:1}"; do
   "${one_node[@]}" --nodelist="$node" ray start --block --address="$address:$port" --num-cpus="$cpus" >/dev/null &
   steps+=($!)
 done
-for _ in $(seq 120); do
-  [ "$(up | grep -c ' node_')" -ge ${#nodes[@]} ] && break
-  sleep 1
-done
+python - "$address:$port" ${#nodes[@]} <<'END'
+import sys, time
+import ray
+
+ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
+deadline = time.monotonic() + 120
+while (alive := sum(node["Alive"] for node in ray.nodes())) < int(sys.argv[2]):
+    if time.monotonic() > deadline:
+        sys.exit(f"only {alive} of {sys.argv[2]} nodes joined Ray within two minutes")
+    time.sleep(0.2)
+END
 
 fleetune "$@" --address "$address:$port"
