@@ -54,6 +54,8 @@ def resolved(
         ([4], {"execution.threads": 4}, "serial", 1, 4, 6),
         ([4], {"execution.hosts": 2, "execution.threads": 1}, "ray", 2, 1, 3),
         ([4], {"execution.cohort": 5}, "ray", 4, 1, 5),
+        ([1], {"local.batch_size": 64}, "serial", 1, 1, 2),  # 64 x 32 padded tokens each: two fill a step of 4,096
+        ([1], {"local.batch_size": 256}, "serial", 1, 1, 1),  # one is more than that
         ([2], {"execution.kind": "serial"}, "serial", 2, 1, 3),  # the cohorts, and so the bits, of the run on Ray
     ],
 )

@@ -45,7 +45,8 @@ class ExecutionConfig(Config):
     hosts: int | Literal["auto"] = "auto"
     """Host actors through which clients pass. auto: one per core, as many as a round can keep busy."""
     cohort: int | Literal["auto"] = "auto"
-    """Clients that train stacked, as one batch over the shared base. auto: enough for every host, at most 16."""
+    """Clients that train stacked, as one batch over the shared base. auto: enough for every host, at most 16, and
+    on processors no more than 4,096 padded tokens per step (local.batch_size times data.max_tokens for each client)."""
     threads: int | Literal["auto"] = "auto"
     """CPU threads per host; hosts times threads never exceed the cores. auto: cores / hosts."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -11,6 +11,9 @@ from fleetune.methods import METHODS
 from fleetune.spec import RunSpec
 
 MAX_COHORT = 16
+# Padded tokens of one step of a cohort on processors. Measured (docs/benchmarks.md): products are full well before, and a stack
+# of 16 takes longer per client than one of 4 or 8 where each client brings hundreds of tokens. On GPUs this was not measured.
+MAX_STEP_TOKENS = 4096
 
 
 def resolve_execution(spec: RunSpec, *, node_cores: Sequence[int], node_gpus: Sequence[int] | None = None) -> RunSpec:
@@ -97,7 +100,10 @@ def _resolved(spec: RunSpec, device: str, node_cores: Sequence[int], places: Seq
             hint="lower one of them, or set one to auto",
         )
     per_host = -(-per_round // hosts)
-    num_cohorts = -(-per_host // MAX_COHORT)  # per host, so that all hosts get equally many
+    most = MAX_COHORT
+    if device == "cpu":
+        most = min(most, max(1, MAX_STEP_TOKENS // (spec.local.batch_size * spec.data.max_tokens)))
+    num_cohorts = -(-per_host // most)  # per host, so that all hosts get equally many
     cohort = int(chosen.cohort) if chosen.cohort != "auto" else -(-per_host // num_cohorts)
     kind = chosen.kind if chosen.kind != "auto" else ("ray" if hosts > 1 and not coupled else "serial")
     values = {"kind": kind, "hosts": hosts, "threads": threads, "cohort": cohort, "device": device}
