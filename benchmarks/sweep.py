@@ -1,6 +1,6 @@
 """A sweep of many small trials: how busy the cores are, what the sweep layer adds, what one more trial costs, what one waits for.
 
-python benchmarks/sweep.py                        # 64 trials of the quickstart, two rounds each, all cores
+python benchmarks/sweep.py                        # 64 trials of the quickstart, one round each, all cores
 python benchmarks/sweep.py --trials 16 --rounds 4
 """
 
@@ -84,7 +84,7 @@ def gaps(trials: list[tuple[float, float, float]]) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--no-tracking", action="store_true", help="without MLflow's process beside")
     parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -124,8 +124,13 @@ def test_trials_are_children_of_their_sweep(workspace: Path):
         trial = make_run(workspace, f"trial{seed}", spec=make_spec(seed=seed, num_rounds=3), meta=meta)
         (trial.path / "figures").mkdir()
         ids.append(sync(trial.path).mlflow_run_id)
+    late = make_run(workspace, "late", spec=make_spec(seed=2, num_rounds=3), meta={**meta, "overrides": {"seed": 2}})
+    (late.path / "figures").mkdir()
+    sweep.write_trials([{"run_dir": late.path, "overrides": {"seed": 2}}])
     sweep.write_result({"status": "finished", "metrics": {"best_accuracy": 0.75}})
-    parent = sync(sweep.path)
+    parent = sync(sweep.path)  # and with it the trial that was not sent yet
+    assert sync(late.path).num_metrics == 0
+    assert parent.num_metrics == sum(len(steps) for steps in expected_steps(late).values())
     client = mlflow.MlflowClient(tracking_uri=default_uri(workspace))
     trials = [client.get_run(run_id) for run_id in ids]
     assert {t.data.tags["mlflow.parentRunId"] for t in trials} == {parent.mlflow_run_id}

@@ -205,7 +205,7 @@ def sync(
     uri: Annotated[str | None, typer.Option(help="MLflow store; default: the run's own.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Send a run's records to MLflow, exactly once."""
+    """Send a run's records, or those of a sweep and its trials, to MLflow, exactly once."""
     from fleetune.records.tracking import sync as sync_run
 
     sent = sync_run(run_dir, uri=uri)

@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -59,6 +59,7 @@ EXPERIMENT_TAGS = {
 }
 # A parameter longer than this is of no use in a table; MLflow's own limit is 6,000 (mlflow 3.17).
 PARAM_LENGTH = 500
+SENT = ("num_metrics", "num_params", "num_artifacts")
 
 
 class TrackingConfig(Config):
@@ -94,12 +95,17 @@ def default_uri(workspace: str | Path) -> str:
 
 
 def sync(run_dir: str | Path, *, uri: str | None = None) -> SyncReport:
-    """Sends what the store does not hold of this run yet. UserError where the store cannot be used."""
+    """Sends what the store has not got of a run, or of a sweep and all its trials. UserError where it cannot be used."""
     run = open_directory(run_dir)
     tracker = Tracker(run, uri=uri)
     check_access(tracker.uri)
+    trials = run.runs() if isinstance(run, SweepDirectory) else []
     try:
-        return tracker.push()
+        sent = tracker.push()
+        for trial in trials:
+            more = Tracker(trial, uri=uri).push()
+            sent = replace(sent, **{name: getattr(sent, name) + getattr(more, name) for name in SENT})
+        return sent
     except UserError:
         raise
     except Exception as error:
@@ -127,10 +133,7 @@ class Tracker:
         self._closed = False
 
     def push(self, *, interrupted: bool = False) -> SyncReport:
-        """One pass: rounds not sent yet; once the run is over also its result, artifacts and status.
-
-        ``interrupted``: the process that ran it is gone without a result.
-        """
+        """One pass: rounds not sent yet; once the run is over (``interrupted``: without a result) also artifacts and status."""
         with _locked(self.run.path / "checkpoint" / "mlflow.lock"):
             num_params = self._connect() if self._sent is None else 0
             result = self.run.result()  # before the rounds: where there is a result, there are no rounds to come
