@@ -66,8 +66,8 @@ def main() -> None:
         second.append(marks[1])
     for name, marks in (("first run, from the start of Python", first), ("second run of the same process", second)):
         for kind, what in (
-            ("start", "untrained model evaluated"),
-            ("round", "first round finished"),
+            ("start", "first round begins"),
+            ("round", "first round on record"),
             ("end", "run finished"),
         ):
             median, best = measure.median_and_min([m[kind] for m in marks])
