@@ -2,6 +2,7 @@
 
 python benchmarks/lora.py                                # 1 and 2 hosts, and one process without Ray
 python benchmarks/lora.py --hosts 2 --rounds 3 --cohort 8
+python benchmarks/lora.py --hosts 2 --device cuda --hosts-per-gpu 2 --precision bf16
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ import measure
 import workload
 
 
-def timed(*, kind: str, num_hosts: int, cohort: int | str, num_clients: int, num_rounds: int) -> dict[str, Any]:
-    """Milliseconds per client-round with one thread per host."""
+def timed(
+    *, kind: str, num_hosts: int, cohort: int | str, num_clients: int, num_rounds: int, where: dict[str, Any]
+) -> dict[str, Any]:
+    """Milliseconds per client-round with one thread per host. ``where``: device, precision, hosts per GPU."""
     spec = workload.spec(
         {
             "fleet.num_clients": num_clients,
             "rounds.clients_per_round": num_clients,
             "rounds.num_rounds": num_rounds + 2,
-            "execution": {"kind": kind, "hosts": num_hosts, "cohort": cohort, "threads": 1},
+            "execution": {"kind": kind, "hosts": num_hosts, "cohort": cohort, "threads": 1, **where},
         }
     )
     out = workload.timed_rounds(spec, workload.inputs(spec, workload.Llama().build()))
@@ -29,6 +32,7 @@ def timed(*, kind: str, num_hosts: int, cohort: int | str, num_clients: int, num
         "system": f"fleetune {kind}",
         "hosts": num_hosts,
         "cohort": cohort,
+        **where,
         "ms_per_client": 1e3 * median / num_clients,
         "best_ms_per_client": 1e3 * best / num_clients,
         "clients_per_second": num_clients / median,
@@ -43,11 +47,15 @@ def main() -> None:
     parser.add_argument("--cohort", default="auto", help="clients that train stacked; 1: one by one")
     parser.add_argument("--clients", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=4, help="rounds that are measured, beside the first and the last")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--hosts-per-gpu", type=int, default=2)
     args = parser.parse_args()
+    where = {"device": args.device, "precision": args.precision, "hosts_per_gpu": args.hosts_per_gpu}
     cohort = args.cohort if args.cohort == "auto" else int(args.cohort)
     cases = [(args.kind, args.hosts)] if args.hosts else [("serial", 1), ("ray", 1), ("ray", 2)]
     rows = [
-        timed(kind=kind, num_hosts=hosts, cohort=cohort, num_clients=args.clients, num_rounds=args.rounds)
+        timed(kind=kind, num_hosts=hosts, cohort=cohort, num_clients=args.clients, num_rounds=args.rounds, where=where)
         for kind, hosts in cases
     ]
     if {("ray", 1), ("ray", 2)} <= set(cases):

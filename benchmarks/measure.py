@@ -51,16 +51,24 @@ def machine() -> dict[str, Any]:
 
 
 def matmul_flops_per_second(
-    size: int = 1024, *, repeats: int = 12, clock: Callable[[], float] = time.perf_counter
+    size: int = 1024,
+    *,
+    repeats: int = 12,
+    clock: Callable[[], float] = time.perf_counter,
+    device: str = "cpu",
+    precision: str = "fp32",
 ) -> float:
-    """What this machine reaches on a square fp32 product with the threads that are set: the best of some."""
+    """What this machine reaches on a square product with the threads that are set: the best of some."""
     import torch
 
-    a, b = torch.randn(size, size), torch.randn(size, size)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    a, b = (torch.randn(size, size).to(device, dtype) for _ in range(2))
     best = float("inf")
     for _ in range(repeats):
         started = clock()
         a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
         best = min(best, clock() - started)
     return 2.0 * size**3 / best
 

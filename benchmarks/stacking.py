@@ -2,6 +2,7 @@
 
     python benchmarks/stacking.py                    # three models, one thread and two
     python benchmarks/stacking.py --model deep --threads 1 --clients 1 16
+    python benchmarks/stacking.py --threads 1 --device cuda --precision bf16 --matmul 8192
 
 One-by-one runs the same code with cohorts of one client. Both are timed in turn, so that a busy machine hits both;
 --cpu-time takes the processor's time instead of the clock's, so that waiting for a core does not count.
@@ -21,13 +22,14 @@ import torch
 import measure
 import workload
 from fleetune.engine.problem import set_threads
-from fleetune.models.base import BaseModel, load_base
+from fleetune.models.base import BaseModel, load_base, placed
 from fleetune.models.config import LoRAConfig, ModelConfig
 from fleetune.models.lora import init_lora
 from fleetune.models.network import Network, linear_sites
 from fleetune.models.submodel import Submodel
 from fleetune.tensors import Tensors
 from fleetune.training.config import LocalConfig
+from fleetune.training.device import set_up
 from fleetune.training.plan import ClientTask, LocalPlan
 from fleetune.training.trainer import train_cohort
 
@@ -56,10 +58,12 @@ def make_case(name: str) -> Case:
 class Trial:
     """One case with everything that the trainer needs, for up to ``num_clients`` clients."""
 
-    def __init__(self, case: Case, num_clients: int):
+    def __init__(self, case: Case, num_clients: int, *, device: str, precision: str):
         lora = LoRAConfig(rank=8, alpha=16.0, targets=case.targets)
         submodel = Submodel.prefix(case.base.num_layers)
-        self.network, self.plan = Network(case.base, submodel, lora), LocalPlan(submodel)
+        set_up(device)
+        base = placed(case.base, device=device, precision=precision)
+        self.network, self.plan = Network(base, submodel, lora, precision=precision), LocalPlan(submodel)
         self.local = LocalConfig(steps=NUM_STEPS, batch_size=case.batch_size)
         self.start: Tensors = init_lora(linear_sites(case.base, lora), lora, run_seed=0)
         per_client = NUM_STEPS * case.batch_size
@@ -103,18 +107,22 @@ def main() -> None:
     parser.add_argument(
         "--cpu-time", action="store_true", help="processor time instead of wall-clock time; one thread only"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument(
+        "--matmul", type=int, default=1024, help="size of the product to compare with; on a GPU take 8192"
+    )
     args = parser.parse_args()
     clock = time.process_time if args.cpu_time else time.perf_counter
     rows = []
     for threads in [1] if args.cpu_time else args.threads:
         set_threads(threads)
         for name in args.model:
-            trial = Trial(make_case(name), max(args.clients))
+            trial = Trial(make_case(name), max(args.clients), device=args.device, precision=args.precision)
             flops = trial.flops_per_step()
             for num_clients in args.clients:
-                peak = (
-                    measure.matmul_flops_per_second()
-                )  # beside each case, as the machine's rate changes with its load
+                # Beside each case, as the machine's rate changes with its load.
+                peak = measure.matmul_flops_per_second(args.matmul, device=args.device, precision=args.precision)
                 stacked, single = compare(trial, num_clients, repeats=args.repeats, clock=clock)
                 rows.append(
                     {
