@@ -18,7 +18,8 @@ def table() -> dict[str, Any]:
 
 def test_every_published_figure_is_met_or_explained(table: dict[str, Any]):
     """Ratios by arithmetic. Four equal stages of L/8 … L send 15/32. A has r x in elements of r (in + out): 8192 of 13312 on
-    q and v of llama3.1-8b. 512 x 2048 x 2 B each way, and 4 B of label a token, for 200 examples."""
+    q and v of llama3.1-8b. 512 x 2048 x 4 B each way (the stream between blocks is fp32), and 4 B of label a token, for
+    200 examples."""
     ours = {line.what: line.ours for line in table["published"]()}
     for size in ("7B", "13B"):
         assert ours[f"{size}, FedIT over DevFT, uplink"] == 32 / 15
@@ -28,14 +29,14 @@ def test_every_published_figure_is_met_or_explained(table: dict[str, Any]):
     assert ours["7B, FedIT, all rounds"] == pytest.approx(8 * 5.03, rel=1e-3)
     assert ours["13B, FedIT, all rounds"] == pytest.approx(8 * 8.39, rel=1e-3)
     assert ours["llama3.1-8b, q and v, FedIT over FedSA-LoRA"] == 13312 / 8192
-    cut = 200 * 512 * 2048 * 2
+    cut = 200 * 512 * 2048 * 4
     assert ours["SplitLoRA, cut, both ways"] == pytest.approx((2 * cut + 200 * 512 * 4) / 1e9, rel=1e-12)
     assert ours["llama3.1-8b, 16 of 32 blocks in NF4"] == pytest.approx(75.6, abs=0.2)
 
 
 def test_a_tx2_nx_holds_the_first_two_stages_and_not_the_last(table: dict[str, Any]):
     needs, *boards = table["stages_on_boards"]()
-    assert [float(cell) for cell in needs[2:]] == pytest.approx([1.53, 2.31, 3.88, 7.00], rel=0.01)
+    assert [float(cell) for cell in needs[2:]] == pytest.approx([1.46, 2.21, 3.69, 6.67], rel=0.01)
     fits = {board: cells for board, _, *cells in boards}
     assert fits["jetson-tx2-nx"] == ["2", "1", "does not fit", "does not fit"]
     assert fits["jetson-agx-orin-64gb"] == ["16"] * 4

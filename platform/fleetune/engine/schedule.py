@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fleetune.cost.estimate import Load
 from fleetune.data.batches import draw_batches
-from fleetune.engine.costs import Load, Pricing, batch_load
+from fleetune.engine.costs import Pricing, batch_load
 from fleetune.engine.fitting import Costs, Fitting
 from fleetune.engine.problem import Problem
 from fleetune.engine.rounds import Opening, Outcome, close_round, open_round, sample_clients
@@ -169,7 +170,6 @@ class Schedule:
             work.group_of,
             self.load(work, client_ids),
             provision_bytes(work, client_ids, provisioned),
-            shares=work.shares,
             checkpointing=work.checkpointing,
         )
         costs["budget_bytes"] = fleet.budgets.memory_bytes[fleet.device_index[client_ids]]

@@ -116,6 +116,9 @@ class Context:
 class MethodConfig(Config):
     """The method's part of a job file."""
 
+    counts_blocks: ClassVar[tuple[str, ...]] = ()
+    """Fields that count the model's blocks: with ``cost.model`` they are mapped by fraction of the depth."""
+
     name: str
 
 

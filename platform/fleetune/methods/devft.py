@@ -50,6 +50,8 @@ INNER: dict[str, tuple[type[Method], type[MethodConfig]]] = {
 class DevFTConfig(MethodConfig):
     """Settings of DevFT."""
 
+    counts_blocks: ClassVar[tuple[str, ...]] = ("initial_capacity",)
+
     name: Literal["devft"] = "devft"
     initial_capacity: int = Field(4, ge=1)
     """Blocks of the first stage's submodel."""

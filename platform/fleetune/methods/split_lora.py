@@ -25,6 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fleetune.errors import UserError
+from fleetune.marks import on_server
 from fleetune.methods.base import GlobalModel, Method, MethodConfig, Payload, PrivateStates, State, Update
 from fleetune.models.network import Network
 from fleetune.models.submodel import Submodel
@@ -33,12 +34,14 @@ from fleetune.training.config import LocalConfig
 from fleetune.training.loss import cohort_loss
 from fleetune.training.optimizer import StackedAdamW, StackedSGD, clip_rows, make_optimizer
 from fleetune.training.plan import ClientTask, CohortUpdate, LocalPlan
-from fleetune.training.trainer import StackedAdapters, begin_training, collate_step, row_lengths
+from fleetune.training.trainer import StackedAdapters, begin_training, collate_step, end_training, row_lengths
 from fleetune.training.worker import Worker
 
 
 class SplitLoRAConfig(MethodConfig):
     """Settings of SplitLoRA."""
+
+    counts_blocks: ClassVar[tuple[str, ...]] = ("split_point",)
 
     name: Literal["split-lora"] = "split-lora"
     split_point: int = Field(4, ge=1)
@@ -118,11 +121,10 @@ class SplitLoRA(Method):
         plan = self.plan(payload)
         network = worker.network(plan.submodel)
         run = _SplitRound(self.config, network, plan, payload, tasks, worker.local)
-        begin_training(network, run.ranked)
+        begin_training(network, run.ranked, worker.local)
         for step in range(max(len(task.rows) for task in tasks)):
             run.step(step, worker)
-        network.set_adapter(None)
-        network.model.eval()
+        end_training(network)
         return run.result()
 
 
@@ -144,14 +146,18 @@ class _SplitRound:
         rates = torch.tensor([[task.learning_rate] for task in self.ranked]).to(network.device)
         self.clients = StackedAdapters([payload.tensors] * len(tasks), plan, network.device)
         self.client_optimizer = make_optimizer(local, self.clients.trained.data, rates)
-        copies = len(tasks) if config.server == "per_client" else 1
-        server = {n: t for n, t in payload.server.items() if n.startswith("layers.")}
-        self.server = StackedAdapters([server] * copies, LocalPlan(plan.submodel), network.device)
-        self.server_optimizer = make_optimizer(local, self.server.trained.data, rates[:copies])
-        if config.server != "per_client":
-            _restore_moments(self.server_optimizer, payload, self.server.trained)
+        with on_server():
+            self._set_up_server(config, payload, rates)
         self.losses, self.num_tokens = np.zeros(len(tasks)), np.zeros(len(tasks), np.int64)
         self.cut_bytes = np.zeros((2, len(tasks)), np.int64)
+
+    def _set_up_server(self, config: SplitLoRAConfig, payload: Payload, rates: Tensor) -> None:
+        copies = len(rates) if config.server == "per_client" else 1
+        server = {n: t for n, t in payload.server.items() if n.startswith("layers.")}
+        self.server = StackedAdapters([server] * copies, LocalPlan(self.plan.submodel), self.network.device)
+        self.server_optimizer = make_optimizer(self.local, self.server.trained.data, rates[:copies])
+        if config.server != "per_client":
+            _restore_moments(self.server_optimizer, payload, self.server.trained)
 
     def step(self, step: int, worker: Worker) -> None:
         """Client forward, cut, server forward, backward and step, cut, client backward and step."""
@@ -162,7 +168,8 @@ class _SplitRound:
         self.network.set_adapter(client)
         activations = self.network.blocks(self.network.embed(ids), 0, self.plan.split)
         smashed = activations.detach().requires_grad_()  # S: all that the server sees of the clients' half
-        self._serve(smashed, labels, n)
+        with on_server():
+            self._serve(smashed, labels, n)
         assert smashed.grad is not None
         self.network.set_adapter(client)
         activations.backward(smashed.grad)

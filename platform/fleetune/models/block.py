@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fleetune import marks
 from fleetune.models.fused import rms_norm, rotary
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -21,6 +22,7 @@ def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def run_block(layer: Any, h: Tensor, cos: Tensor, sin: Tensor, attend: Attend = causal) -> Tensor:
     """h (B, S, D) -> (B, S, D): attention and SwiGLU, each on a normed copy and added to the residual stream."""
+    marks.current.block = id(layer)
     h = h + _attention(layer.self_attn, norm(layer.input_layernorm, h), cos, sin, attend)
     x = norm(layer.post_attention_layernorm, h)
     mlp = layer.mlp

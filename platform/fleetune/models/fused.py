@@ -49,7 +49,7 @@ class _Rotary(torch.autograd.Function):
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The type in which a product over ``x`` is carried out: that of the autocast around it, else its own."""
-    kind = x.device.type
+    kind = "cpu" if x.is_meta else x.device.type  # tensors without data stand for the CPU's
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 

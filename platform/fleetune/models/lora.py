@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fleetune.models.config import LoRAConfig
+from fleetune.models.fused import product_dtype
 from fleetune.seeds import seed_of
 from fleetune.tensors import Tensors
 
@@ -41,7 +42,9 @@ class AdaptedLinear(nn.Module):
         if self.dropout and self.training:
             x_k = nn.functional.dropout(x_k, self.dropout)
         y_k = y.view(num_clients, -1, y.shape[-1])
-        return torch.baddbmm(y_k, x_k @ self.lora_A.mT, self.lora_B.mT, alpha=self.scaling).view(y.shape)
+        dtype = product_dtype(x)
+        a, b = self.lora_A.mT.to(dtype), self.lora_B.mT.to(dtype)
+        return torch.baddbmm(y_k, x_k @ a, b, alpha=self.scaling).view(y.shape)
 
 
 def init_lora(sites: Mapping[str, tuple[int, int]], config: LoRAConfig, *, run_seed: int) -> Tensors:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fleetune.models.base import PRODUCT_DTYPES, BaseModel
 from fleetune.models.block import norm, run_block
@@ -29,6 +30,8 @@ class Network:
     precision = "fp32"
     """Of the products, and so of the activations between them. The residual stream, logits and adapters stay fp32."""
     device = torch.device("cpu")
+    checkpointing = False
+    """Whether blocks keep only their input while training, and are computed again in the backward pass."""
 
     def __init__(self, base: BaseModel, submodel: Submodel, lora: LoRAConfig, *, precision: str = "fp32"):
         self.submodel = submodel
@@ -87,7 +90,13 @@ class Network:
         cos, sin = self.rotary(h, torch.arange(h.shape[1], device=h.device)[None])
         with self.autocast():
             for layer in self.layers[start:stop]:
-                h = run_block(layer, h, cos, sin)
+                if self.checkpointing and torch.is_grad_enabled():
+                    # Adapters are read when a block runs: they must still be set when the backward pass runs it again.
+                    h = checkpoint(
+                        run_block, layer, h, cos, sin, use_reentrant=False, preserve_rng_state=self.model.training
+                    )
+                else:
+                    h = run_block(layer, h, cos, sin)
         return h
 
     def logits(self, h: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Who is sampled, their links, who leaves, and how many steps each takes are those
 * tokens of a batch: the expected longest of b examples drawn without replacement from the client's n,
   E = sum_i l_(i) [C(i, b) - C(i - 1, b)] / C(n, b) over its sorted lengths l_(1) <= … <= l_(n);
 * longest example, which decides who is refused: the longest that the client holds;
-* the share of positions with logits: that of the sampled clients' examples.
+* positions with logits: those of its mean example; for memory, of the one that has most.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import functools
 
 import numpy as np
 
-from fleetune.engine.costs import Load
+from fleetune.cost.estimate import Load
+from fleetune.cost.forms import monomials
 from fleetune.engine.problem import Problem
 from fleetune.engine.schedule import Schedule
 from fleetune.engine.work import Work
@@ -37,9 +38,11 @@ class ExpectedSchedule(Schedule):
         self.expected = functools.cache(
             lambda batch_size: expected_longest(lengths, owner, self.sizes, draws=batch_size)
         )
-        held = np.maximum(self.sizes, 1)
-        self.tokens = np.bincount(owner, lengths, part.num_clients) / held
-        self.prompt_tokens = np.bincount(owner, prompts, part.num_clients) / held
+        unlearnt = 1.0 if data.loss_on == "all" else np.maximum(prompts, 1.0)
+        learnt = np.maximum(lengths - unlearnt, 0.0)
+        self.learnt = np.bincount(owner, learnt, part.num_clients) / np.maximum(self.sizes, 1)
+        self.most_learnt = np.zeros(part.num_clients)
+        np.maximum.at(self.most_learnt, owner, learnt)
 
     def batches(self, round_idx: int, client_ids: np.ndarray) -> list[np.ndarray]:
         """None are drawn."""
@@ -47,17 +50,15 @@ class ExpectedSchedule(Schedule):
 
     def load(self, work: Work, client_ids: np.ndarray) -> Load:
         """Steps as in the run, lengths by expectation."""
-        steps = self.steps[client_ids]
-        if not steps.any():
-            zero = np.zeros(len(client_ids))
-            return Load(steps, zero, zero, 1.0)
-        prompt = float((steps * self.prompt_tokens[client_ids]).sum() / (steps * self.tokens[client_ids]).sum())
-        fraction = 1.0 if self.problem.inputs.train.loss_on == "all" else 1.0 - prompt
-        batch_sizes, padded = work.of_clients("batch_size"), np.zeros(len(client_ids))
-        for size in np.unique(batch_sizes).tolist():
-            mine = batch_sizes == size
+        batch, padded = work.of_clients("batch_size"), np.zeros(len(client_ids))
+        for size in np.unique(batch).tolist():
+            mine = batch == size
             padded[mine] = self.expected(size)[client_ids[mine]]
-        return Load(steps, padded, self.longest[client_ids], fraction)
+        return Load(
+            self.steps[client_ids],
+            monomials(batch, padded, batch * self.learnt[client_ids]),
+            monomials(batch, self.longest[client_ids], batch * self.most_learnt[client_ids]),
+        )
 
 
 def expected_longest(lengths: np.ndarray, owner: np.ndarray, sizes: np.ndarray, *, draws: int) -> np.ndarray:

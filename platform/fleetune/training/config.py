@@ -32,6 +32,9 @@ class LocalConfig(Config):
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Each client's gradient is scaled down to this norm; null: never."""
 
+    checkpointing: bool = False
+    """Blocks keep only their input and are computed again in the backward pass: less memory, more FLOPs, the same result."""
+
     def learning_rate_at(self, round_idx: int, num_rounds: int) -> float:
         """The step size of a round: lr_min + (lr_0 - lr_min) (1 + cos(pi t / T)) / 2 for cosine."""
         if self.schedule == "constant":

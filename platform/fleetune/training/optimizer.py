@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from fleetune.marks import OPTIMIZER, part
 from fleetune.training.config import LocalConfig
 
 
@@ -35,8 +36,9 @@ class StackedAdamW:
 
     def __init__(self, params: Tensor, learning_rates: Tensor, weight_decay: float):
         self.params, self.learning_rates, self.weight_decay = params, learning_rates, weight_decay
-        self.mean = torch.zeros_like(params)
-        self.square = torch.zeros_like(params)
+        with part(OPTIMIZER):
+            self.mean = torch.zeros_like(params)
+            self.square = torch.zeros_like(params)
         self.num_steps = 0
 
     def step(self, grads: Tensor) -> None:

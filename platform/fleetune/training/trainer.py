@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fleetune.marks import ADAPTERS, GRADIENTS, part
 from fleetune.models.network import Network
 from fleetune.tensors import Stack, Tensors, select
 from fleetune.training.config import LocalConfig
@@ -25,9 +26,13 @@ class StackedAdapters:
     """The adapters of K clients: a trained part in one buffer beside that of its gradient, and a frozen part."""
 
     def __init__(self, starts: Sequence[Tensors], plan: LocalPlan, device: torch.device):
-        self.trained = Stack.of([select(start, plan.trainable) for start in starts]).to(device)
-        self.frozen = Stack.of([select(start, lambda name: not plan.trainable(name)) for start in starts]).to(device)
-        self.grads = torch.zeros_like(self.trained.data)
+        with part(ADAPTERS):
+            self.trained = Stack.of([select(start, plan.trainable) for start in starts]).to(device)
+            self.frozen = Stack.of([select(start, lambda name: not plan.trainable(name)) for start in starts]).to(
+                device
+            )
+        with part(GRADIENTS):
+            self.grads = torch.zeros_like(self.trained.data)
 
     def parameters(self, num_active: int) -> Tensors:
         """Leaves {name: (num_active, …)} over the buffer's rows of the first clients."""
@@ -75,7 +80,7 @@ def train_cohort(
     losses = np.zeros(len(tasks))
     num_tokens = np.zeros(len(tasks), np.int64)
 
-    begin_training(network, ranked)
+    begin_training(network, ranked, local)
     for step in range(len(ranked[0].rows) if ranked else 0):
         active = [task for task in ranked if len(task.rows) > step]
         n = len(active)
@@ -93,17 +98,24 @@ def train_cohort(
         optimizer.step(grads)
         losses[:n] += loss.tolist()
         num_tokens[:n] += [int(row_lengths(data, task.rows[step]).sum()) for task in active]
-    network.set_adapter(None)
-    network.model.eval()
+    end_training(network)
     return _in_task_order(adapters.merged(), plan, ranked, order, losses, num_tokens)
 
 
-def begin_training(network: Network, tasks: Sequence[ClientTask]) -> None:
-    """Dropout on, where the adapter has any; it draws at the address of the first client."""
+def begin_training(network: Network, tasks: Sequence[ClientTask], local: LocalConfig) -> None:
+    """Checkpointing as the job file says. Dropout on, where the adapter has any; it draws at the first client's address."""
+    network.checkpointing = local.checkpointing
     uses_dropout = bool(tasks) and any(site.dropout for site in network.sites.values())
     network.model.train(uses_dropout)
     if uses_dropout:
         torch.manual_seed(tasks[0].seed)
+
+
+def end_training(network: Network) -> None:
+    """Leave the scratch network as it was found."""
+    network.checkpointing = False
+    network.set_adapter(None)
+    network.model.eval()
 
 
 def row_lengths(data: TokenizedDataset, rows: np.ndarray) -> np.ndarray:
