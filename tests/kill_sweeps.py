@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import commands
+from fleetune.records import find_runs
 from sweeping import in_mlflow, sweep_file
 from test_kill import started
 
@@ -54,16 +55,17 @@ def main() -> int:
     draw = random.Random(args.seed)
     folder = Path(tempfile.mkdtemp(prefix="fleetune-kills-"))
     grid = {"method.growth_rate": [2, 3, 4], "seed": [0, 1]}
-    path = sweep_file(folder, base={"tracking.enabled": True, "local.steps": 20}, grid=grid, metric="eval_loss")
-    began = time.monotonic()
+    path = sweep_file(folder, base={"tracking.enabled": True, "local.steps": 60}, grid=grid, metric="eval_loss")
+    began = time.time()
     launch(path, folder / "whole")
-    seconds = time.monotonic() - began
     expected = table(folder / "whole")
-    print(f"undisturbed: {expected.num_rows} trials in {seconds:.0f} s", flush=True)
+    recorded = [at_ms / 1000 - began for run in find_runs([folder / "whole"]) for _, at_ms in run.round_rows()]
+    first, last = min(recorded), max(recorded)
+    print(f"undisturbed: {expected.num_rows} trials, rounds from {first:.0f} to {last:.0f} s after launch", flush=True)
     num_wrong = 0
     for repeat in range(args.repeats):
         workspace = folder / f"killed-{repeat}"
-        after = draw.uniform(0.1, 1.0) * seconds
+        after = draw.uniform(0.8 * first, last)
         was_whole = launch(path, workspace, kill_after_seconds=after)
         over = len(list(workspace.glob("runs/*/result.json")))
         launch(path, workspace)
