@@ -16,7 +16,8 @@ from fleetune.errors import UserError
 from fleetune.spec import RunSpec, apply_overrides, flatten, from_dict, load, parse_overrides
 
 ROOT = Path(__file__).parent.parent
-JOBS = [yaml.safe_load(path.read_text()) for path in sorted((ROOT / "jobs").rglob("*.yaml"))]
+FILES = sorted(path for path in (ROOT / "jobs").rglob("*.yaml") if path.parent.name != "sweeps")
+JOBS = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in FILES]
 FIELDS = sorted({path for job in JOBS for path in flatten(from_dict(job).to_dict())})
 
 quickly = settings(deadline=None, max_examples=150, derandomize=True, suppress_health_check=list(HealthCheck))
