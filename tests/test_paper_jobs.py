@@ -40,6 +40,8 @@ def test_a_tx2_nx_holds_the_first_two_stages_and_not_the_last(table: dict[str, A
     fits = {board: cells for board, _, *cells in boards}
     assert fits["jetson-tx2-nx"] == ["2", "1", "does not fit", "does not fit"]
     assert fits["jetson-agx-orin-64gb"] == ["16"] * 4
+    needs = {way: float(need) for way, need, *_ in table["ways_out"]()}
+    assert needs["checkpointing"] < 0.75 * needs["the whole model"]
     ways = {way: where for way, *_, where in table["ways_out"]()}
     assert "tx2-nx" not in ways["the whole model"]
     assert ways["split after 8 blocks"] == ways["capacity limited to 8 blocks"] == "all"
@@ -47,4 +49,5 @@ def test_a_tx2_nx_holds_the_first_two_stages_and_not_the_last(table: dict[str, A
 
 def test_the_page_shows_what_the_script_prints(table: dict[str, Any]):
     page = table["PAGE"].read_text(encoding="utf-8")
+    assert "| needs at batch 1, GB |" in page
     assert table["page_with"](table["markdown"]()) == page, "run python jobs/paper/table.py --write"

@@ -166,6 +166,15 @@ def test_who_is_refused_reads_what_would_fit(tmp_path: Path):
     assert [row["least_depth"] for row in stages] == [4, 8, 8, 8]
 
 
+def test_checkpointing_needs_less_memory_and_more_work(tmp_path: Path):
+    """llama2-7b in nf4: blocks keep their input alone, and are computed once more."""
+    jobs = {"model.base": "llama2-7b", "model.quantization": "nf4", "fleet.devices": {"server-a100": 1.0}}
+    kept, again = (plan(tiny.spec({**jobs, "local.checkpointing": on}), cache_dir=tmp_path) for on in (False, True))
+    assert again.devices[0]["activation_bytes"] < 0.5 * kept.devices[0]["activation_bytes"]
+    assert 1.2 < again.totals["flops"] / kept.totals["flops"] < 1.5
+    assert all(row["checkpointing"] for row in again.devices)
+
+
 def test_an_architecture_is_planned_without_weights_or_data(tmp_path: Path):
     """Rank 2 on q of llama2-7b's 32 blocks: 32 x 2 x (4096 + 4096) x 4 B = 2,097,152 B each way; 16 tokens a batch assumed."""
     jobs: dict[str, Any] = {

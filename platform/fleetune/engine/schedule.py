@@ -152,13 +152,13 @@ class Schedule:
             rows,
             shares=[self._whole(payload) for payload in payloads],
             source=list(range(len(payloads))),
-            checkpointing=np.zeros(len(client_ids), bool),
+            checkpointing=np.full(len(client_ids), self.spec.local.checkpointing),
         )
 
     def _whole(self, payload: Payload) -> Share:
         """All of a payload's work."""
         depth = self.method.submodel(payload).num_layers
-        return Share(self.spec.local.batch_size, self.spec.model.lora.rank, depth, checkpointing=False)
+        return Share(self.spec.local.batch_size, self.spec.model.lora.rank, depth, self.spec.local.checkpointing)
 
     def _price(self, work: Work, client_ids: np.ndarray, provisioned: Mapping[int, str]) -> Costs:
         """What the work costs these clients, beside what they have."""
