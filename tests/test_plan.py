@@ -137,6 +137,10 @@ def test_a_fleet_too_large_to_draw_is_planned_by_expectation(tmp_path: Path, mon
     assert "expectation" in near.assumptions[0]
     assert near.totals["uplink_bytes"] == exact.totals["uplink_bytes"]
     assert near.totals["flops"] == pytest.approx(exact.totals["flops"], rel=0.05)
+    costly = plan(tiny.spec(COSTED, method="devft"), cache_dir=tmp_path)
+    refused = [row for row in costly.devices if row["num_oom"]]
+    assert [row["stage"] for row in refused] == [row["stage"] for row in refused if row["refused_hint"]]
+    assert len(refused) >= 1
 
 
 def test_lengths_come_from_the_cache_and_notice_a_changed_file(tmp_path: Path):

@@ -31,10 +31,11 @@ class Fitted:
 
 
 class Fitting:
-    """Fits a round's work to its clients' budgets. ``adapt``: what clients make smaller by themselves."""
+    """Fits a round's work to its clients' budgets. ``adapt``: what clients make smaller by themselves; ``hints``: whether it
+    says of the others what would fit them."""
 
-    def __init__(self, method: Method, adapt: str, *, price: Price, broken: Broken):
-        self.method, self.adapt, self.price, self.broken = method, adapt, price, broken
+    def __init__(self, method: Method, adapt: str, *, price: Price, broken: Broken, hints: bool):
+        self.method, self.adapt, self.price, self.broken, self.hints = method, adapt, price, broken, hints
 
     def fit(self, work: Work, client_ids: np.ndarray) -> Fitted:
         """Price the whole work, shrink it where a budget breaks and clients adapt, and say of the rest what would fit."""
@@ -123,7 +124,7 @@ class Fitting:
         """For each refused client the ways that would fit: one thing made smaller, or batch and checkpointing together."""
         out = np.full(len(refused_by), None, dtype=object)
         refused = np.flatnonzero(refused_by != None)  # noqa: E711
-        if not len(refused):
+        if not len(refused) or not self.hints:
             return out
         told: dict[int, list[str]] = {i: [] for i in refused.tolist()}
         for key in np.unique(work.group_of[refused]).tolist():

@@ -69,6 +69,7 @@ class Schedule:
             self.spec.fleet.adapt,
             price=lambda work, ids: self._price(work, ids, provisioned),
             broken=lambda ids, costs: fleet.budgets.broken(fleet.device_index[ids], costs),
+            hints=self.tells_what_fits(round_idx),
         )
         fitted = fitting.fit(self._work(state, round_idx, client_ids), client_ids)
         work, costs = fitted.work, fitted.costs
@@ -114,6 +115,10 @@ class Schedule:
         if round_idx < self.spec.rounds.num_rounds:
             available = self._opening(round_idx, sim_seconds).available
             self._ahead = {round_idx: self.batches(round_idx, self.clients(round_idx, available))}
+
+    def tells_what_fits(self, round_idx: int) -> bool:
+        """Whether refused clients of this round are told what would fit."""
+        return True
 
     def batches(self, round_idx: int, client_ids: np.ndarray) -> list[np.ndarray]:
         """Each client's examples, (steps, batch), drawn at the address (seed, round, client)."""

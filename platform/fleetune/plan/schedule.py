@@ -6,6 +6,8 @@ Who is sampled, their links, who leaves, and how many steps each takes are those
   E = sum_i l_(i) [C(i, b) - C(i - 1, b)] / C(n, b) over its sorted lengths l_(1) <= … <= l_(n);
 * longest example, which decides who is refused: the longest that the client holds;
 * positions with logits: those of its mean example; for memory, of the one that has most.
+
+What would fit a refused client is worked out in the first round of a stage alone.
 """
 
 from __future__ import annotations
@@ -43,6 +45,10 @@ class ExpectedSchedule(Schedule):
         self.learnt = np.bincount(owner, learnt, part.num_clients) / np.maximum(self.sizes, 1)
         self.most_learnt = np.zeros(part.num_clients)
         np.maximum.at(self.most_learnt, owner, learnt)
+
+    def tells_what_fits(self, round_idx: int) -> bool:
+        """In the first round of each stage: in the others the same kinds of devices are asked the same."""
+        return round_idx == 0 or self.method.stage(round_idx) != self.method.stage(round_idx - 1)
 
     def batches(self, round_idx: int, client_ids: np.ndarray) -> list[np.ndarray]:
         """None are drawn."""
