@@ -66,12 +66,15 @@ def weights_bytes(shape: ModelShape, weights: str, precision: str) -> int:
 def saved_bytes(shape: ModelShape, *, rank: int, batch: int, tokens: int, logits: int) -> int:
     """Bytes that autograd keeps of an fp32 step with adapters on all linears, for a shape without biases and head norms.
 
-    Of a block: its input and 1 / rms of two norms, their outputs (the adapters' inputs), q, k, v, attention's output and
-    log-sum-exp, gate, silu(gate), up and their product, and r of each of the seven adapters. Of the lowest block everything
-    but its first norm's own. Then cos and sin, the last norm and its output's gather, and the log-softmax.
+    Of every block and token: the inputs and 1 / rms of two norms and their outputs (which the adapters read), q, k, v,
+    attention's output and log-sum-exp, gate, silu(gate), up and their product, and the rank-r middle of seven adapters. The
+    lowest block's first norm keeps nothing of its own, because the embedding needs no gradient; the last norm keeps 1 / rms of
+    the gathered positions and those positions' input. Then the log-softmax; of every such position its place, its target and
+    its owner as int64 and its loss; cosines and sines of every place; the number of counted tokens, and the mean.
     """
     h, i = shape.hidden_size, shape.intermediate_size
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    per_token = 4 * (2 * h + 2 + 2 * h + 2 * q + 2 * kv + shape.num_heads + 4 * i + 7 * rank)
-    lowest_norm = 4 * (h + 1)
-    return batch * tokens * (shape.num_layers * per_token - lowest_norm) + 0 * logits
+    per_token = 4 * (2 * (h + 1) + 2 * h + 2 * q + 2 * kv + shape.num_heads + 4 * i + 7 * rank)
+    per_logit = 4 * (h + 1) + 4 * shape.vocab_size + 3 * 8 + 4
+    rest = 8 * shape.head_dim * tokens + 12
+    return batch * tokens * (shape.num_layers * per_token - 4 * (h + 1)) + logits * per_logit + rest

@@ -149,14 +149,17 @@ class Tracing:
         return len({frozenset(facts) for facts in of_block.values()}) == 1 and len(of_block) == plan.submodel.num_layers
 
     def _recorded(self, model: CostedModel, payload: Payload, shape: WorkShape) -> Recording:
+        return Recording.of(*zip(*self.watched(model, payload, shape), strict=True))
+
+    def watched(self, model: CostedModel, payload: Payload, shape: WorkShape) -> list[tuple[Tracer, list[int]]]:
+        """The work at the two points: who watched it, and a step's bytes over the cut each way."""
         with torch.device("meta"):
             worker = _PhantomWorker(model, self.lora, self.local, shape)
             method = model.method(self.trained_method)
             costed = model.payload(payload, self.trained_method.submodel(payload).num_layers)
             network = worker.network(method.submodel(costed))  # assembled before anything is watched
         tensors = [*network.model.parameters(), *network.model.buffers()]
-        watched = [record(method, worker, costed, point, tensors) for point in POINTS]
-        return Recording.of(*zip(*watched, strict=True))
+        return [record(method, worker, costed, point, tensors) for point in POINTS]
 
 
 def record(
