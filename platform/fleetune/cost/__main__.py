@@ -1,4 +1,4 @@
-"""``python -m fleetune.cost``: the closed forms beside traced and published numbers."""
+"""``python -m fleetune.cost``: what the traces predict beside what others measured."""
 
 from fleetune.cost.validation import table
 

@@ -1,4 +1,4 @@
-"""The local plan: what a method says of a client's work, as a value. The trainer carries it out, the cost model prices it."""
+"""The local plan: what a method says of a client's work, as a value. The trainer carries it out."""
 
 from __future__ import annotations
 
