@@ -50,7 +50,8 @@ def evaluate(polynomials: np.ndarray, basis: np.ndarray) -> np.ndarray:
     shape = (len(basis),) + (1,) * (polynomials.ndim - 1)
     total = np.zeros((len(basis), *polynomials.shape[:-1]))
     for k in range(NUM):
-        total += basis[:, k].reshape(shape) * polynomials[..., k]
+        if polynomials[..., k].any():
+            total += basis[:, k].reshape(shape) * polynomials[..., k]
     return total
 
 
