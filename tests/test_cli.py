@@ -74,7 +74,7 @@ def test_set_overrides_fields_and_another_method_starts_from_its_defaults(fleetu
     out = fleetune("run", job, "-w", tmp_path, "--json", *sets)
     assert out.status == 0, out.stderr
     spec = yaml.safe_load((Path(out.document["run_dir"]) / "spec.yaml").read_text())
-    assert spec["method"] == {"name": "split-lora", "split_point": 1, "server": "concatenated"}
+    assert spec["method"] == {"name": "split-lora", "split_point": 1, "server": "concatenated", "pipelined": False}
     assert spec["rounds"]["num_rounds"] == out.document["totals"]["num_rounds"] == 1
 
 
