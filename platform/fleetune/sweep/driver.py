@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fleetune.engine import launch
+from fleetune.engine.directories import git_commit
 from fleetune.records.run_directory import RunDirectory
 from fleetune.records.sweep_directory import SweepDirectory
 from fleetune.sweep.board import OVER, Board, Entry
@@ -41,7 +42,7 @@ class Driver:
         self.pending = [n for n, entry in sorted(board.entries.items()) if entry.status not in OVER]
         self.given_out: set[int] = set()
         """Trials that wait for a process or have one."""
-        self.commit = launch.git_commit()
+        self.commit = git_commit()
         if search is not None:
             for entry in board.entries.values():
                 if entry.status in OVER:
@@ -154,7 +155,7 @@ def take_stock(board: Board, trials: Sequence[Trial], sweep_path: Path) -> int:
     """
     workspace = sweep_path.parent.parent
     elsewhere = finished_runs(workspace)
-    commit, others = launch.git_commit(), 0
+    commit, others = git_commit(), 0
     for trial in trials:
         own = RunDirectory(workspace / "runs" / f"{sweep_path.name}-{trial.number:03d}")
         entry = Entry(trial, own)

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from fleetune.engine.launch import resolve_execution, slug
+from fleetune.engine.directories import slug
+from fleetune.engine.resolve import resolve_execution
 from fleetune.errors import UserError
 from fleetune.records.naming import flatten, shown
 from fleetune.seeds import rng

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fleetune.engine import launch
+from fleetune.engine.directories import git_commit, locked
 from fleetune.engine.problem import Inputs, build_problem, load_inputs
 from fleetune.errors import UserError
 from fleetune.records.access import check_access
@@ -83,7 +84,7 @@ def run(
         if example.tracking.enabled:
             launch.follower(warn).watch(run_path)
 
-    with launch.locked(directory, field="SWEEP", patience_seconds=5.0):
+    with locked(directory, field="SWEEP", patience_seconds=5.0):
         driver = Driver(sweep, directory, board, search=search, report=report or (lambda board: None), watch=watch)
         (directory.path / "result.json").unlink(missing_ok=True)
         driver.save()
@@ -147,7 +148,7 @@ def _prepare(trials: Sequence[Trial], workspace: Path, address: str | None) -> d
 def _open(sweep: SweepSpec, path: Path, text: str | None) -> SweepDirectory:
     if (path / SweepDirectory.SPEC).is_file():
         return SweepDirectory.open(path)
-    meta = {"sweep": sweep.name, "git_commit": launch.git_commit(), "text": text}
+    meta = {"sweep": sweep.name, "git_commit": git_commit(), "text": text}
     values = sweep.model_dump(mode="json", exclude_none=True)
     with _writable(path.parent.parent):
         return SweepDirectory.create(path.parent.parent, path.name, values, meta=meta, directory=path.parent)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fleetune.engine.coordinator import Baselines, Coordinator, Event
+from fleetune.engine.directories import locked, run_meta
 from fleetune.engine.executor import Executor, SerialExecutor, placed_base
-from fleetune.engine.launch import base_key, finish, locked, run_meta
+from fleetune.engine.launch import base_key, finish
 from fleetune.engine.problem import Inputs, Problem, build_problem, load_inputs, set_threads
 from fleetune.models.base import BaseModel
 from fleetune.records.run_directory import RunDirectory
