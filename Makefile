@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test lint docs bench clean
+.PHONY: help quickstart test nodes lint docs bench clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -13,6 +13,9 @@ quickstart: $(VENV)/.installed ## install into .venv and run jobs/quickstart.yam
 
 test: $(VENV)/.tested ## install into .venv and run the tests
 	$(BIN)/python -m pytest
+
+nodes: $(VENV)/.tested ## the tests on several nodes and servers, which `make test` leaves out
+	$(BIN)/python -m pytest -m nodes
 
 lint: $(VENV)/.developed ## formatter, linter, type checker
 	$(BIN)/ruff format --check .

@@ -223,7 +223,7 @@ FAKES = {
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.nodes
 @pytest.mark.timeout(200)
 def test_the_slurm_script_runs_a_job_on_two_nodes(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory):
     """With stand-ins for Slurm's commands that start on this machine what they should start on a node.

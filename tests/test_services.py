@@ -71,6 +71,7 @@ def test_a_user_who_is_not_let_in_is_told_before_any_work(
     assert (out.status, out.document["num_artifacts"] > 0) == (0, True)
 
 
+@pytest.mark.nodes
 def test_a_server_killed_in_mid_run_holds_everything_once_when_it_is_back(
     server: services.MLflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -137,7 +137,7 @@ def submit(
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.nodes
 def test_a_sweep_runs_on_the_cluster_and_its_end_is_ours(cluster: tuple[str, Access, Path], project: Path):
     """Status 0 with the sweep's own document, and 2 for a mistake that only the cluster sees."""
     address, access, workspace = cluster

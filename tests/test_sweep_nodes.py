@@ -20,7 +20,7 @@ from sweeping import local_ray, one_by_one, same_as, sweep, sweep_file
 from test_kill import started
 
 __all__ = ["local_ray"]
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.nodes]
 
 
 @pytest.fixture(scope="module")
