@@ -49,9 +49,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4, help="rounds that are measured, beside the first and the last")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--kernels", choices=("auto", "compiled", "torch"), default="auto")
     parser.add_argument("--hosts-per-gpu", type=int, default=2)
     args = parser.parse_args()
     where = {"device": args.device, "precision": args.precision, "hosts_per_gpu": args.hosts_per_gpu}
+    where["kernels"] = args.kernels
     cohort = args.cohort if args.cohort == "auto" else int(args.cohort)
     cases = [(args.kind, args.hosts)] if args.hosts else [("serial", 1), ("ray", 1), ("ray", 2)]
     rows = [

@@ -58,10 +58,10 @@ def make_case(name: str) -> Case:
 class Trial:
     """One case with everything that the trainer needs, for up to ``num_clients`` clients."""
 
-    def __init__(self, case: Case, num_clients: int, *, device: str, precision: str):
+    def __init__(self, case: Case, num_clients: int, *, device: str, precision: str, kernels: str):
         lora = LoRAConfig(rank=8, alpha=16.0, targets=case.targets)
         submodel = Submodel.prefix(case.base.num_layers)
-        set_up(device)
+        set_up(device, kernels)
         base = placed(case.base, device=device, precision=precision)
         self.network, self.plan = Network(base, submodel, lora, precision=precision), LocalPlan(submodel)
         self.local = LocalConfig(steps=NUM_STEPS, batch_size=case.batch_size)
@@ -109,6 +109,7 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--kernels", choices=("compiled", "torch"), default="compiled")
     parser.add_argument(
         "--matmul", type=int, default=1024, help="size of the product to compare with; on a GPU take 8192"
     )
@@ -118,7 +119,9 @@ def main() -> None:
     for threads in [1] if args.cpu_time else args.threads:
         set_threads(threads)
         for name in args.model:
-            trial = Trial(make_case(name), max(args.clients), device=args.device, precision=args.precision)
+            trial = Trial(
+                make_case(name), max(args.clients), device=args.device, precision=args.precision, kernels=args.kernels
+            )
             flops = trial.flops_per_step()
             for num_clients in args.clients:
                 # Beside each case, as the machine's rate changes with its load.

@@ -39,10 +39,7 @@ def step_flops(
     before = [m for m in shape.linears if STAGE[m] <= first]
     spared = 2 * t * _linears(shape, before) + 2 * t * rank * sum(shape.linears[m][0] for m in modules if m in before)
     spared += int(FLASH_BACKWARD * attention) if first > 0 else 0
-    # A checkpointed block runs again up to its last saved tensor: the last product is not repeated.
-    num_in, num_out = shape.linears["down_proj"]
-    again = forward - 2 * t * num_out * (rank if "down_proj" in modules else num_in)
-    return blocks * (forward + backward + again * checkpointing) - spared + 2 * head
+    return blocks * (forward + backward + forward * checkpointing) - spared + 2 * head
 
 
 def weights_bytes(shape: ModelShape, weights: str, precision: str) -> int:

@@ -12,8 +12,10 @@ import torch
 import models
 import runs
 import tiny
+from fleetune.models import block
 from fleetune.models.base import ARCHITECTURES, placed
 from fleetune.models.config import LoRAConfig
+from fleetune.models.fused import swiglu
 from fleetune.models.network import Network
 from fleetune.models.submodel import Submodel, combined
 from fleetune.tensors import Tensors, select
@@ -84,16 +86,20 @@ def test_adapters_have_fp32_gradients_over_every_kind_of_base(quantization: str)
     assert 0 < distance(flat(gradients), flat(exact_gradients)) < 0.1
 
 
-def test_matrices_are_rounded_and_so_are_the_activations_between_products():
+def test_matrices_are_rounded_and_so_are_the_activations_between_products(monkeypatch: pytest.MonkeyPatch):
     """Norms' gains and biases (qwen2) stay fp32, and so does the residual stream; a projection's output is bf16."""
     network = network_of("qwen2", "bf16")
     for name, parameter in network.model.named_parameters():
         assert parameter.dtype == (torch.bfloat16 if parameter.ndim == 2 else torch.float32), name
     seen = []
-    projection = network.layers[0].mlp.up_proj
-    projection.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+
+    def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        seen.append((gate.dtype, up.dtype))
+        return swiglu(gate, up)
+
+    monkeypatch.setattr(block, "swiglu", gated)
     h = network.blocks(network.embed(models.random_ids(1, 4)))
-    assert seen == [(torch.bfloat16, torch.bfloat16)]
+    assert seen == network.num_layers * [(torch.bfloat16, torch.bfloat16)]
     assert h.dtype == torch.float32
 
 

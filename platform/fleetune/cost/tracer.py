@@ -99,7 +99,8 @@ class Tracer(TorchDispatchMode):
                 self._hold_all(_tensors(out))
             return out
         kwargs = kwargs or {}
-        inputs = list(_tensors(args)) + list(_tensors(kwargs))
+        read = [t for value in (*args, *(v for k, v in kwargs.items() if k != "out")) for t in _tensors(value)]
+        inputs = [*read, *_tensors(kwargs.get("out"))]
         name = func._overloadpacket.__name__
         if all(t.is_meta for t in inputs):
             out, flops = self._worked_out(func, name, args, kwargs, inputs)
@@ -110,7 +111,7 @@ class Tracer(TorchDispatchMode):
         outputs = list(_tensors(out))
         self._hold_all(inputs)
         self._hold_all(outputs)
-        self.ops.append(Op(name, flops, _traffic(name, inputs, outputs, kwargs), marks.current.side, self.step))
+        self.ops.append(Op(name, flops, _traffic(name, read, outputs), marks.current.side, self.step))
         self.places.append((self.step, self._block()))
         self.clock += 1
         return out
@@ -292,14 +293,13 @@ def _size(tensor: Tensor) -> int:
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
-def _traffic(name: str, inputs: list[Tensor], outputs: list[Tensor], kwargs: dict) -> tuple[int, ...]:
+def _traffic(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[int, ...]:
     """Bytes that an operator reads and writes, tensor by tensor: each distinct input once, each output once."""
     if name in GATHERS:
         return tuple(2 * _size(t) for t in outputs)
     if name in OVERWRITES:
         inputs = inputs[1:]
-    out = kwargs.get("out")
-    distinct = {id(t): t for t in inputs if t is not out}
+    distinct = {id(t): t for t in inputs}
     return tuple(_size(t) for t in (*distinct.values(), *outputs))
 
 

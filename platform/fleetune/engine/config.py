@@ -38,7 +38,7 @@ class EvaluationConfig(Config):
 
 
 class ExecutionConfig(Config):
-    """Where the work runs. Only cohort, threads, device and precision change results: their products round differently."""
+    """Where the work runs. Only cohort, threads, device, precision and kernels change results: they round differently."""
 
     kind: Literal["auto", "ray", "serial"] = "auto"
     """ray: a pool of host actors; serial: in this process; auto: ray where more than one host can be busy."""
@@ -53,6 +53,9 @@ class ExecutionConfig(Config):
     """Where hosts compute. auto: cuda where every node has a GPU and the hosts find room there, else cpu."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the products in training and evaluation; bf16: autocast. Adapters, gradients and optimizer are fp32 in both."""
+    kernels: Literal["auto", "compiled", "torch"] = "auto"
+    """What norms, rotations and gates between the products are computed by; compiled: by this machine's C compiler, once, in a
+    quarter of a second, for fp32 on processors. auto: compiled where the machine that starts the run can, else torch."""
     hosts_per_gpu: int = Field(1, ge=1, le=10_000)
     """Hosts that share a GPU (device: cuda); each holds the base model once in the GPU's memory."""
 

@@ -64,7 +64,7 @@ class WorkerSide:
     def __init__(self, spec: RunSpec, inputs: Inputs, method: Method, *, base: BaseModel | None = None):
         """``base``: the base model as `placed_base` gives it, where this process has placed it before."""
         self.spec, self.inputs, self.method = spec, inputs, method
-        set_up(spec.execution.device)
+        set_up(spec.execution.device, spec.execution.kernels)
         self.worker = Worker(
             base=base or placed_base(spec, inputs.base),
             lora=spec.model.lora,

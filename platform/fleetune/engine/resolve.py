@@ -9,6 +9,7 @@ from fleetune.engine.config import ExecutionConfig
 from fleetune.errors import UserError
 from fleetune.methods import METHODS
 from fleetune.spec import RunSpec
+from fleetune.training.device import can_compile
 
 MAX_COHORT = 16
 # Padded tokens of one step of a cohort on processors. Measured (docs/benchmarks.md): products are full well before, and a stack
@@ -107,4 +108,19 @@ def _resolved(spec: RunSpec, device: str, node_cores: Sequence[int], places: Seq
     cohort = int(chosen.cohort) if chosen.cohort != "auto" else -(-per_host // num_cohorts)
     kind = chosen.kind if chosen.kind != "auto" else ("ray" if hosts > 1 and not coupled else "serial")
     values = {"kind": kind, "hosts": hosts, "threads": threads, "cohort": cohort, "device": device}
+    values["kernels"] = _kernels(chosen, device)
     return spec.model_copy(update={"execution": chosen.model_copy(update=values)})
+
+
+def _kernels(chosen: ExecutionConfig, device: str) -> str:
+    has_use = device == "cpu" and chosen.precision == "fp32"
+    if chosen.kernels == "compiled" and not has_use:
+        raise UserError(
+            f"compiled kernels are for fp32 on processors, and this run computes in {chosen.precision} on {device}",
+            field="execution.kernels",
+            value="compiled",
+            hint="set it to auto or torch",
+        )
+    if chosen.kernels != "auto":
+        return chosen.kernels
+    return "compiled" if has_use and can_compile() else "torch"

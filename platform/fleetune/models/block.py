@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fleetune import marks
-from fleetune.models.fused import rms_norm, rotary
+from fleetune.models.fused import rms_norm, rotary, swiglu
+from fleetune.models.lora import linears
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """(queries (B, heads, S, d), keys and values (B, kv heads, S, d), scale) -> (B, heads, S, d)."""
@@ -23,22 +24,26 @@ def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def run_block(layer: Any, h: Tensor, cos: Tensor, sin: Tensor, attend: Attend = causal) -> Tensor:
     """h (B, S, D) -> (B, S, D): attention and SwiGLU, each on a normed copy and added to the residual stream."""
     marks.current.block = id(layer)
-    h = h + _attention(layer.self_attn, norm(layer.input_layernorm, h), cos, sin, attend)
-    x = norm(layer.post_attention_layernorm, h)
-    mlp = layer.mlp
-    return h + mlp.down_proj(nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+    h, x = norm(layer.input_layernorm, h)
+    (h,) = linears(_attention(layer.self_attn, x, cos, sin, attend), [layer.self_attn.o_proj], residual=h)
+    h, x = norm(layer.post_attention_layernorm, h)
+    gate, up = linears(x, [layer.mlp.gate_proj, layer.mlp.up_proj])
+    (h,) = linears(swiglu(gate, up), [layer.mlp.down_proj], residual=h)
+    return h
 
 
-def norm(module: Any, x: Tensor) -> Tensor:
-    """A transformers RMSNorm module."""
-    return rms_norm(x, module.weight, module.variance_epsilon)
+def norm(module: Any, h: Tensor) -> tuple[Tensor, Tensor]:
+    """A transformers RMSNorm module: h as it is, to go on with, and its normed copy."""
+    return rms_norm(h, module.weight, module.variance_epsilon)
 
 
 def _attention(attention: Any, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    """x (B, S, D) -> (B, S, heads d), before the output projection."""
     heads = (*x.shape[:-1], -1, attention.head_dim)  # (B, S, heads, d)
-    q, k, v = (project(x).view(heads) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
+    q, k, v = linears(x, [attention.q_proj, attention.k_proj, attention.v_proj])
+    q, k, v = q.view(heads), k.view(heads), v.view(heads)
     if hasattr(attention, "q_norm"):  # Qwen3 norms every head
-        q, k = norm(attention.q_norm, q), norm(attention.k_norm, k)
+        q, k = norm(attention.q_norm, q)[1], norm(attention.k_norm, k)[1]
     q, k = rotary(q.transpose(1, 2), cos, sin), rotary(k.transpose(1, 2), cos, sin)
     out = attend(q, k, v.transpose(1, 2), attention.scaling)
-    return attention.o_proj(out.transpose(1, 2).reshape(*x.shape[:-1], -1))
+    return out.transpose(1, 2).reshape(*x.shape[:-1], -1)

@@ -1,4 +1,4 @@
-"""Two pieces of a decoder block with their gradients written out, because autograd's own take many passes over memory.
+"""Three pieces of a decoder block with their gradients written out, because autograd's own take many passes over memory.
 
 The frozen base has no gradient of its own, so only the gradient of the activations is computed. Shape legend as in network.py.
 Sums and rotations are worked out in fp32 whatever the arithmetic of the products; what goes into a product has its type.
@@ -9,28 +9,65 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from fleetune.models import kernels
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = w x / rms(x), rms(x) = sqrt(mean x^2 + eps) (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    """y = w x / rms(x), rms(x) = sqrt(mean x^2 + eps) (Zhang and Sennrich 2019, arXiv 1910.07467).
+
+    x is handed through: whoever goes on with it, as the residual stream does, has its gradient added here and not by a pass
+    of its own.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        if kernels.takes(x, weight) and product_dtype(x) is x.dtype:
+            y, inverse = kernels.rms_norm(x, weight, eps)
+            ctx.save_for_backward(x, weight, inverse)
+            return x, y
         wide = _at_least_fp32(x)
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # 1 / rms(x): (…, 1)
         ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).mul_(weight).to(product_dtype(x))
+        return x, (wide * inverse).mul_(weight).to(product_dtype(x))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+        through, grad = grads
+        if grad is None:
+            return through, None, None
         x, weight, inverse = ctx.saved_tensors
+        if kernels.takes(grad, x, weight):
+            return kernels.rms_norm_backward(grad, x, weight, inverse, through), None, None
         wide = _at_least_fp32(x)
-        g = grads[0].to(wide.dtype) * weight
+        g = grad.to(wide.dtype) * weight
         # dx = g / rms - x <g, x> / (D rms^3)
         shared = torch.linalg.vecdot(g, wide).unsqueeze(-1).mul_(inverse.pow(3)).div_(x.shape[-1])
-        return g.mul_(inverse).addcmul_(wide, shared, value=-1).to(x.dtype), None, None
+        g.mul_(inverse).addcmul_(wide, shared, value=-1)
+        return (g if through is None else g.add_(through)).to(x.dtype), None, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) up, silu(x) = x sigmoid(x) (Shazeer 2020, arXiv 2002.05202). Compiled, silu(gate) is not kept but made again."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        if kernels.takes(gate, up):
+            ctx.save_for_backward(gate, up, None)
+            return kernels.swiglu(gate, up)
+        silu = nn.functional.silu(gate)
+        ctx.save_for_backward(gate, up, silu)
+        return silu * up
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up, silu = ctx.saved_tensors
+        if silu is None:
+            return kernels.swiglu_backward(grads[0], gate, up)
+        return torch.ops.aten.silu_backward(grads[0] * up, gate), grads[0] * silu
 
 
 class _Rotary(torch.autograd.Function):
@@ -57,9 +94,14 @@ def _at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension with a frozen gain, in the type of the products that take it up."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x itself, and its RMSNorm over the last dimension with a frozen gain, in the type of the products that take it up."""
     return _RMSNorm.apply(x, weight, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """The gate of the feed-forward part: silu(gate) up, of equal shapes."""
+    return _SwiGLU.apply(gate, up)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -68,6 +110,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    if kernels.takes(x, cos, sin):
+        return kernels.rotate(x, cos, sin, sign)
     half = x.shape[-1] // 2
     out = x * cos
     out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-sign)

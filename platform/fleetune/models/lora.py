@@ -11,13 +11,15 @@ Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fleetune.models.config import LoRAConfig
 from fleetune.models.fused import product_dtype
+from fleetune.models.project import Projection, project
 from fleetune.seeds import seed_of
 from fleetune.tensors import Tensors
 
@@ -45,6 +47,31 @@ class AdaptedLinear(nn.Module):
         dtype = product_dtype(x)
         a, b = self.lora_A.mT.to(dtype), self.lora_B.mT.to(dtype)
         return torch.baddbmm(y_k, x_k @ a, b, alpha=self.scaling).view(y.shape)
+
+
+def linears(x: Tensor, layers: Sequence[Any], residual: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Linear layers, adapted or not, on the same x (K b, S, in); the first one's output is added to ``residual``.
+
+    Where all weights are plain matrices that is one function (`fleetune.models.project`). Quantised layers multiply by
+    themselves, and so do adapters that drop some of their input: then each layer runs on its own.
+    """
+    plain = [_as_projection(layer) for layer in layers]
+    if all(plain):
+        return project(x, [layer for layer in plain if layer], residual)
+    first, *others = (layer(x) for layer in layers)
+    return (first if residual is None else residual + first, *others)
+
+
+def _as_projection(layer: Any) -> Projection | None:
+    is_adapted = isinstance(layer, AdaptedLinear)
+    base = layer.base if is_adapted else layer
+    if not base.weight.is_floating_point():
+        return None
+    if not is_adapted or layer.lora_A is None or layer.lora_B is None:
+        return Projection(base.weight, base.bias)
+    if layer.dropout and layer.training:
+        return None
+    return Projection(base.weight, base.bias, layer.lora_A, layer.lora_B, layer.scaling)
 
 
 def init_lora(sites: Mapping[str, tuple[int, int]], config: LoRAConfig, *, run_seed: int) -> Tensors:

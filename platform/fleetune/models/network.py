@@ -102,7 +102,7 @@ class Network:
     def logits(self, h: Tensor) -> Tensor:
         """Final norm and head on any leading shape: (…, D) -> (…, V)."""
         with self.autocast():
-            return self._wide(self.model.lm_head(norm(self.model.model.norm, h)))
+            return self._wide(self.model.lm_head(norm(self.model.model.norm, h)[1]))
 
 
 def linear_sites(base: BaseModel, lora: LoRAConfig) -> dict[str, tuple[int, int]]:

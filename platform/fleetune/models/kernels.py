@@ -1,0 +1,163 @@
+"""What lies between a block's matrix products, compiled by this machine's C compiler: each piece is one pass over memory.
+
+PyTorch needs two to five passes for the same, and a small model spends more time in those than its products can make up for.
+`use` says for this process which of the two is used; `fleetune.models.fused` asks `takes` for every tensor. They round
+differently, so the choice is part of a run's spec (``execution.kernels``). fp32 on the CPU only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_suffix(".c")
+# No contraction into fused multiply-adds: whether a compiler makes one differs between a loop's body and its rest.
+FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared",
+         "-fPIC")  # fmt: skip
+ROWS_PER_THREAD = 64
+"""Fewer are not worth handing to another thread."""
+
+_library: ctypes.CDLL | None = None
+
+
+class KernelsUnavailable(RuntimeError):
+    """This machine cannot compile or load them; the message says why."""
+
+
+def use(folder: Path | None) -> None:
+    """From now on this process uses the compiled kernels, kept in ``folder``; None: PyTorch. Raises KernelsUnavailable."""
+    global _library
+    _library = None if folder is None else load(folder)
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether these are worked on by the compiled kernels."""
+    return _library is not None and all(t.dtype is torch.float32 and t.device.type == "cpu" for t in tensors)
+
+
+@functools.cache
+def load(folder: Path) -> ctypes.CDLL:
+    """The library, compiled if ``folder`` does not hold it for this source, processor and compiler."""
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise KernelsUnavailable("there is no C compiler (cc, gcc or clang)")
+    key = hashlib.sha256("\n".join([SOURCE.read_text(), compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
+    path = folder / f"{key}.so"
+    try:
+        if not path.exists():
+            _compile(compiler, path)
+        library = ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError) as error:
+        output = getattr(error, "stderr", None) or str(error)
+        raise KernelsUnavailable(f"{compiler} gave no library: {output.strip().splitlines()[0]}") from error
+    for name, types in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = [ctypes.c_int64, ctypes.c_int64, *types], None
+    return library
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Beside its place first, as several processes may do this at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        made = Path(scratch) / path.name
+        command = [compiler, *FLAGS, "-o", str(made), str(SOURCE), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+        made.replace(path)
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on: a folder may be shared by unequal machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return f"{platform.machine()} {platform.processor()}"
+
+
+_SIZE, _NUMBER, _DATA = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+_SIGNATURES = {
+    "rms_norm": (_SIZE, _DATA, _DATA, _NUMBER, _DATA, _DATA),
+    "rms_norm_backward": (_SIZE, *(6 * [_DATA])),
+    "rotate": (_SIZE, _SIZE, _SIZE, _DATA, _SIZE, _SIZE, _SIZE, _DATA, _DATA, _SIZE, _NUMBER, _DATA),
+    "swiglu": (_SIZE, _DATA, _DATA, _DATA),
+    "swiglu_backward": (_SIZE, *(5 * [_DATA])),
+}
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Normed x (…, D), and 1 / rms (…, 1)."""
+    x = x.contiguous()
+    y, inverse = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1)
+    _run(
+        "rms_norm", inverse.numel(), x.shape[-1], x.data_ptr(), weight.data_ptr(), eps, y.data_ptr(), inverse.data_ptr()
+    )
+    return y, inverse
+
+
+def rms_norm_backward(g: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, through: Tensor | None) -> Tensor:
+    """The gradient of x (…, D): of its norm from g, and ``through`` beside it."""
+    g, x = g.contiguous(), x.contiguous()
+    through = None if through is None else through.contiguous()
+    dx, beside = torch.empty_like(x), None if through is None else through.data_ptr()
+    pointers = (t.data_ptr() for t in (g, x, weight, inverse))
+    _run("rms_norm_backward", inverse.numel(), x.shape[-1], *pointers, beside, dx.data_ptr())
+    return dx
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    """x (B, heads, S, d), whose d are adjacent in memory, turned by cos, sin (B or 1, 1, S, d); laid out as (B, S, heads, d)."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    cos, sin = cos.contiguous(), sin.contiguous()
+    batch, heads, tokens, size = x.shape
+    y = x.new_empty(batch, tokens, heads, size)
+    strides = (x.stride(0), x.stride(2), x.stride(1))
+    table = cos.stride(0) if cos.shape[0] > 1 else 0
+    args = (tokens, heads, size, x.data_ptr(), *strides, cos.data_ptr(), sin.data_ptr(), table, sign, y.data_ptr())
+    _run("rotate", batch * tokens, *args)
+    return y.transpose(1, 2)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) up, of equal shapes (…, D)."""
+    gate, up = gate.contiguous(), up.contiguous()
+    y = torch.empty_like(gate)
+    _run("swiglu", gate.numel() // gate.shape[-1], gate.shape[-1], *(t.data_ptr() for t in (gate, up, y)))
+    return y
+
+
+def swiglu_backward(g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up."""
+    g, gate, up = g.contiguous(), gate.contiguous(), up.contiguous()
+    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+    pointers = (t.data_ptr() for t in (g, gate, up, d_gate, d_up))
+    _run("swiglu_backward", gate.numel() // gate.shape[-1], gate.shape[-1], *pointers)
+    return d_gate, d_up
+
+
+def _run(name: str, rows: int, *args: object) -> None:
+    """Call a kernel for all rows, shared out over the threads that PyTorch's products have. ctypes lets go of the GIL."""
+    function: Callable[..., None] = getattr(_library, name)
+    threads = min(torch.get_num_threads(), max(1, rows // ROWS_PER_THREAD))
+    if threads == 1:
+        function(0, rows, *args)
+        return
+    bounds = [rows * n // threads for n in range(threads + 1)]
+    list(_pool(threads).map(lambda n: function(bounds[n], bounds[n + 1], *args), range(threads)))
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="fleetune-kernels")

@@ -1,0 +1,152 @@
+"""Linear layers that read the same input, with the adapters of K clients, as one function with its gradient written out.
+
+Autograd would give every layer and every adapter a gradient of the input of its own and add them up, a pass over memory each;
+here every product adds into the one before. The adapters' A are multiplied as one product of all their ranks:
+
+        x (K b, S, in) ──► W_i ─────────────────────────────► + ──► y_i (K b, S, out_i)    with a residual: y_0 = h + …
+            └─ as (K, b S, in) ──► A (K, r_1 + r_2 + …, in) ──► B_i (K, out_i, r_i) × alpha / r
+
+Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fleetune.models.fused import product_dtype
+
+Factors = list[tuple[Tensor, Tensor]]
+"""(A, B) of every adapted layer."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One layer: frozen weight (out, in) and bias (out,), and the factors A (K, r, in), B (K, out, r) where it is adapted."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    scaling: float = 1.0
+    """alpha / r."""
+
+
+def project(x: Tensor, layers: Sequence[Projection], residual: Tensor | None = None) -> tuple[Tensor, ...]:
+    """x (K b, S, in) -> each layer's output (K b, S, out), the first of them added to ``residual`` if there is one.
+
+    Products are carried out in the type of the autocast around them (`fused.product_dtype`), and so are their outputs; a sum
+    with a residual has the residual's type.
+    """
+    dtype = product_dtype(x)
+    adapted = tuple(i for i, layer in enumerate(layers) if layer.lora_a is not None)
+    form = _Form(dtype, tuple(layer.scaling for layer in layers), adapted)
+    frozen = [t for layer in layers for t in (layer.weight, layer.bias)]
+    factors = [t for i in adapted for t in (layers[i].lora_a, layers[i].lora_b)]
+    is_fused = residual is not None and residual.dtype == dtype
+    first, *others = _Project.apply(x.to(dtype), residual if is_fused else None, form, *frozen, *factors)
+    return (first if residual is None or is_fused else residual + first, *others)
+
+
+@dataclass(frozen=True)
+class _Form:
+    dtype: torch.dtype
+    scalings: tuple[float, ...]
+    adapted: tuple[int, ...]
+    """Which of the layers have an adapter."""
+
+    def parts(self, tensors: Sequence[Any]) -> tuple[Sequence[Tensor], Sequence[Tensor | None], Factors]:
+        """Weights in the products' type, biases, factors."""
+        stop = 2 * len(self.scalings)
+        weights = [weight.to(self.dtype) for weight in tensors[:stop:2]]
+        return weights, tensors[1:stop:2], list(zip(tensors[stop::2], tensors[stop + 1 :: 2], strict=True))
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, form: _Form, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        weights, biases, factors = form.parts(tensors)
+        flat = x.reshape(-1, x.shape[-1])
+        ys = [_linear(flat, weight, bias) for weight, bias in zip(weights[1:], biases[1:], strict=True)]
+        ys.insert(0, _linear(flat, weights[0], biases[0], residual))
+        middle = None  # x A^T of all adapters: (K, tokens of one, ranks)
+        if factors:
+            middle = _by_client(flat, factors) @ _joined_a(factors, form.dtype).mT
+            for i, part, (_, b) in zip(form.adapted, _by_rank(middle, factors), factors, strict=True):
+                y = _by_client(ys[i], factors)
+                torch.baddbmm(y, part, b.to(form.dtype).mT, alpha=form.scalings[i], out=y)
+        out = tuple(y.view(*x.shape[:-1], -1) for y in ys)
+        if not ctx.needs_input_grad[0]:  # the lowest block: what no adapter and no residual reaches needs no gradient
+            ctx.mark_non_differentiable(
+                *(y for i, y in enumerate(out) if i not in form.adapted and (i or residual is None))
+            )
+        ctx.set_materialize_grads(False)
+        ctx.form, ctx.has_residual = form, residual is not None
+        ctx.save_for_backward(x if factors else None, middle, *tensors)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        form: _Form = ctx.form
+        x, middle, *tensors = ctx.saved_tensors
+        weights, _, factors = form.parts(tensors)
+        shape = next(g for g in grads if g is not None).shape[:-1]
+        flats = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
+        d_factors: list[Tensor] = []
+        if factors:
+            d_middles = []
+            for i, part, (_, b) in zip(form.adapted, _by_rank(middle, factors), factors, strict=True):
+                flat = flats[i]
+                if flat is None:
+                    flat = part.new_zeros(part.shape[0] * part.shape[1], b.shape[1])
+                g = _by_client(flat, factors)
+                d_middles.append(g @ (b * form.scalings[i]).to(form.dtype))
+                d_factors.append((g.mT @ part).mul_(form.scalings[i]).to(b.dtype))
+            d_middle = _joined(d_middles, -1)
+            d_a = d_middle.mT @ _by_client(x.reshape(-1, x.shape[-1]), factors)  # (K, ranks, in)
+            for n, (part, (a, _)) in enumerate(zip(_by_rank(d_a.mT, factors), factors, strict=True)):
+                d_factors.insert(2 * n, part.mT.to(a.dtype))
+        dx = None
+        if ctx.needs_input_grad[0]:
+            for flat, weight in zip(flats, weights, strict=True):
+                if flat is not None:
+                    dx = flat @ weight if dx is None else torch.addmm(dx, flat, weight, out=dx)
+            if factors and dx is not None:
+                by_client = _by_client(dx, factors)
+                torch.baddbmm(by_client, d_middle, _joined_a(factors, form.dtype), out=by_client)
+        d_residual = grads[0] if ctx.has_residual else None
+        none = (None,) * (1 + 2 * len(weights))
+        return (None if dx is None else dx.view(*shape, -1), d_residual, *none, *d_factors)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """residual + x W^T + bias as one product: (tokens, in) -> (tokens, out)."""
+    if residual is not None:
+        y = torch.addmm(residual.reshape(-1, residual.shape[-1]), x, weight.mT)
+        return y if bias is None else y.add_(bias)
+    return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _by_client(x: Tensor, factors: Factors) -> Tensor:
+    """(tokens, D) -> (K, tokens of one, D)."""
+    return x.view(factors[0][0].shape[0], -1, x.shape[-1])
+
+
+def _by_rank(x: Tensor, factors: Factors) -> tuple[Tensor, ...]:
+    """(…, ranks) -> each adapter's (…, r)."""
+    return x.split([a.shape[1] for a, _ in factors], -1)
+
+
+def _joined_a(factors: Factors, dtype: torch.dtype) -> Tensor:
+    """(K, ranks, in)."""
+    return _joined([a for a, _ in factors], 1).to(dtype)
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

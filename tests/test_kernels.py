@@ -1,0 +1,213 @@
+"""Compiled kernels beside PyTorch's, and layers that share an input beside the same layers one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import models
+import tiny
+from fleetune.engine.config import ExecutionConfig
+from fleetune.engine.resolve import resolve_execution
+from fleetune.errors import UserError
+from fleetune.models import kernels
+from fleetune.models.config import LoRAConfig
+from fleetune.models.decoder import Linear
+from fleetune.models.fused import rms_norm, rotary, swiglu
+from fleetune.models.lora import AdaptedLinear, linears
+from fleetune.models.network import Network
+from fleetune.models.project import Projection, project
+from fleetune.models.submodel import Submodel
+from fleetune.training import device
+
+PIECES = ("rms_norm", "rotary", "swiglu")
+
+
+@pytest.fixture
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where kernels are compiled; afterwards PyTorch is used again."""
+    path = device.default_cache_dir() / "kernels"
+    try:
+        kernels.load(path)
+    except kernels.KernelsUnavailable as error:
+        pytest.skip(str(error))
+    yield path
+    kernels.use(None)
+
+
+def inputs(piece: str, *, tokens: int = 7, size: int = 10) -> list[Tensor]:
+    """Odd sizes, so that vectors have a rest; heads as a projection lays them out."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return 3 * torch.randn(*shape, generator=generator)
+
+    if piece == "rms_norm":
+        return [random(2, tokens, size + 9), random(size + 9)]
+    if piece == "swiglu":
+        return [10 * random(2, tokens, size + 9), random(2, tokens, size + 9)]
+    angle = random(1, 1, tokens, size)
+    return [random(2, tokens, 3, size).transpose(1, 2), angle.cos(), angle.sin()]
+
+
+def worked_out(piece: str, given: list[Tensor]) -> list[Tensor]:
+    """Outputs and gradients of a piece, all its outputs being used."""
+    x, *others = (t.clone() for t in given)
+    leaves = [x, others[0]] if piece == "swiglu" else [x]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    out = {"rms_norm": lambda: rms_norm(x, others[0], 1e-6), "rotary": lambda: (rotary(x, *others),),
+           "swiglu": lambda: (swiglu(x, others[0]),)}[piece]()  # fmt: skip
+    sum((n + 1) * (o * o.detach().cos()).sum() for n, o in enumerate(out)).backward()
+    return [*(o.detach() for o in out), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_compiled_pieces_are_pytorchs(piece: str, folder: Path):
+    expected = worked_out(piece, inputs(piece))
+    kernels.use(folder)
+    for ours, theirs in zip(worked_out(piece, inputs(piece)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-6 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_threads_do_not_change_a_bit(piece: str, folder: Path):
+    kernels.use(folder)
+    given = inputs(piece, tokens=3 * kernels.ROWS_PER_THREAD + 1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = worked_out(piece, given)
+        torch.set_num_threads(3)
+        three = worked_out(piece, given)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+
+
+def test_the_gate_far_from_zero(folder: Path):
+    """silu(x) -> x and -> 0; what is not a number stays so, and infinity too."""
+    gate = torch.tensor([[-1e30, -200.0, -80.0, 0.0, 80.0, 200.0, 1e30, float("nan"), float("inf")]])
+    expected = worked_out("swiglu", [gate, torch.ones_like(gate)])
+    kernels.use(folder)
+    ours = worked_out("swiglu", [gate, torch.ones_like(gate)])
+    torch.testing.assert_close(ours[0][:, :7], expected[0][:, :7], rtol=1e-6, atol=1e-8)
+    assert ours[0][0, 7].isnan()
+    assert ours[0][0, 8].isinf()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_a_network_gives_the_same_with_either(architecture: str, folder: Path):
+    """Logits and the embeddings' gradient: biases, head norms, heads that share keys."""
+    base = models.base_of(architecture)
+    network = Network(base, Submodel.prefix(base.num_layers), LoRAConfig(rank=2))
+    results = []
+    for choice in (None, folder):
+        kernels.use(choice)
+        h = network.embed(models.random_ids(2, 9)).requires_grad_()
+        logits = network.logits(network.blocks(h))
+        logits.square().sum().backward()
+        results.append((logits.detach(), h.grad))
+    for torchs, compiled in zip(*results, strict=True):
+        assert (compiled - torchs).norm() <= 1e-6 * torchs.norm()
+
+
+# -- layers that share an input ---------------------------------------------------------------------------------------
+SIZES = (6, 4, 5)
+
+
+def layers_of(ranks: tuple[int, ...], *, num_clients: int = 2, size: int = 8) -> list[nn.Module]:
+    """Linear layers of unequal outputs with biases and adapters of these ranks (0: none)."""
+    generator = torch.Generator().manual_seed(1)
+    out: list[nn.Module] = []
+    for num_out, rank in zip(SIZES, ranks, strict=True):
+        base = Linear(
+            *(torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((num_out, size), (num_out,)))
+        )
+        layer: nn.Module = base
+        if rank:
+            layer = AdaptedLinear(base, scaling=0.5)
+            for name, shape in (("lora_A", (num_clients, rank, size)), ("lora_B", (num_clients, num_out, rank))):
+                factor = torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+                setattr(layer, name, factor)
+        out.append(layer)
+    return out
+
+
+def factors_of(layers: list[nn.Module]) -> list[Tensor]:
+    adapted = [layer for layer in layers if isinstance(layer, AdaptedLinear)]
+    return [t for layer in adapted for t in (layer.lora_A, layer.lora_B) if t is not None]
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("ranks", [(2, 0, 3), (0, 0, 0), (1, 1, 1), (0, 4, 0)])
+@pytest.mark.parametrize("reads_gradient", [True, False])
+def test_together_as_one_by_one(ranks: tuple[int, ...], with_residual: bool, reads_gradient: bool):
+    """Outputs and all gradients, by clients of unequal adapters, with and without a residual and a gradient of the input."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(4, 3, 8, generator=generator, dtype=torch.float64, requires_grad=reads_gradient)
+    residual = (
+        torch.randn(4, 3, 6, generator=generator, dtype=torch.float64, requires_grad=True) if with_residual else None
+    )
+    results = []
+    for together in (True, False):
+        layers = layers_of(ranks)
+        if together:
+            ys = linears(x, layers, residual)
+        else:
+            first, *others = (layer(x) for layer in layers)
+            ys = (first if residual is None else residual + first, *others)
+        leaves = [t for t in (x, residual, *factors_of(layers)) if t is not None and t.requires_grad]
+        loss = sum((n + 1) * (y * y).sum() for n, y in enumerate(ys))
+        grads = torch.autograd.grad(loss, leaves) if leaves else ()
+        results.append(([y.detach() for y in ys], grads, [y.requires_grad for y in ys]))
+    assert results[0][2] == results[1][2]
+    for ours, plain in zip(results[0][0] + list(results[0][1]), results[1][0] + list(results[1][1]), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_an_output_that_nobody_reads_has_no_gradient():
+    """A loss over one of two adapted layers: the other's factors get zeros."""
+    x = torch.ones(1, 2, 3, requires_grad=True)
+    a, b = (torch.ones(*shape, requires_grad=True) for shape in ((1, 1, 3), (1, 2, 1)))
+    layers = [Projection(torch.eye(3)[:2], None, a, b), Projection(torch.eye(3)[:2], None, a, b)]
+    project(x, layers)[1].sum().backward()
+    assert x.grad is not None
+    assert b.grad is not None
+    assert x.grad.flatten().tolist() == [3.0, 3.0, 2.0] * 2  # 1 of the eye, and 1 from each row of B
+    assert b.grad.flatten().tolist() == [6.0, 6.0]  # two tokens, x A^T = 3
+
+
+# -- the choice ---------------------------------------------------------------------------------------------------------
+def resolved(**execution: str) -> ExecutionConfig:
+    spec = tiny.spec({f"execution.{name}": value for name, value in execution.items()})
+    return resolve_execution(spec, node_cores=[2], node_gpus=[0]).execution
+
+
+def test_auto_is_what_the_machine_can(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    assert resolved().kernels == "compiled"
+    assert resolved(precision="bf16").kernels == "torch"
+    assert resolved(kernels="torch").kernels == "torch"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("FLEETUNE_CACHE", str(tmp_path))
+    assert resolved().kernels == "torch"
+    with pytest.raises(UserError, match=r"no C compiler.*\n?.*execution.kernels"):
+        device.set_up("cpu", "compiled")
+
+
+def test_compiled_kernels_are_refused_where_they_are_of_no_use():
+    with pytest.raises(UserError, match="fp32 on processors"):
+        resolved(kernels="compiled", precision="bf16")
+
+
+def test_a_compiler_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    compiler = tmp_path / "broken-cc"
+    compiler.write_text("#!/bin/sh\necho 'no such flag' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    with pytest.raises(kernels.KernelsUnavailable, match="broken-cc gave no library: no such flag"):
+        kernels.load(tmp_path / "kernels")
