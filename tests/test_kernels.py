@@ -17,14 +17,14 @@ from fleetune.errors import UserError
 from fleetune.models import kernels
 from fleetune.models.config import LoRAConfig
 from fleetune.models.decoder import Linear
-from fleetune.models.fused import rms_norm, rotary, swiglu
+from fleetune.models.fused import cross_entropy, rms_norm, rotary, swiglu
 from fleetune.models.lora import AdaptedLinear, linears
 from fleetune.models.network import Network
 from fleetune.models.project import Projection, project
 from fleetune.models.submodel import Submodel
 from fleetune.training import device
 
-PIECES = ("rms_norm", "rotary", "swiglu")
+PIECES = ("rms_norm", "rotary", "swiglu", "cross_entropy")
 
 
 @pytest.fixture
@@ -50,6 +50,8 @@ def inputs(piece: str, *, tokens: int = 7, size: int = 10) -> list[Tensor]:
         return [random(2, tokens, size + 9), random(size + 9)]
     if piece == "swiglu":
         return [10 * random(2, tokens, size + 9), random(2, tokens, size + 9)]
+    if piece == "cross_entropy":
+        return [random(2 * tokens, size + 9), torch.randint(size + 9, (2 * tokens,), generator=generator)]
     angle = random(1, 1, tokens, size)
     return [random(2, tokens, 3, size).transpose(1, 2), angle.cos(), angle.sin()]
 
@@ -60,8 +62,13 @@ def worked_out(piece: str, given: list[Tensor]) -> list[Tensor]:
     leaves = [x, others[0]] if piece == "swiglu" else [x]
     for leaf in leaves:
         leaf.requires_grad_()
-    out = {"rms_norm": lambda: rms_norm(x, others[0], 1e-6), "rotary": lambda: (rotary(x, *others),),
-           "swiglu": lambda: (swiglu(x, others[0]),)}[piece]()  # fmt: skip
+    pieces = {
+        "rms_norm": lambda: rms_norm(x, others[0], 1e-6),
+        "rotary": lambda: (rotary(x, *others),),
+        "swiglu": lambda: (swiglu(x, others[0]),),
+        "cross_entropy": lambda: (cross_entropy(x, others[0]),),
+    }
+    out = pieces[piece]()
     sum((n + 1) * (o * o.detach().cos()).sum() for n, o in enumerate(out)).backward()
     return [*(o.detach() for o in out), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 

@@ -1,4 +1,4 @@
-"""Three pieces of a decoder block with their gradients written out, because autograd's own take many passes over memory.
+"""Pieces of a decoder with their gradients written out, because autograd's own take many passes over memory.
 
 The frozen base has no gradient of its own, so only the gradient of the activations is computed. Shape legend as in network.py.
 Sums and rotations are worked out in fp32 whatever the arithmetic of the products; what goes into a product has its type.
@@ -84,6 +84,20 @@ class _Rotary(torch.autograd.Function):
         return _rotate(grads[0], cos, sin, -1.0), None, None
 
 
+class _CrossEntropy(torch.autograd.Function):
+    """log sum_v exp(x_v) - x_target, compiled; PyTorch writes three matrices of the logits' size for its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        losses, log_sums = kernels.cross_entropy(logits, targets)
+        ctx.save_for_backward(logits, targets, log_sums)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return kernels.cross_entropy_backward(grads[0], *ctx.saved_tensors), None
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """The type in which a product over ``x`` is carried out: that of the autocast around it, else its own."""
     kind = "cpu" if x.is_meta else x.device.type  # tensors without data stand for the CPU's
@@ -102,6 +116,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """The gate of the feed-forward part: silu(gate) up, of equal shapes."""
     return _SwiGLU.apply(gate, up)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Each row's loss (M,): logits (M, V) at targets (M,)."""
+    if kernels.takes(logits):
+        return _CrossEntropy.apply(logits, targets)
+    return nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-/* The pieces of a decoder block between its matrix products, each in one pass over memory. fleetune/models/kernels.py compiles
+/* The pieces of a decoder between its matrix products, each in one pass over memory. fleetune/models/kernels.py compiles
  * and calls this; fleetune/models/fused.py says the same in PyTorch and is what this is tested against.
  *
  * Rows are worked out one by one, so that a range of rows [first, last) gives the same bits whoever else works on the others.
@@ -100,5 +100,32 @@ void swiglu_backward(i64 first, i64 last, i64 d, const float *g, const float *ga
         float s = sigmoid(gate[i]), silu = gate[i] * s;
         d_up[i] = g[i] * silu;
         d_gate[i] = g[i] * up[i] * (s + silu * (1.0f - s));
+    }
+}
+
+/* loss = log sum_v e^{x_v} - x_target, and that log for the gradient. x: (rows, d) over the vocabulary. */
+void cross_entropy(i64 first, i64 last, i64 d, const float *x, const i64 *target, float *restrict loss,
+                   float *restrict log_sum) {
+    for (i64 row = first; row < last; row++) {
+        const float *a = x + row * d;
+        float most = a[0], sum = 0.0f;
+#pragma omp simd reduction(max : most)
+        for (i64 i = 0; i < d; i++) most = a[i] > most ? a[i] : most;
+#pragma omp simd reduction(+ : sum)
+        for (i64 i = 0; i < d; i++) sum += exponential(a[i] - most);
+        log_sum[row] = most + logf(sum);
+        loss[row] = log_sum[row] - a[target[row]];
+    }
+}
+
+/* dx = g (softmax(x) - [v = target]), g: (rows). */
+void cross_entropy_backward(i64 first, i64 last, i64 d, const float *g, const float *x, const i64 *target,
+                            const float *log_sum, float *restrict dx) {
+    for (i64 row = first; row < last; row++) {
+        const float *a = x + row * d;
+        float *out = dx + row * d, weight = g[row], log_of = log_sum[row];
+#pragma omp simd
+        for (i64 i = 0; i < d; i++) out[i] = weight * exponential(a[i] - log_of);
+        out[target[row]] -= weight;
     }
 }

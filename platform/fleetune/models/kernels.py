@@ -94,6 +94,8 @@ _SIGNATURES = {
     "rotate": (_SIZE, _SIZE, _SIZE, _DATA, _SIZE, _SIZE, _SIZE, _DATA, _DATA, _SIZE, _NUMBER, _DATA),
     "swiglu": (_SIZE, _DATA, _DATA, _DATA),
     "swiglu_backward": (_SIZE, *(5 * [_DATA])),
+    "cross_entropy": (_SIZE, *(4 * [_DATA])),
+    "cross_entropy_backward": (_SIZE, *(5 * [_DATA])),
 }
 
 
@@ -145,6 +147,24 @@ def swiglu_backward(g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor
     pointers = (t.data_ptr() for t in (g, gate, up, d_gate, d_up))
     _run("swiglu_backward", gate.numel() // gate.shape[-1], gate.shape[-1], *pointers)
     return d_gate, d_up
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses (M,) of logits (M, V) at targets (M,) int64, and the log of each row's sum of exponentials (M,)."""
+    logits, targets = logits.contiguous(), targets.contiguous()
+    losses, log_sums = logits.new_empty(len(logits)), logits.new_empty(len(logits))
+    pointers = (t.data_ptr() for t in (logits, targets, losses, log_sums))
+    _run("cross_entropy", *logits.shape, *pointers)
+    return losses, log_sums
+
+
+def cross_entropy_backward(g: Tensor, logits: Tensor, targets: Tensor, log_sums: Tensor) -> Tensor:
+    """The logits' gradient (M, V) from the losses' (M,)."""
+    g, logits, targets = g.contiguous(), logits.contiguous(), targets.contiguous()
+    d_logits = torch.empty_like(logits)
+    pointers = (t.data_ptr() for t in (g, logits, targets, log_sums, d_logits))
+    _run("cross_entropy_backward", *logits.shape, *pointers)
+    return d_logits
 
 
 def _run(name: str, rows: int, *args: object) -> None:

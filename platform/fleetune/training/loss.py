@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fleetune.data.batches import IGNORED
+from fleetune.models.fused import cross_entropy
 from fleetune.models.network import Network
 
 
@@ -21,7 +22,7 @@ def cohort_loss(network: Network, h: Tensor, labels: Tensor, num_clients: int) -
     counted = (targets != IGNORED).nonzero().squeeze(1)  # (M,), client by client
     positions = counted + counted // (labels.shape[1] - 1)  # the same tokens in h, whose rows are one longer
     logits = network.logits(h.reshape(-1, h.shape[-1]).index_select(0, positions))
-    token_losses = nn.functional.cross_entropy(logits, targets[counted], reduction="none")
+    token_losses = cross_entropy(logits, targets[counted])
     owner = counted // (targets.numel() // num_clients)
     counts = torch.bincount(owner, minlength=num_clients)
     sums = torch.zeros(num_clients, dtype=token_losses.dtype, device=h.device).index_add(0, owner, token_losses)
