@@ -135,6 +135,8 @@ def _heading(title: str, event: dict[str, Any]) -> str:
         else f"{chosen['hosts']} Ray hosts of {chosen['threads']} thread(s)"
     )
     how = chosen["device"] if chosen["precision"] == "fp32" else f"{chosen['device']} in {chosen['precision']}"
+    if chosen["kernels"] == "compiled":
+        how += " with compiled kernels"
     shown = f"{title}: {event['num_rounds']} rounds in {where} on {how}, cohorts of {chosen['cohort']}"
     return f"{shown}, going on after round {event['round']}" if event["round"] > 0 else shown
 

@@ -54,7 +54,7 @@ class ExecutionConfig(Config):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the products in training and evaluation; bf16: autocast. Adapters, gradients and optimizer are fp32 in both."""
     kernels: Literal["auto", "compiled", "torch"] = "auto"
-    """What norms, rotations and gates between the products are computed by; compiled: by this machine's C compiler, once, in a
+    """What norms, rotations, gates and the loss are computed by; compiled: by this machine's C compiler, once, in a
     quarter of a second, for fp32 on processors. auto: compiled where the machine that starts the run can, else torch."""
     hosts_per_gpu: int = Field(1, ge=1, le=10_000)
     """Hosts that share a GPU (device: cuda); each holds the base model once in the GPU's memory."""
