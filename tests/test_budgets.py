@@ -209,13 +209,17 @@ def test_adapting_clients_are_charged_for_what_they_pass(adapt: str, method: str
 
 @pytest.mark.parametrize("cohort", [1, 3])
 def test_who_stands_in_a_cohort_does_not_matter(cohort: int):
-    """Clients of unequal ranks or batches never share a stack, so stacked and alone agree as they always do."""
+    """Clients of unequal ranks or batches never share a stack, so stacked and alone agree as they always do.
+
+    By SGD: AdamW divides by the gradient's own size, and makes a visible step out of what a rounding leaves of a zero.
+    """
+    sgd = {"local.optimizer": "sgd", "local.learning_rate": 0.5}
     for adapt, method in (("rank", "fedit"), ("batch", "fedit")):
         runs.close_tensors(
-            runs.run(adapting(adapt, method, **{"execution.cohort": cohort})).state.tensors,
-            runs.run(adapting(adapt, method)).state.tensors,
-            rtol=1e-4,
-            atol=1e-5,
+            runs.run(adapting(adapt, method, **sgd, **{"execution.cohort": cohort})).state.tensors,
+            runs.run(adapting(adapt, method, **sgd)).state.tensors,
+            rtol=1e-5,
+            atol=1e-6,
         )
 
 
