@@ -24,3 +24,11 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _pytorchs_kernels() -> None:
+    """What one test chose for its process is not what the next one starts with."""
+    from fleetune.models import kernels
+
+    kernels.use(None)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import models
+import runs
 import tiny
 from fleetune.engine.config import ExecutionConfig
 from fleetune.engine.resolve import resolve_execution
@@ -123,6 +124,17 @@ def test_a_network_gives_the_same_with_either(architecture: str, folder: Path):
         assert (compiled - torchs).norm() <= 1e-6 * torchs.norm()
 
 
+@pytest.mark.usefixtures("folder")
+def test_a_run_learns_the_same_with_either():
+    """Three rounds of fedit by SGD: the global adapter to a few roundings, and not to the bit, or nothing was compiled."""
+    sgd = {"local.optimizer": "sgd", "local.learning_rate": 0.5}
+    compiled, torchs = (
+        runs.run(tiny.spec({**sgd, "execution.kernels": choice})).state.tensors for choice in ("compiled", "torch")
+    )
+    runs.close_tensors(compiled, torchs, rtol=1e-4, atol=1e-6)
+    assert any(not torch.equal(compiled[name], torchs[name]) for name in torchs)
+
+
 # -- layers that share an input ---------------------------------------------------------------------------------------
 SIZES = (6, 4, 5)
 
@@ -191,7 +203,7 @@ def test_an_output_that_nobody_reads_has_no_gradient():
 
 # -- the choice ---------------------------------------------------------------------------------------------------------
 def resolved(**execution: str) -> ExecutionConfig:
-    spec = tiny.spec({f"execution.{name}": value for name, value in execution.items()})
+    spec = tiny.spec({f"execution.{name}": value for name, value in {"kernels": "auto", **execution}.items()})
     return resolve_execution(spec, node_cores=[2], node_gpus=[0]).execution
 
 
