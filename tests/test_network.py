@@ -190,7 +190,7 @@ def test_the_written_out_gradients_are_right():
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     gain, x = random(6), random(2, 3, 6).requires_grad_()
-    assert torch.autograd.gradcheck(lambda t: rms_norm(t, gain, 1e-6), (x,))  # both outputs
+    assert torch.autograd.gradcheck(lambda t: rms_norm(t, gain, 1e-6), (x,))
     angle = random(1, 1, 3, 4).repeat(1, 1, 1, 2)
     heads = random(2, 2, 3, 8).requires_grad_()
     assert torch.autograd.gradcheck(lambda t: rotary(t, angle.cos(), angle.sin()), (heads,))

@@ -59,7 +59,7 @@ def load(folder: Path) -> ctypes.CDLL:
         if not path.exists():
             _compile(compiler, path)
         library = ctypes.CDLL(str(path))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or str(error)
         raise KernelsUnavailable(f"{compiler} gave no library: {output.strip().splitlines()[0]}") from error
     for name, types in _SIGNATURES.items():

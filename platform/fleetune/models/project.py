@@ -98,31 +98,37 @@ class _Project(torch.autograd.Function):
         weights, _, factors = form.parts(tensors)
         shape = next(g for g in grads if g is not None).shape[:-1]
         flats = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
-        d_factors: list[Tensor] = []
-        if factors:
-            d_middles = []
-            for i, part, (_, b) in zip(form.adapted, _by_rank(middle, factors), factors, strict=True):
-                flat = flats[i]
-                if flat is None:
-                    flat = part.new_zeros(part.shape[0] * part.shape[1], b.shape[1])
-                g = _by_client(flat, factors)
-                d_middles.append(g @ (b * form.scalings[i]).to(form.dtype))
-                d_factors.append((g.mT @ part).mul_(form.scalings[i]).to(b.dtype))
-            d_middle = _joined(d_middles, -1)
-            d_a = d_middle.mT @ _by_client(x.reshape(-1, x.shape[-1]), factors)  # (K, ranks, in)
-            for n, (part, (a, _)) in enumerate(zip(_by_rank(d_a.mT, factors), factors, strict=True)):
-                d_factors.insert(2 * n, part.mT.to(a.dtype))
+        d_middle, d_factors = _factor_gradients(form, flats, x, middle, factors) if factors else (None, [])
         dx = None
         if ctx.needs_input_grad[0]:
             for flat, weight in zip(flats, weights, strict=True):
                 if flat is not None:
                     dx = flat @ weight if dx is None else torch.addmm(dx, flat, weight, out=dx)
-            if factors and dx is not None:
+            if d_middle is not None and dx is not None:
                 by_client = _by_client(dx, factors)
                 torch.baddbmm(by_client, d_middle, _joined_a(factors, form.dtype), out=by_client)
         d_residual = grads[0] if ctx.has_residual else None
         none = (None,) * (1 + 2 * len(weights))
         return (None if dx is None else dx.view(*shape, -1), d_residual, *none, *d_factors)
+
+
+def _factor_gradients(
+    form: _Form, grads: Sequence[Tensor | None], x: Tensor, middle: Tensor, factors: Factors
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradient of ``middle = x A^T`` (K, tokens of one, ranks), and those of every A and B in turn.
+
+    ``grads`` are those of the layers' outputs (tokens, out); one that nobody reads has None and counts as zeros.
+    """
+    d_middles, d_bs = [], []
+    for i, part, (_, b) in zip(form.adapted, _by_rank(middle, factors), factors, strict=True):
+        grad = grads[i]
+        g = part.new_zeros(*part.shape[:2], b.shape[1]) if grad is None else _by_client(grad, factors)
+        d_middles.append(g @ (b * form.scalings[i]).to(form.dtype))
+        d_bs.append((g.mT @ part).mul_(form.scalings[i]).to(b.dtype))
+    d_middle = _joined(d_middles, -1)
+    d_joined = d_middle.mT @ _by_client(x.reshape(-1, x.shape[-1]), factors)  # (K, ranks, in)
+    d_as = (d_a.mT.to(a.dtype) for d_a, (a, _) in zip(_by_rank(d_joined.mT, factors), factors, strict=True))
+    return d_middle, [d for pair in zip(d_as, d_bs, strict=True) for d in pair]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
