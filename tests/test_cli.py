@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -48,8 +47,7 @@ def test_run_prints_one_json_document_and_tells_its_rounds_on_stderr(fleetune: C
     assert document["metrics"]["eval_loss"] < document["metrics"]["baseline_eval_loss"]
     assert document["totals"]["num_rounds"] == 3
     lines = out.stderr.splitlines()
-    picked = r"tiny: 3 rounds in this process on cpu( with compiled kernels)?, cohorts of 1, untrained loss 6\."
-    assert re.match(picked, lines[0])
+    assert lines[0].startswith("tiny: 3 rounds in this process on cpu, cohorts of 1, untrained loss 6.")
     assert [line.partition(" · ")[0] for line in lines[1:]] == ["round 1/3", "round 2/3", "round 3/3"]
     assert "loss 6." in lines[1]
     assert "sim " in lines[1]
