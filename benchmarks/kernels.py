@@ -17,7 +17,7 @@ from torch import Tensor
 
 import measure
 from fleetune.engine.problem import set_threads
-from fleetune.models.fused import cross_entropy, rms_norm, rotary, swiglu
+from fleetune.models.fused import attention, cross_entropy, rms_norm, rotary, swiglu
 from fleetune.training.device import set_up
 from stacking import NUM_STEPS, Trial, make_case
 
@@ -35,11 +35,14 @@ def pieces(num_tokens: int = 2048) -> dict[str, Callable[[], object]]:
     h, gain = torch.randn(num_tokens, 128, requires_grad=True), torch.randn(128)
     gate, up = (torch.randn(num_tokens, 344, requires_grad=True) for _ in range(2))
     heads = torch.randn(num_tokens // 64, 64, 4, 32).transpose(1, 2).requires_grad_()
-    cos, sin = torch.randn(1, 1, 64, 32), torch.randn(1, 1, 64, 32)
+    angle = torch.randn(1, 1, 64, 16).repeat(1, 1, 1, 2)
+    cos, sin = angle.cos(), angle.sin()
+    q, k, v = (torch.randn(num_tokens // 64, 64, 4, 32, requires_grad=True) for _ in range(3))
     logits, targets = torch.randn(num_tokens, 512, requires_grad=True), torch.randint(512, (num_tokens,))
     return {
         "norm": step(lambda: rms_norm(h, gain, 1e-6)[1], h),
         "rotation": step(lambda: rotary(heads, cos, sin), heads),
+        "attention and its rotations": step(lambda: attention(q, k, v, cos, sin, 32**-0.5), q, k, v),
         "gate": step(lambda: swiglu(gate, up), gate, up),
         "loss": step(lambda: cross_entropy(logits, targets), logits),
     }

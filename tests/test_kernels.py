@@ -18,14 +18,14 @@ from fleetune.errors import UserError
 from fleetune.models import kernels
 from fleetune.models.config import LoRAConfig
 from fleetune.models.decoder import Linear
-from fleetune.models.fused import cross_entropy, rms_norm, rotary, swiglu
+from fleetune.models.fused import attention, cross_entropy, rms_norm, rotary, swiglu
 from fleetune.models.lora import AdaptedLinear, linears
 from fleetune.models.network import Network
 from fleetune.models.project import Projection, project
 from fleetune.models.submodel import Submodel
 from fleetune.training import device
 
-PIECES = ("rms_norm", "rotary", "swiglu", "cross_entropy")
+PIECES = ("rms_norm", "rotary", "swiglu", "cross_entropy", "attention")
 
 
 @pytest.fixture
@@ -53,14 +53,17 @@ def inputs(piece: str, *, tokens: int = 7, size: int = 10) -> list[Tensor]:
         return [10 * random(2, tokens, size + 9), random(2, tokens, size + 9)]
     if piece == "cross_entropy":
         return [random(2 * tokens, size + 9), torch.randint(size + 9, (2 * tokens,), generator=generator)]
-    angle = random(1, 1, tokens, size)
+    angle = random(1, 1, tokens, size // 2).repeat(1, 1, 1, 2)
+    if piece == "attention":  # four heads to two of keys and values, which lie beside each other
+        keys, values = random(9, tokens, 2, 2 * size).chunk(2, -1)
+        return [random(9, tokens, 4, size), keys, values, angle.cos(), angle.sin()]
     return [random(2, tokens, 3, size).transpose(1, 2), angle.cos(), angle.sin()]
 
 
 def worked_out(piece: str, given: list[Tensor]) -> list[Tensor]:
     """Outputs and gradients of a piece, all its outputs being used."""
     x, *others = (t.clone() for t in given)
-    leaves = [x, others[0]] if piece == "swiglu" else [x]
+    leaves = [x, *others[: {"swiglu": 1, "attention": 2}.get(piece, 0)]]
     for leaf in leaves:
         leaf.requires_grad_()
     pieces = {
@@ -68,6 +71,7 @@ def worked_out(piece: str, given: list[Tensor]) -> list[Tensor]:
         "rotary": lambda: (rotary(x, *others),),
         "swiglu": lambda: (swiglu(x, others[0]),),
         "cross_entropy": lambda: (cross_entropy(x, others[0]),),
+        "attention": lambda: (attention(x, *others, scale=0.3),),
     }
     out = pieces[piece]()
     sum((n + 1) * (o * o.detach().cos()).sum() for n, o in enumerate(out)).backward()
@@ -106,6 +110,28 @@ def test_the_gate_far_from_zero(folder: Path):
     torch.testing.assert_close(ours[0][:, :7], expected[0][:, :7], rtol=1e-6, atol=1e-8)
     assert ours[0][0, 7].isnan()
     assert ours[0][0, 8].isinf()
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 40, kernels.MAX_TOKENS, kernels.MAX_TOKENS + 1])
+def test_attention_of_any_length(tokens: int, folder: Path):
+    """One token, whole tiles and not, and longer than the compiled one takes."""
+    given = inputs("attention", tokens=tokens, size=8)
+    expected = worked_out("attention", given)
+    kernels.use(folder)
+    for ours, theirs in zip(worked_out("attention", given), expected, strict=True):
+        assert (ours - theirs).norm() <= 5e-6 * theirs.norm() + 1e-5
+
+
+def test_attention_sees_nothing_that_comes_later(folder: Path):
+    """To the bit; and scores thousands apart do no harm."""
+    kernels.use(folder)
+    q, k, v, cos, sin = inputs("attention", tokens=21)
+    before = attention(1000 * q, k, v, cos, sin, 1.0)
+    k[:, 13:], v[:, 13:] = 1e3, -1e3
+    after = attention(1000 * q, k, v, cos, sin, 1.0)
+    assert before.isfinite().all()
+    assert torch.equal(before[:, :13], after[:, :13])
+    assert not torch.equal(before[:, 13:], after[:, 13:])
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])

@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fleetune import marks
-from fleetune.models.fused import rms_norm, rotary, swiglu
+from fleetune.models.fused import attention as causal
+from fleetune.models.fused import rms_norm, swiglu
 from fleetune.models.lora import linears
 
-Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-"""(queries (B, heads, S, d), keys and values (B, kv heads, S, d), scale) -> (B, heads, S, d)."""
-
-
-def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Every token sees itself and those before it."""
-    grouped = q.shape[1] != k.shape[1]
-    return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+"""(queries (B, S, heads, d), keys and values (B, S, kv heads, d), cos and sin of their positions, scale) -> (B, S, heads, d)."""
 
 
 def run_block(layer: Any, h: Tensor, cos: Tensor, sin: Tensor, attend: Attend = causal) -> Tensor:
@@ -37,13 +32,11 @@ def norm(module: Any, h: Tensor) -> tuple[Tensor, Tensor]:
     return rms_norm(h, module.weight, module.variance_epsilon)
 
 
-def _attention(attention: Any, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+def _attention(module: Any, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
     """x (B, S, D) -> (B, S, heads d), before the output projection."""
-    heads = (*x.shape[:-1], -1, attention.head_dim)  # (B, S, heads, d)
-    q, k, v = linears(x, [attention.q_proj, attention.k_proj, attention.v_proj])
+    heads = (*x.shape[:-1], -1, module.head_dim)  # (B, S, heads, d)
+    q, k, v = linears(x, [module.q_proj, module.k_proj, module.v_proj])
     q, k, v = q.view(heads), k.view(heads), v.view(heads)
-    if hasattr(attention, "q_norm"):  # Qwen3 norms every head
-        q, k = norm(attention.q_norm, q)[1], norm(attention.k_norm, k)[1]
-    q, k = rotary(q.transpose(1, 2), cos, sin), rotary(k.transpose(1, 2), cos, sin)
-    out = attend(q, k, v.transpose(1, 2), attention.scaling)
-    return out.transpose(1, 2).reshape(*x.shape[:-1], -1)
+    if hasattr(module, "q_norm"):  # Qwen3 norms every head
+        q, k = norm(module.q_norm, q)[1], norm(module.k_norm, k)[1]
+    return attend(q, k, v, cos, sin, module.scaling).reshape(*x.shape[:-1], -1)

@@ -84,6 +84,23 @@ class _Rotary(torch.autograd.Function):
         return _rotate(grads[0], cos, sin, -1.0), None, None
 
 
+class _Attention(torch.autograd.Function):
+    """Causal attention with rotary positions, compiled; keeps two numbers per query beside what it was given."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
+        out, largest, inverse = kernels.attention(q, k, v, cos, sin, scale)
+        ctx.scale = scale
+        ctx.save_for_backward(q, k, v, cos, sin, largest, inverse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, cos, sin, largest, inverse = ctx.saved_tensors
+        d_qkv = kernels.attention_backward(grads[0], q, k, v, cos, sin, ctx.scale, largest, inverse)
+        return *d_qkv, None, None, None
+
+
 class _CrossEntropy(torch.autograd.Function):
     """log sum_v exp(x_v) - x_target, compiled; PyTorch writes three matrices of the logits' size for its gradient."""
 
@@ -123,6 +140,18 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     if kernels.takes(logits):
         return _CrossEntropy.apply(logits, targets)
     return nn.functional.cross_entropy(logits, targets, reduction="none")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
+    """Every token attends to itself and those before it, at the positions that cos, sin (B or 1, 1, S, d) stand for:
+    q (B, S, heads, d), k and v (B, S, kv heads, d) -> (B, S, heads, d).
+    """
+    if kernels.takes(q, k, v, cos, sin) and q.shape[1] <= kernels.MAX_TOKENS:
+        return _Attention.apply(q, k, v, cos, sin, scale)
+    q, k, v = rotary(q.transpose(1, 2), cos, sin), rotary(k.transpose(1, 2), cos, sin), v.transpose(1, 2)
+    grouped = q.shape[1] != k.shape[1]
+    out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

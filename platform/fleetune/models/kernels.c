@@ -1,32 +1,15 @@
 /* The pieces of a decoder between its matrix products, each in one pass over memory. fleetune/models/kernels.py compiles
  * and calls this; fleetune/models/fused.py says the same in PyTorch and is what this is tested against.
  *
- * Rows are worked out one by one, so that a range of rows [first, last) gives the same bits whoever else works on the others.
+ * Rows are worked out one by one, each as a whole: a range of rows [first, last) gives the same bits whoever else works on
+ * the others.
  */
 #include <math.h>
 #include <stdint.h>
-#include <string.h>
+
+#include "exponential.h"
 
 typedef int64_t i64;
-
-/* e^x to 2 ulp: x = n ln 2 + r with |r| <= ln(2) / 2, and a polynomial in r (Cody and Waite 1980). */
-static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float n = rintf(x * 1.44269504f);
-    float r = fmaf(n, -0.693145752f, x);
-    r = fmaf(n, -1.42860677e-6f, r);
-    float p = 1.38888889e-3f;
-    p = fmaf(p, r, 8.33333333e-3f);
-    p = fmaf(p, r, 4.16666667e-2f);
-    p = fmaf(p, r, 1.66666667e-1f);
-    p = fmaf(p, r, 0.5f);
-    p = fmaf(p, r, 1.0f);
-    p = fmaf(p, r, 1.0f);
-    int32_t bits = ((int32_t)n + 127) << 23; /* 2^n */
-    float scale;
-    memcpy(&scale, &bits, sizeof scale);
-    return p * scale;
-}
 
 static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
@@ -88,19 +71,21 @@ void rotate(i64 first, i64 last, i64 tokens, i64 heads, i64 d, const float *x, i
 
 /* y = silu(gate) up, silu(x) = x sigmoid(x); all (rows, d). */
 void swiglu(i64 first, i64 last, i64 d, const float *gate, const float *up, float *restrict y) {
+    for (i64 row = first; row < last; row++)
 #pragma omp simd
-    for (i64 i = first * d; i < last * d; i++) y[i] = gate[i] * sigmoid(gate[i]) * up[i];
+        for (i64 i = row * d; i < (row + 1) * d; i++) y[i] = gate[i] * sigmoid(gate[i]) * up[i];
 }
 
 /* d_up = g silu(gate), d_gate = g up silu'(gate), silu'(x) = s + x s (1 - s) with s = sigmoid(x). */
 void swiglu_backward(i64 first, i64 last, i64 d, const float *g, const float *gate, const float *up,
                      float *restrict d_gate, float *restrict d_up) {
+    for (i64 row = first; row < last; row++)
 #pragma omp simd
-    for (i64 i = first * d; i < last * d; i++) {
-        float s = sigmoid(gate[i]), silu = gate[i] * s;
-        d_up[i] = g[i] * silu;
-        d_gate[i] = g[i] * up[i] * (s + silu * (1.0f - s));
-    }
+        for (i64 i = row * d; i < (row + 1) * d; i++) {
+            float s = sigmoid(gate[i]), silu = gate[i] * s;
+            d_up[i] = g[i] * silu;
+            d_gate[i] = g[i] * up[i] * (s + silu * (1.0f - s));
+        }
 }
 
 /* loss = log sum_v e^{x_v} - x_target, and that log for the gradient. x: (rows, d) over the vocabulary. */

@@ -1,4 +1,4 @@
-"""What lies between a block's matrix products, compiled by this machine's C compiler: each piece is one pass over memory.
+"""What lies between a block's linear layers, compiled by this machine's C compiler: each piece is one pass over memory.
 
 PyTorch needs two to five passes for the same, and a small model spends more time in those than its products can make up for.
 `use` says for this process which of the two is used; `fleetune.models.fused` asks `takes` for every tensor. They round
@@ -22,12 +22,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_suffix(".c")
-# No contraction into fused multiply-adds: whether a compiler makes one differs between a loop's body and its rest.
-FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared",
+FOLDER = Path(__file__).parent
+SOURCES, HEADERS = (FOLDER / "kernels.c", FOLDER / "attention.c"), (FOLDER / "exponential.h",)
+FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared",
          "-fPIC")  # fmt: skip
-ROWS_PER_THREAD = 64
+ROWS_PER_THREAD, HEADS_PER_THREAD = 64, 8
 """Fewer are not worth handing to another thread."""
+MAX_TOKENS = 512
+"""Of a sequence for the compiled attention; PyTorch works long ones in blocks that stay in the cache."""
 
 _library: ctypes.CDLL | None = None
 
@@ -53,7 +55,8 @@ def load(folder: Path) -> ctypes.CDLL:
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise KernelsUnavailable("there is no C compiler (cc, gcc or clang)")
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
+    texts = [path.read_text() for path in (*SOURCES, *HEADERS)]
+    key = hashlib.sha256("\n".join([*texts, compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
     path = folder / f"{key}.so"
     try:
         if not path.exists():
@@ -64,7 +67,7 @@ def load(folder: Path) -> ctypes.CDLL:
         raise KernelsUnavailable(f"{compiler} gave no library: {output.strip().splitlines()[0]}") from error
     for name, types in _SIGNATURES.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = [ctypes.c_int64, ctypes.c_int64, *types], None
+        function.argtypes, function.restype = [_SIZE, _SIZE, *types], None
     return library
 
 
@@ -73,7 +76,7 @@ def _compile(compiler: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch) / path.name
-        command = [compiler, *FLAGS, "-o", str(made), str(SOURCE), "-lm"]
+        command = [compiler, *FLAGS, "-o", str(made), *map(str, SOURCES), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
         made.replace(path)
 
@@ -92,6 +95,8 @@ _SIGNATURES = {
     "rms_norm": (_SIZE, _DATA, _DATA, _NUMBER, _DATA, _DATA),
     "rms_norm_backward": (_SIZE, *(6 * [_DATA])),
     "rotate": (_SIZE, _SIZE, _SIZE, _DATA, _SIZE, _SIZE, _SIZE, _DATA, _DATA, _SIZE, _NUMBER, _DATA),
+    "attention": (*(4 * [_SIZE]), _NUMBER, *(6 * [_DATA]), _SIZE, *(3 * [_DATA])),
+    "attention_backward": (*(4 * [_SIZE]), _NUMBER, *(6 * [_DATA]), _SIZE, *(6 * [_DATA])),
     "swiglu": (_SIZE, _DATA, _DATA, _DATA),
     "swiglu_backward": (_SIZE, *(5 * [_DATA])),
     "cross_entropy": (_SIZE, *(4 * [_DATA])),
@@ -132,6 +137,48 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     return y.transpose(1, 2)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Causal attention of q (B, S, heads, d) over k, v (B, S, kv heads, d), q and k turned by cos, sin (B or 1, 1, S, d).
+
+    Returns (B, S, heads, d), and each query's largest score and 1 / the sum of its exponentials, (B, heads, S) both.
+    """
+    q, k, v = _dense_heads(q), _dense_heads(k), _dense_heads(v)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    batch, tokens, heads, _ = q.shape
+    out = q.new_empty(q.shape)
+    largest, inverse = q.new_empty(batch, heads, tokens), q.new_empty(batch, heads, tokens)
+    given = _attention_arguments(q, k, v, cos, sin, scale)
+    pointers = (t.data_ptr() for t in (out, largest, inverse))
+    _run("attention", batch * k.shape[2], *given, *pointers, rows_per_thread=HEADS_PER_THREAD)
+    return out, largest, inverse
+
+
+def attention_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float, largest: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    q, k, v, g = _dense_heads(q), _dense_heads(k), _dense_heads(v), g.contiguous()
+    cos, sin = cos.contiguous(), sin.contiguous()
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    given = _attention_arguments(q, k, v, cos, sin, scale)
+    pointers = (t.data_ptr() for t in (g, largest, inverse, dq, dk, dv))
+    _run("attention_backward", len(q) * k.shape[2], *given, *pointers, rows_per_thread=HEADS_PER_THREAD)
+    return dq, dk, dv
+
+
+def _dense_heads(x: Tensor) -> Tensor:
+    """(B, S, heads, d) whose heads and d lie as one; sequences and tokens may be anywhere."""
+    return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
+
+
+def _attention_arguments(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float) -> tuple[object, ...]:
+    tokens, heads, size = q.shape[1:]
+    strides = (ctypes.c_int64 * 6)(*(stride for x in (q, k, v) for stride in x.stride()[:2]))
+    table = cos.stride(0) if cos.shape[0] > 1 else 0
+    sizes = (tokens, k.shape[2], heads // k.shape[2], size)
+    return (*sizes, scale, *(x.data_ptr() for x in (q, k, v)), strides, cos.data_ptr(), sin.data_ptr(), table)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) up, of equal shapes (…, D)."""
     gate, up = gate.contiguous(), up.contiguous()
@@ -167,10 +214,10 @@ def cross_entropy_backward(g: Tensor, logits: Tensor, targets: Tensor, log_sums:
     return d_logits
 
 
-def _run(name: str, rows: int, *args: object) -> None:
+def _run(name: str, rows: int, *args: object, rows_per_thread: int = ROWS_PER_THREAD) -> None:
     """Call a kernel for all rows, shared out over the threads that PyTorch's products have. ctypes lets go of the GIL."""
     function: Callable[..., None] = getattr(_library, name)
-    threads = min(torch.get_num_threads(), max(1, rows // ROWS_PER_THREAD))
+    threads = min(torch.get_num_threads(), max(1, rows // rows_per_thread))
     if threads == 1:
         function(0, rows, *args)
         return

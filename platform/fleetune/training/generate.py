@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fleetune.models.block import Attend, run_block
+from fleetune.models.fused import rotary
 from fleetune.models.network import Network
 
 
@@ -33,7 +34,8 @@ class Cache:
         return [self._attention(block, bias, stop) for block in range(self.num_blocks)]
 
     def _attention(self, block: int, bias: Tensor, stop: int) -> Attend:
-        def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        def attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
+            q, k, v = rotary(q.transpose(1, 2), cos, sin), rotary(k.transpose(1, 2), cos, sin), v.transpose(1, 2)
             if len(self.keys) == block:
                 shape = (*k.shape[:2], self.real.shape[1], k.shape[-1])
                 self.keys.append(k.new_empty(shape))
@@ -41,9 +43,10 @@ class Cache:
             self.keys[block][:, :, self.length : stop] = k
             self.values[block][:, :, self.length : stop] = v
             k, v = self.keys[block][:, :, :stop], self.values[block][:, :, :stop]
-            return nn.functional.scaled_dot_product_attention(
+            out = nn.functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=bias, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
             )
+            return out.transpose(1, 2)
 
         return attention
 
