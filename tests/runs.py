@@ -18,6 +18,7 @@ from fleetune.engine.checkpoint import Checkpoint
 from fleetune.engine.coordinator import Coordinator, Event
 from fleetune.engine.executor import Evaluation, Executor, SerialExecutor
 from fleetune.engine.lots import Lot, LotReply
+from fleetune.engine.private import place_of
 from fleetune.engine.problem import Inputs, Problem, build_problem, load_inputs
 from fleetune.methods.base import GlobalModel, Payload, State
 from fleetune.models.base import load_base
@@ -122,6 +123,10 @@ class Passed:
     payloads: dict[int, Payload]
     reply: LotReply
     partial_sum: Packed | None
+    given: dict[int, Packed]
+    """What its clients had kept before."""
+    kept: dict[int, Packed]
+    """What they keep afterwards."""
 
 
 @dataclass
@@ -133,8 +138,11 @@ class Recorder:
 
     def run(self, lots: Sequence[Lot], payloads: Mapping[int, Payload]) -> Iterator[LotReply]:
         """Pass on and note. The coordinator lets a reply's tensors go, so the sum is kept apart."""
+        given = [dict(lot.store.read(lot.places)) for lot in lots]
         for lot, reply in zip(lots, self.inner.run(lots, payloads), strict=True):
-            self.passed.append(Passed(lot, dict(payloads), reply, reply.partial_sums.get(0)))
+            place = place_of(lot.round_idx, lot.index)
+            kept = dict(lot.store.read(dict.fromkeys(reply.client_ids[reply.keeps].tolist(), place)))
+            self.passed.append(Passed(lot, dict(payloads), reply, reply.partial_sums.get(0), given[lot.index], kept))
             yield reply
 
     def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> Evaluation:

@@ -201,11 +201,11 @@ def test_private_state_stays_with_its_client(case: str):
     kept: dict[int, dict[str, Tensor]] = {}
     for one in passed:
         for client_id in one.lot.client_ids.tolist():
-            given = one.lot.private.get(client_id)
+            given = one.given.get(client_id)
             assert (given is not None) == (client_id in kept)
             if given is not None:
                 runs.same_tensors(given.unpack(), kept[client_id])
-        kept.update({client: packed.unpack() for client, packed in one.reply.private.items()})
+        kept.update({client: packed.unpack() for client, packed in one.kept.items()})
     for a in kept:
         for b in kept:
             assert a == b or any(not torch.equal(kept[a][name], kept[b][name]) for name in kept[a])

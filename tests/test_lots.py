@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 
 import runs
 import tiny
-from fleetune.engine.lots import MAX_LOTS, Lot, in_client_order, make_lots, run_lot
+from fleetune.engine.lots import Lot, in_client_order, make_lots, run_lot
+from fleetune.engine.private import MAX_LOTS, PrivateStore
 from fleetune.engine.problem import Problem
 from fleetune.errors import RunFailed
 from fleetune.seeds import seed_of
@@ -25,7 +27,9 @@ def lots_of(steps: Sequence[int], *, cohort_size: int, coupled: bool = False, **
         "weights": np.full(n, 1 / max(1, n)),
         "payloads": np.zeros(n, np.int64),
         "learning_rate": 0.1,
-        "private": {},
+        "ranks": np.full(n, 2),
+        "store": PrivateStore("nowhere", ""),
+        "places": {},
         **more,
     }
     return make_lots(
@@ -86,15 +90,21 @@ def test_every_client_is_in_one_lot_with_its_own_rows(num_clients: int, cohort_s
     assert sorted(seen) == list(range(10, 10 + num_clients))
 
 
-def test_private_tensors_go_with_their_client():
-    kept = {11: pack({"b": torch.ones(2)}), 99: pack({"b": torch.zeros(2)})}
-    lots = lots_of([1, 1, 1], cohort_size=1, private=kept)
-    given = {task.client_id: task.private for lot in lots for c in lot.cohorts for task in lot.tasks(c)}
+@pytest.mark.parametrize("travels", [False, True])
+def test_private_tensors_come_to_their_client(tmp_path: Path, travels: bool):
+    """Client 11 kept two ones, of which it trains the first rank; they are read where the lot is, or come along."""
+    store = PrivateStore.open(tmp_path)
+    store.write(3, {11: pack({"x.lora_B": torch.ones(4, 2)}), 99: pack({"x.lora_B": torch.zeros(4, 2)})})
+    lots = lots_of([1, 1, 1], cohort_size=1, store=store, places={11: 3, 99: 3}, ranks=np.ones(3, int))
+    if travels:
+        lots = [lot.with_private() for lot in lots]
+        assert sum(len(lot.private) for lot in lots) == 1
+        (tmp_path / "round_000000_lot_03.safetensors").unlink()
+    given = {t.client_id: t.private for lot in lots for c in lot.cohorts for t in lot.tasks(c, lot.before(c))}
     assert given[10] is None
     assert given[12] is None
     assert given[11] is not None
-    assert given[11]["b"].tolist() == [1.0, 1.0]
-    assert sum(len(lot.private) for lot in lots) == 1
+    assert given[11]["x.lora_B"].tolist() == 4 * [[1.0]]
 
 
 def test_no_clients_no_lots():
@@ -116,7 +126,9 @@ def world(**overrides: Any) -> tuple[Problem, list[Lot]]:
         learning_rate=0.01,
         cohort_size=3,
         coupled=False,
-        private={},
+        ranks=np.full(6, problem.spec.model.lora.rank),
+        store=PrivateStore("nowhere", ""),
+        places={},
     )
     return problem, lots
 

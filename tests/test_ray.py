@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from commands import poisoned
 from fleetune.engine import launch
 from fleetune.engine.actors import RayExecutor, SharedInputs
 from fleetune.engine.executor import SerialExecutor
+from fleetune.engine.lots import Lot, LotReply
 from fleetune.engine.problem import Problem
 from fleetune.errors import RunFailed, UserError
 from fleetune.methods import METHODS
+from fleetune.methods.base import Payload
 from fleetune.methods.fedavg import FedIT
 from fleetune.records.run_directory import RunDirectory
 from fleetune.spec import RunSpec
@@ -143,6 +145,18 @@ def test_any_number_of_hosts_gives_the_bits_of_a_serial_run(hosts: list[Any], ca
     run = runs.run(spec_of(case), on(Borrowed(hosts, num_hosts)))
     runs.same_runs(run, serially(case))
     same_adapters(run, serially(case))
+
+
+class Apart(Borrowed):
+    """Hosts on a machine that does not have the run's folder."""
+
+    def run(self, lots: Sequence[Lot], payloads: Mapping[int, Payload]) -> Iterator[LotReply]:
+        return super().run([replace(lot, store=replace(lot.store, token="elsewhere")) for lot in lots], payloads)
+
+
+def test_what_clients_keep_travels_where_it_cannot_be_shared(hosts: list[Any]):
+    run = runs.run(spec_of("fedsa-lora"), on(Apart(hosts, 2)))
+    runs.same_runs(run, serially("fedsa-lora"))
 
 
 def test_hosts_share_the_gpu_that_ray_gives_them(hosts: list[Any]):
@@ -302,8 +316,8 @@ def test_a_failing_evaluation_is_told(place: str, pair: RayExecutor, monkeypatch
     spec = spec_of("fedit")
     healthy = runs.inputs(spec)
     data = healthy.evaluation.data
-    broken = dataclasses.replace(healthy.evaluation, data=dataclasses.replace(data, tokens=data.tokens + 10**6))
-    monkeypatch.setattr(runs, "inputs", lambda _: dataclasses.replace(healthy, evaluation=broken))
+    broken = replace(healthy.evaluation, data=replace(data, tokens=data.tokens + 10**6))
+    monkeypatch.setattr(runs, "inputs", lambda _: replace(healthy, evaluation=broken))
     with pytest.raises(RunFailed, match=r"^evaluation: IndexError: index out of range"):
         runs.run(spec, on(pair) if place == "ray" else SerialExecutor)
 

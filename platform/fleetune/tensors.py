@@ -219,6 +219,6 @@ def load(path: Path) -> tuple[Tensors, dict]:
         return {name: file.get_tensor(name) for name in header["names"]}, header["metadata"]
 
 
-def saved_names(file: Any) -> list[str]:
-    """The names in an open file that `save` wrote, in the order in which they were given."""
-    return json.loads(file.metadata()["fleetune"])["names"]
+def load_header(file: Any) -> dict:
+    """The metadata in an open file that `save` wrote."""
+    return json.loads(file.metadata()["fleetune"])["metadata"]

@@ -19,7 +19,7 @@ def test_only_a_travels_and_that_is_half_for_square_layers():
     for one in passed:
         assert one.partial_sum is not None
         assert all(name.endswith(".lora_A") for name in one.partial_sum.unpack())
-        assert all(name.endswith(".lora_B") for kept in one.reply.private.values() for name in kept.unpack())
+        assert all(name.endswith(".lora_B") for kept in one.kept.values() for name in kept.unpack())
     assert (2 * fedsa.rounds["uplink_bytes"] == fedit.rounds["uplink_bytes"]).all()
     assert (2 * fedsa.rounds["downlink_bytes"] == fedit.rounds["downlink_bytes"]).all()
 

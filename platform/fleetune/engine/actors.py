@@ -143,7 +143,7 @@ class HostActor:
 class Job:
     """One call to a host: how it is made, how its failure is told, and what came of it."""
 
-    def __init__(self, submit: Callable[[Any, bool], Any], failed: Callable[[Exception], RunFailed], *, is_lot: bool):
+    def __init__(self, submit: Callable[[int, bool], Any], failed: Callable[[Exception], RunFailed], *, is_lot: bool):
         self.submit, self.failed, self.is_lot = submit, failed, is_lot
         self.is_retry, self.num_deaths, self.is_done = False, 0, False
         self.result: Any = None
@@ -184,6 +184,8 @@ class RayExecutor:
         self._evaluations: deque[Job] = deque()
         self._running: dict[Any, tuple[Job, int]] = {}  # reference -> its job and host, in the order of submission
         self._load = [0] * self.num_hosts
+        self._has_store = [False] * self.num_hosts
+        """Which hosts are known to reach the run's private store; what they need of it is not sent to them."""
         self._num_unread = 0
 
     def prepare(self, base_key: str, spec: RunSpec, method: type[Method], shared: SharedInputs) -> None:
@@ -200,8 +202,9 @@ class RayExecutor:
         def job(lot: Lot) -> Job:
             needed = {cohort.payload: refs[cohort.payload] for cohort in lot.cohorts}
 
-            def submit(host: Any, is_retry: bool) -> Any:
-                return host.run.remote(self._run_number, lot, needed, is_retry)
+            def submit(host: int, is_retry: bool) -> Any:
+                mine = lot if self._has_store[host] else lot.with_private()
+                return self.hosts[host].run.remote(self._run_number, mine, needed, is_retry)
 
             def failed(error: Exception) -> RunFailed:
                 who = lot.client_ids.tolist()
@@ -219,8 +222,8 @@ class RayExecutor:
         ref = ray.put({"adapter": pack(model.adapter), "submodel": model.submodel.to_values()})
 
         def job(rows: np.ndarray) -> Job:
-            def submit(host: Any, is_retry: bool) -> Any:
-                return host.evaluate.remote(self._run_number, ref, rows)
+            def submit(host: int, is_retry: bool) -> Any:
+                return self.hosts[host].evaluate.remote(self._run_number, ref, rows)
 
             return Job(submit, lambda error: RunFailed(f"evaluation: {_told(error)}"), is_lot=False)
 
@@ -263,7 +266,7 @@ class RayExecutor:
     def _start(self, job: Job, host: int | None = None) -> None:
         if host is None:
             host = self._load.index(min(self._load))
-        self._running[job.submit(self.hosts[host], job.is_retry)] = (job, host)
+        self._running[job.submit(host, job.is_retry)] = (job, host)
         self._load[host] += 1
 
     def _settle(self, ref: Any) -> None:
@@ -288,6 +291,8 @@ class RayExecutor:
             self._fail(job, job.failed(error))
             return
         self._end(ref)
+        if job.is_lot:
+            self._has_store[host] = result.has_store
         job.result, job.is_done = result, True
         self._num_unread += job.is_lot
 
@@ -320,7 +325,7 @@ class RayExecutor:
         refs = [ref for ref, (_, where) in self._running.items() if where == host]
         lost = [self._running.pop(ref)[0] for ref in refs]
         self.hosts[host] = self._new_host()
-        self._load[host] = 0
+        self._load[host], self._has_store[host] = 0, False
         if self._setup is not None:
             self._prepared[host] = self.hosts[host].prepare.remote(*self._setup)
         lost[0].num_deaths += 1

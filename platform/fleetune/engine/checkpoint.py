@@ -1,21 +1,22 @@
-"""What a run needs to go on: server state, clock and totals in one file per round, clients' private tensors beside it.
+"""What a run needs to go on: server state, clock and totals in one file, clients' private tensors beside it (`PrivateStore`).
 
-A client's private tensors lie in the file of the last round it took part in; memory holds only which file that is. The state
-file is written last and replaces the former in one step, so a run that is killed at any moment resumes from a whole one.
+Those lie in the file of the last lot that a client was in; memory holds only which file that is. The state file is written
+last and replaces the former in one step, so a run that is killed at any moment resumes from a whole one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from fleetune.engine.private import PrivateStore, place_of
+from fleetune.errors import UserError
 from fleetune.methods.base import State
-from fleetune.tensors import Packed, Tensors, load, pack, save, saved_names
+from fleetune.tensors import Tensors, load, save
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Snapshot:
 
     state: State
     progress: Progress
-    last_round: np.ndarray
+    places: np.ndarray
     provisioned: dict[int, str]
 
 
@@ -43,10 +44,9 @@ class Checkpoint:
 
     def __init__(self, folder: Path, num_clients: int):
         self.folder = folder
-        self.clients = folder / "clients"
-        self.clients.mkdir(parents=True, exist_ok=True)
-        self.last_round = np.full(num_clients, -1, np.int32)
-        """Round whose file holds the client's private tensors; -1: it has none."""
+        self.store = PrivateStore.open(folder / "clients")
+        self.places = np.full(num_clients, -1, np.int32)
+        """Where each client's private tensors lie in the store; -1: it has none."""
         self.provisioned: dict[int, str] = {}
         """Client -> key of the weights that it was sent last."""
         self._unwritten: list[Snapshot] = []
@@ -59,70 +59,48 @@ class Checkpoint:
     def snapshot(self, state: State, progress: Progress) -> Snapshot:
         """The run as it stands now; `save` writes it, now or when later rounds have changed what is here."""
         copied = replace(progress, totals=dict(progress.totals))
-        made = Snapshot(state, copied, self.last_round.copy(), dict(self.provisioned))
+        made = Snapshot(state, copied, self.places.copy(), dict(self.provisioned))
         self._unwritten.append(made)
         return made
 
     def save(self, snapshot: Snapshot) -> None:
-        """Write all but private tensors, which `keep` has written before, and delete those that nobody needs any more."""
+        """Write all but private tensors, which were written before, and delete those that nobody needs any more."""
         meta = {"values": snapshot.state.values, "provisioned": snapshot.provisioned, **vars(snapshot.progress)}
         tensors = {f"state/{name}": tensor for name, tensor in snapshot.state.tensors.items()}
-        save(self.state_file, {**tensors, "last_round": torch.from_numpy(snapshot.last_round)}, meta)
+        save(self.state_file, {**tensors, "places": torch.from_numpy(snapshot.places)}, meta)
         self._unwritten.remove(snapshot)
-        self._forget_unneeded(snapshot)
+        pointed = [one.places for one in (snapshot, *self._unwritten)]
+        needed = [place for place in np.unique(np.concatenate(pointed)).tolist() if place >= 0]
+        self.store.forget(needed, before_round=snapshot.progress.next_round)
 
     def load(self) -> tuple[State, Progress] | None:
-        """State and progress of the last finished round; None where there is none yet."""
+        """State and progress of the last finished round; None where there is none yet. UserError where it is of old."""
         if not self.state_file.is_file():
             return None
         tensors, meta = load(self.state_file)
-        self.last_round = tensors.pop("last_round").numpy().copy()
+        if "places" not in tensors:
+            raise UserError(
+                "was written by an earlier version of fleetune",
+                field="checkpoint",
+                value=str(self.state_file),
+                hint="go on with that version, or begin the run anew",
+            )
+        self.places = tensors.pop("places").numpy().copy()
         self.provisioned = {int(k): v for k, v in meta.pop("provisioned").items()}
         state = State({n.removeprefix("state/"): t for n, t in tensors.items()}, meta.pop("values"))
         return state, Progress(**meta)
 
     # -- clients' private tensors -----------------------------------------------------------------------------------------
-    def keep(self, round_idx: int, private: Mapping[int, Packed]) -> None:
-        """Write what clients keep after a round."""
-        if not private:
-            return
-        tensors = {f"{c}/{name}": t for c, packed in private.items() for name, t in packed.unpack().items()}
-        save(self._file(round_idx), tensors)
-        self.last_round[list(private)] = round_idx
+    def kept(self, round_idx: int, lot: int, client_ids: np.ndarray) -> None:
+        """These clients' newest tensors lie in a lot's file."""
+        self.places[client_ids] = place_of(round_idx, lot)
 
-    def _forget_unneeded(self, written: Snapshot) -> None:
-        """Delete private files that neither the saved state points to nor one that is still to be saved."""
-        pointed = [np.unique(snapshot.last_round) for snapshot in (written, *self._unwritten)]
-        needed = {self._file(int(r)).name for r in np.unique(np.concatenate(pointed)) if r >= 0}
-        for path in self.clients.glob("*.safetensors"):
-            if path.name not in needed:
-                path.unlink(missing_ok=True)
-
-    def private(self, client_ids: Sequence[int] | np.ndarray) -> dict[int, Packed]:
-        """The private tensors of these clients, of those that have any."""
-        return {client: pack(tensors) for client, tensors in self._read(np.asarray(client_ids))}
+    def places_of(self, client_ids: np.ndarray) -> dict[int, int]:
+        """Client -> place, of those that have kept something."""
+        found = client_ids[self.places[client_ids] >= 0]
+        return dict(zip(found.tolist(), self.places[found].tolist(), strict=True))
 
     def all_private(self, num_examples: np.ndarray) -> Iterator[tuple[int, int, Tensors]]:
-        """(client, its examples, its private tensors) of every client that took part, ascending."""
-        for client, tensors in self._read(np.flatnonzero(self.last_round >= 0)):
-            yield client, int(num_examples[client]), tensors
-
-    def _read(self, client_ids: np.ndarray) -> Iterator[tuple[int, Tensors]]:
-        from safetensors import safe_open
-
-        files: dict[int, Any] = {}
-        for client in client_ids.tolist():
-            round_idx = int(self.last_round[client])
-            if round_idx < 0:
-                continue
-            if round_idx not in files:
-                file = safe_open(self._file(round_idx), framework="pt")
-                names: dict[int, list[str]] = {}
-                for key in saved_names(file):
-                    names.setdefault(int(key.partition("/")[0]), []).append(key)
-                files[round_idx] = (file, names)
-            file, names = files[round_idx]
-            yield client, {key.partition("/")[2]: file.get_tensor(key) for key in names[client]}
-
-    def _file(self, round_idx: int) -> Path:
-        return self.clients / f"round_{round_idx:06d}.safetensors"
+        """(client, its examples, its private tensors) of every client that took part, in the order in which they lie."""
+        for client, packed in self.store.read(self.places_of(np.arange(len(self.places)))):
+            yield client, int(num_examples[client]), packed.unpack()

@@ -14,15 +14,16 @@ from fleetune.engine.columns import client_columns, round_row
 from fleetune.engine.executor import Executor
 from fleetune.engine.ledger import Evaluating, FinishedRound, Ledger
 from fleetune.engine.lots import LotReply, make_lots
+from fleetune.engine.private import place_of
 from fleetune.engine.problem import Problem
-from fleetune.engine.ranks import cut, filled, laid_over, shares_per_row
+from fleetune.engine.ranks import filled, shares_per_row
 from fleetune.engine.rounds import LATE, OK, Outcome
 from fleetune.engine.schedule import Schedule
 from fleetune.engine.work import Work
 from fleetune.errors import RunFailed
 from fleetune.methods.base import GlobalModel, State, Update
 from fleetune.records.run_directory import RunDirectory
-from fleetune.tensors import Packed, Tensors, pack
+from fleetune.tensors import Tensors
 
 Event = dict[str, Any]
 Baselines = dict[str, Evaluating]
@@ -79,7 +80,6 @@ class Coordinator:
                 clients = client_columns(self.problem, now, replies)
                 row = round_row(self.method.stage(round_idx), now, clients, progress.sim_seconds)
                 row.update(self.method.columns(state))
-                self.checkpoint.keep(round_idx, self._kept(replies, client_ids, work))
                 evaluation = self._evaluate_round(state) if self._is_evaluated(round_idx) else None
                 row["wall_seconds"] = time.perf_counter() - started
                 _count(progress, row)
@@ -144,7 +144,9 @@ class Coordinator:
             learning_rate=self.spec.local.learning_rate_at(work.round_idx, self.spec.rounds.num_rounds),
             cohort_size=int(self.spec.execution.cohort),
             coupled=self.method.coupled,
-            private=self._private(ids, work.of_clients("rank")[active]) if keeps else {},
+            ranks=work.of_clients("rank")[active],
+            store=self.checkpoint.store,
+            places=self.checkpoint.places_of(ids) if keeps else {},
         )
         run = self.executor.run(lots, dict(enumerate(work.payloads)))
         return self._updates(run, work, weights, client_ids, replies)
@@ -188,8 +190,15 @@ class Coordinator:
                         weight = float(weights[i])
                         upload = self._whole(reply.each[client_id].unpack(), work, key, 1.0, trained)
                         yield Update(upload, weight, (client_id,), {}, group, weight)
+            self._keep(reply, work.round_idx)
             reply.let_go()
             replies.append(reply)
+
+    def _keep(self, reply: LotReply, round_idx: int) -> None:
+        """What a lot's clients keep is in the store: the host has written it there, or it is written here."""
+        if reply.private:
+            self.checkpoint.store.write(place_of(round_idx, reply.index), reply.private)
+        self.checkpoint.kept(round_idx, reply.index, reply.client_ids[reply.keeps])
 
     def _whole(self, upload: Tensors, work: Work, key: int, share: float, trained: np.ndarray | None) -> Tensors:
         """An upload of clients that did a smaller share, as one of the whole work (`engine.shares`, `engine.ranks`)."""
@@ -199,25 +208,6 @@ class Coordinator:
         if trained is None:
             return upload
         return filled(upload, work.payloads[source].tensors, share=share, trained=trained)
-
-    def _private(self, client_ids: np.ndarray, ranks: np.ndarray) -> dict[int, Packed]:
-        """What these clients kept, each at the rank that it works with now."""
-        kept = self.checkpoint.private(client_ids)
-        for client, rank in zip(client_ids.tolist(), ranks.tolist(), strict=True):
-            if client in kept and rank < self.spec.model.lora.rank:
-                kept[client] = pack(cut(kept[client].unpack(), rank))
-        return kept
-
-    def _kept(self, replies: list[LotReply], client_ids: np.ndarray, work: Work) -> dict[int, Packed]:
-        """What clients keep after a round, at full rank: what a smaller rank left out stays as it was."""
-        kept = {client: packed for reply in replies for client, packed in reply.private.items()}
-        full = self.spec.model.lora.rank
-        for client in client_ids[work.of_clients("rank") < full].tolist():
-            if client in kept:
-                before = self.checkpoint.private([client]).get(client)
-                whole = laid_over(kept[client].unpack(), before.unpack() if before else {}, full)
-                kept[client] = pack(whole)
-        return kept
 
     def _keeps(self, work: Work) -> bool:
         """Whether clients of this work keep something of their own for the next time."""

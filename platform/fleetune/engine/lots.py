@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import numpy as np
 
+from fleetune.engine.private import MAX_LOTS, PrivateStore, place_of
+from fleetune.engine.ranks import cut, laid_over
 from fleetune.errors import RunFailed
 from fleetune.methods.base import Method, Payload
-from fleetune.tensors import Packed, RunningSum, Tensors, add_weighted, pack
+from fleetune.tensors import Packed, RunningSum, Stack, Tensors, add_weighted, pack
 from fleetune.training.plan import ClientTask, CohortUpdate
 from fleetune.training.worker import Worker
 
-# Calls per round at most, so that a round of 10,000 clients costs no more calls than one of a thousand; fewer where clients
-# do not train, because a call costs about a millisecond and there is little to balance.
-MAX_LOTS, MAX_LOTS_WITHOUT_STEPS = 64, 8
+# There are at most MAX_LOTS calls per round, so that a round of 10,000 clients costs no more calls than one of a thousand;
+# fewer where clients do not train, because a call costs about a millisecond and there is little to balance.
+MAX_LOTS_WITHOUT_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,34 @@ class Lot:
     """Examples of all steps of all clients, (sum of steps, largest batch); smaller batches are filled up with -1."""
     row_offsets: np.ndarray
     cohorts: tuple[Cohort, ...]
+    ranks: np.ndarray
+    """Of the adapters that they train."""
+    store: PrivateStore
+    places: Mapping[int, int] = field(default_factory=dict)
+    """Where what each of them kept lies in the store."""
     private: Mapping[int, Packed] = field(default_factory=dict)
+    """What they kept, for a host that has no access to the store."""
 
-    def tasks(self, cohort: Cohort) -> list[ClientTask]:
-        """The cohort's tasks."""
+    def with_private(self) -> Lot:
+        """The lot with what its clients kept."""
+        return replace(self, private=dict(self.store.read(self.places))) if self.places else self
+
+    def before(self, cohort: Cohort) -> dict[int, Tensors]:
+        """What the cohort's clients kept last, of those that did."""
+        ids = self.client_ids[cohort.start : cohort.stop].tolist()
+        missing = {
+            client: self.places[client] for client in ids if client in self.places and client not in self.private
+        }
+        found = {client: self.private[client] for client in ids if client in self.private}
+        found.update(self.store.read(missing))
+        return {client: packed.unpack() for client, packed in found.items()}
+
+    def tasks(self, cohort: Cohort, before: Mapping[int, Tensors] = MappingProxyType({})) -> list[ClientTask]:
+        """The cohort's tasks; ``before``: what its clients kept, which they go on with at the rank that they train."""
         out = []
         for i in range(cohort.start, cohort.stop):
             client_id = int(self.client_ids[i])
-            private = self.private.get(client_id)
+            private = before.get(client_id)
             out.append(
                 ClientTask(
                     client_id=client_id,
@@ -65,7 +88,7 @@ class Lot:
                     rows=self.rows[self.row_offsets[i] : self.row_offsets[i + 1], : cohort.batch_size],
                     learning_rate=self.learning_rate,
                     address=(self.run_seed, self.round_idx),
-                    private=private.unpack() if private is not None else None,
+                    private=None if private is None else cut(private, int(self.ranks[i])),
                 )
             )
         return out
@@ -82,15 +105,19 @@ class LotReply:
     upload_bytes: np.ndarray
     cut_bytes: np.ndarray
     wall_seconds: np.ndarray
+    keeps: np.ndarray
+    """Whether the client keeps something of its own."""
     partial_sums: dict[int, Packed] = field(default_factory=dict)
     each: dict[int, Packed] = field(default_factory=dict)
     server: Packed | None = None
     private: dict[int, Packed] = field(default_factory=dict)
+    """What the clients keep, from a host that has no access to the store; others have written it there."""
+    has_store: bool = True
 
     def let_go(self) -> None:
-        """Drop the tensors that were aggregated. The columns are copied, because they lie in the buffer that came with them."""
-        self.partial_sums, self.server, self.each = {}, None, {}
-        for name in ("client_ids", "losses", "num_tokens", "upload_bytes", "cut_bytes", "wall_seconds"):
+        """Drop the tensors that were used. The columns are copied, because they lie in the buffer that came with them."""
+        self.partial_sums, self.server, self.each, self.private = {}, None, {}, {}
+        for name in ("client_ids", "losses", "num_tokens", "upload_bytes", "cut_bytes", "wall_seconds", "keeps"):
             setattr(self, name, getattr(self, name).copy())
 
 
@@ -106,7 +133,9 @@ def make_lots(
     learning_rate: float,
     cohort_size: int,
     coupled: bool,
-    private: Mapping[int, Packed],
+    ranks: np.ndarray,
+    store: PrivateStore,
+    places: Mapping[int, int],
 ) -> list[Lot]:
     """Cohorts of at most ``cohort_size`` clients of one payload (all of them, if coupled), dealt to a bounded number of lots.
 
@@ -146,7 +175,9 @@ def make_lots(
                 rows=_as_one(mine),
                 row_offsets=np.concatenate([[0], np.cumsum(steps[members])]),
                 cohorts=spans,
-                private={int(i): private[int(i)] for i in ids if int(i) in private} if private else {},
+                ranks=ranks[members],
+                store=store,
+                places={client: places[client] for client in ids.tolist() if client in places},
             )
         )
     return lots
@@ -173,11 +204,15 @@ def run_lot(
         np.zeros(n, np.int64),
         np.zeros((2, n), np.int64),
         np.zeros(n),
+        np.zeros(n, bool),
+        has_store=lot.store.is_here,
     )
     totals: dict[int, RunningSum] = {}
     server: Tensors = {}
+    kept: dict[int, Packed] = {}
     for cohort in lot.cohorts:
-        tasks = lot.tasks(cohort)
+        before = lot.before(cohort)
+        tasks = lot.tasks(cohort, before)
         started = time.perf_counter()
         try:
             update = _update(worker, method, payloads[cohort.payload], tasks)
@@ -191,10 +226,17 @@ def run_lot(
         if update.cut_bytes is not None:
             reply.cut_bytes[:, span] = update.cut_bytes
         _collect(reply, span, method, update, tasks, totals.setdefault(cohort.payload, RunningSum()))
+        if update.private is not None:
+            reply.keeps[span] = True
+            kept.update(_kept(update.private, lot.ranks[span], tasks, before, worker.lora.rank))
         add_weighted(server, update.server, 1.0)
     sums = {key: total.tensors() for key, total in totals.items()}
     reply.partial_sums = {key: pack(tensors) for key, tensors in sums.items() if tensors}
     reply.server = pack(server) if server else None
+    if not reply.has_store:
+        reply.private = kept
+    elif kept:
+        lot.store.write(place_of(lot.round_idx, lot.index), kept)
     return reply
 
 
@@ -222,8 +264,19 @@ def _collect(
             total.add(rows, [tasks[k].weight for k in counted])
         elif not method.partial_sums:
             reply.each.update({tasks[k].client_id: pack(update.upload.client(k)) for k in counted})
-    if update.private is not None:
-        reply.private.update({task.client_id: pack(update.private.client(k)) for k, task in enumerate(tasks)})
+
+
+def _kept(
+    private: Stack, ranks: np.ndarray, tasks: list[ClientTask], before: Mapping[int, Tensors], full_rank: int
+) -> dict[int, Packed]:
+    """What clients keep, at full rank: what a smaller rank left out stays as it was."""
+    out = {}
+    for k, (task, rank) in enumerate(zip(tasks, ranks.tolist(), strict=True)):
+        mine = private.client(k)
+        if rank < full_rank:
+            mine = laid_over(mine, before.get(task.client_id, {}), full_rank)
+        out[task.client_id] = pack(mine)
+    return out
 
 
 def _located(
