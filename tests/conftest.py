@@ -8,7 +8,8 @@ import warnings
 
 import pytest
 
-os.environ["FLEETUNE_CACHE"] = tempfile.mkdtemp(prefix="fleetune-cache-")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # processes that share the tests share a cache
+    os.environ["FLEETUNE_CACHE"] = tempfile.mkdtemp(prefix="fleetune-cache-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -16,6 +17,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 warnings.filterwarnings("ignore", message=".*MatMul8bitLt.*")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Shared out over processes, one of them has all that starts Ray, from the beginning: it takes the longest."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
 @pytest.fixture(autouse=True, scope="session")
