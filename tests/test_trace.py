@@ -90,14 +90,15 @@ def random_base(shape: ModelShape, weights: str, precision: str) -> BaseModel:
 
 def world(
     case: str = "fedit", shape: ModelShape = WIDE, *, weights: str = "fp32", precision: str = "fp32",
-    checkpointing: bool = False, lora: LoRAConfig | None = None, **local: Any,
+    checkpointing: bool = False, lora: LoRAConfig | None = None, round_idx: int = 3, **local: Any,
 ) -> World:  # fmt: skip
+    """``round_idx``: of eight; 3 is in the second of devft's three stages."""
     name, settings = CASES[case]
     base, lora = random_base(shape, weights, precision), lora or LoRAConfig(rank=4)
     config = METHODS[name].Config(name=name, **{**SETTINGS.get(name, {}), **settings})
     method = METHODS[name](config, Context(base, lora, linear_sites(base, lora), 8, 0))
     steps = LocalConfig(checkpointing=checkpointing, **local)
-    payload = method.broadcast(method.begin_round(method.start(), 3), 3, None)  # devft: the second of three stages
+    payload = method.broadcast(method.begin_round(method.start(), round_idx), round_idx, None)
     tracing = Tracing(CostedModel(base), method, lora, steps, None)
     worker = Worker(base=base, lora=lora, local=steps, data=_examples(POINTS[0]), precision=precision)
     return World(method, worker, payload, tracing, WorkShape(weights, precision, checkpointing))
@@ -195,12 +196,21 @@ def test_a_trace_is_kept_on_disk_by_what_it_depends_on(tmp_path: Path):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
-@pytest.mark.parametrize("case", ["fedprox", "fedsa-lora"])
-def test_a_deep_model_is_traced_on_two_shallow_ones(case: str, checkpointing: bool):
+@pytest.mark.parametrize("case", ["fedprox", "fedsa-lora", "devft+fedsa-lora"])
+def test_a_deep_model_is_traced_on_two_shallow_ones(case: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch):
     """Eight blocks from three and four: the same, to the last byte, as when all eight are run. A model with a block of its own
     is run as it is."""
-    this = world(case, replace(WIDE, num_layers=8), checkpointing=checkpointing)
-    fast = this.trace()
+    this = world(case, replace(WIDE, num_layers=8), checkpointing=checkpointing, round_idx=7)
+    depths: list[int] = []
+    recorded = tracing.Tracing._recorded
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            tracing.Tracing,
+            "_recorded",
+            lambda self, model, *rest: (depths.append(model.shape.num_layers), recorded(self, model, *rest))[1],
+        )
+        fast = this.trace()
+    assert depths == [3, 4]
     whole = this.tracing._recorded(this.tracing.model, this.payload, this.shape).trace()
     for side in ("client", "server"):
         ours, theirs = getattr(fast, side), getattr(whole, side)

@@ -112,6 +112,8 @@ class Recording:
     """(t, 7, 6): bytes by part on the client after every operator."""
     places: list[tuple[int, int | None]]
     """(t,): step and block of every operator."""
+    names: list[str]
+    """(t,): operators."""
     saved: np.ndarray
     cut: np.ndarray
 
@@ -126,6 +128,7 @@ class Recording:
             sides={side: _side_work(first, second, side, fit) for side in (CLIENT, SERVER)},
             live=live_bytes(first, second, (CLIENT,)),
             places=first.places,
+            names=[op.name for op in first.ops],
             saved=sum((fit(*pair) for pair in zip(first.saved_bytes, second.saved_bytes, strict=True)), np.zeros(NUM)),
             cut=np.stack([fit(*pair) for pair in zip(*cuts, strict=True)]),
         )
@@ -155,12 +158,8 @@ def at_depth(small: Recording, large: Recording, num_more: int) -> StepTrace:
         from_below = [block] if block is None or block < highest else []
         from_above = [block + 1] if block else []
         for other in (*from_below, *from_above):
-            counterparts = theirs.get((step, other), [])
-            if block is None:  # before the first block: what is set up tensor by tensor is counted from its end
-                counterparts = counterparts[-len(ticks) :]
-            if len(counterparts) != len(ticks):
-                raise Unequal
-            moments.append(small.live[ticks] + num_more * (large.live[counterparts] - small.live[ticks]))
+            for mine, counterparts in _matched(small, ticks, large, theirs.get((step, other), [])):
+                moments.append(small.live[mine] + num_more * (large.live[counterparts] - small.live[mine]))
     return StepTrace(
         client=_linear(small.sides[CLIENT], large.sides[CLIENT], num_more),
         server=_linear(small.sides[SERVER], large.sides[SERVER], num_more),
@@ -168,6 +167,28 @@ def at_depth(small: Recording, large: Recording, num_more: int) -> StepTrace:
         saved=small.saved + num_more * (large.saved - small.saved),
         cut=small.cut + num_more * (large.cut - small.cut),
     )
+
+
+def _matched(
+    small: Recording, ours: list[int], large: Recording, theirs: list[int]
+) -> list[tuple[list[int], list[int]]]:
+    """Pairs of equally many operators that correspond to each other; together they hold all of ``ours``.
+
+    Where ``theirs`` are more, something is done tensor by tensor, which a deeper model does more often: what comes before and
+    the first of it is counted from the beginning, the last of it and what comes after from the end.
+    """
+    if len(ours) == len(theirs):
+        return [(ours, theirs)]
+    if len(ours) > len(theirs):
+        raise Unequal
+    alike = [small.names[a] == large.names[b] for a, b in zip(ours, theirs, strict=False)]
+    first = alike.index(False) if False in alike else len(ours)
+    alike = [small.names[a] == large.names[b] for a, b in zip(reversed(ours), reversed(theirs), strict=False)]
+    last = alike.index(False) if False in alike else len(ours)
+    if first + last < len(ours):
+        raise Unequal
+    repeated = len(ours) - last  # from here on, what is counted from the end
+    return [(ours[:first], theirs[:first]), (ours[repeated:], theirs[-last:] if last else [])]
 
 
 def _linear(small: SideWork, large: SideWork, num_more: int) -> SideWork:

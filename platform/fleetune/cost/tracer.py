@@ -120,6 +120,10 @@ class Tracer(TorchDispatchMode):
         """The result's shapes, and the FLOPs; what was asked before is not worked out again."""
         if name[-1] == "_" and not kwargs.get("out"):
             return inputs[0], 0  # in place: no operator that computes a product is
+        formula = self._flops.get(func._overloadpacket)
+        into = kwargs.get("out")
+        if isinstance(into, Tensor):  # it has the result's shape already
+            return into, int(formula(*args, **kwargs, out_val=into)) if formula else 0
         key = _signature(func, args, kwargs)
         known = self._made.get(key) if key else None
         if known is not None:
@@ -127,7 +131,6 @@ class Tracer(TorchDispatchMode):
             made = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in forms]
             return (made[0] if len(made) == 1 else tuple(made)), flops
         out = func(*args, **kwargs)
-        formula = self._flops.get(func._overloadpacket)
         flops = int(formula(*args, **kwargs, out_val=out)) if formula else 0
         outputs = [out] if isinstance(out, Tensor) else list(_tensors(out))
         if key and outputs and all(t.is_meta for t in outputs) and not any(t is u for t in outputs for u in inputs):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -38,5 +39,10 @@ class FedProx(Method):
 
     def _proximal(self, params: Tensors, start: Tensors) -> Tensor:
         """Mu / 2 * ||theta_k - theta||^2 of each client: (K,)."""
-        squares = sum((params[n] - start[n]).square().flatten(1).sum(1) for n in params)
-        return self.config.mu / 2 * squares
+        moved = _flat(params) - _flat({name: start[name] for name in params})
+        return self.config.mu / 2 * moved.square().sum(1)
+
+
+def _flat(tensors: Tensors) -> Tensor:
+    """(K, …) each -> (K, P)."""
+    return torch.cat([tensor.flatten(1) for tensor in tensors.values()], dim=1)
