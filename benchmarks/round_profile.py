@@ -1,7 +1,7 @@
 """Where a round of the LoRA workload goes: processor time of every process on Ray, and of a host's step by kind of work.
 
-    python benchmarks/round_profile.py
-    python benchmarks/round_profile.py --hosts 1 --kernels torch
+python benchmarks/round_profile.py
+python benchmarks/round_profile.py --hosts 1 --kernels torch
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ from stacking import NUM_STEPS, Trial, make_case
 # By the names under which PyTorch's profiler knows them; the first kind whose start fits takes an operator.
 KINDS = {
     "attention": ("_Attention", "_Rotary", "aten::_scaled_dot_product", "aten::_flash"),
-    "norms, gates, loss": ("_RMSNorm", "_SwiGLU", "_CrossEntropy", "aten::silu", "aten::_log_softmax", "aten::nll_loss"),
+    "norms, gates, loss": (
+        "_RMSNorm",
+        "_SwiGLU",
+        "_CrossEntropy",
+        "aten::silu",
+        "aten::_log_softmax",
+        "aten::nll_loss",
+    ),
     "products of the frozen base": ("aten::mm", "aten::addmm"),
     "products of the adapters": ("aten::bmm", "aten::baddbmm"),
     "copies, sums and other operators": ("aten::",),

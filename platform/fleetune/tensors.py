@@ -26,6 +26,9 @@ Tensors = dict[str, Tensor]
 # such buffers, let go among small objects, would leave holes there: 170 MiB on two hosts after 100 replies of 4.5 MB.
 LARGE_BYTES = 1 << 20
 
+ALIGNMENT = 16
+"""Bytes, of the tensors in a packed buffer."""
+
 # Buffers mapped from the object store are read-only; nobody here writes to them.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
@@ -68,6 +71,8 @@ class Packed:
 
     layout: tuple[tuple[str, str, tuple[int, ...]], ...]
     data: np.ndarray
+    alignment: int = ALIGNMENT
+    """Every tensor starts at a multiple of so many bytes."""
 
     def unpack(self) -> Tensors:
         """Views into the buffer; of a read-only (mapped) buffer they must not be written to."""
@@ -78,7 +83,7 @@ class Packed:
             torch_dtype = getattr(torch, dtype)
             size = math.prod(shape) * torch_dtype.itemsize
             out[name] = buffer[start : start + size].view(torch_dtype).view(shape)
-            start += -(-size // 16) * 16
+            start += _padded(size, self.alignment)
         return out
 
 
@@ -89,17 +94,33 @@ def _buffer(num_bytes: int) -> np.ndarray:
     return np.frombuffer(mmap.mmap(-1, num_bytes), np.uint8)
 
 
+def _empty(num_elements: int, dtype: torch.dtype) -> Tensor:
+    """The same as a flat tensor; a small one from PyTorch, as costs are traced with what it allocates."""
+    size = num_elements * dtype.itemsize
+    if size < LARGE_BYTES:
+        return torch.empty(num_elements, dtype=dtype)
+    return torch.from_numpy(_buffer(size)).view(dtype)
+
+
 def pack(tensors: Mapping[str, Tensor]) -> Packed:
     """Copy the tensors into one buffer, each on a 16-byte boundary."""
-    layout = tuple((n, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items())
+    layout = tuple((n, _dtype_name(t.dtype), tuple(t.shape)) for n, t in tensors.items())
     sizes = [t.numel() * t.element_size() for t in tensors.values()]
-    data = _buffer(sum(-(-s // 16) * 16 for s in sizes))
+    data = _buffer(sum(_padded(size, ALIGNMENT) for size in sizes))
     buffer = torch.from_numpy(data)
     start = 0
     for tensor, size in zip(tensors.values(), sizes, strict=True):
         buffer[start : start + size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        start += -(-size // 16) * 16
+        start += _padded(size, ALIGNMENT)
     return Packed(layout, data)
+
+
+def _padded(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class Stack:
@@ -119,7 +140,10 @@ class Stack:
         first = clients[0]
         width = sum(t.numel() for t in first.values())
         dtype = next(iter(first.values())).dtype if first else torch.float32
-        data = torch.empty(len(clients), width, dtype=dtype)
+        size = len(clients) * width
+        is_traced = any(t.is_meta for t in first.values())
+        data = torch.empty(size, dtype=dtype, device="meta") if is_traced else _empty(size, dtype)
+        data = data.view(len(clients), width)
         stack = cls({name: tuple(t.shape) for name, t in first.items()}, data)
         for name, view in stack.views().items():
             for k, tensors in enumerate(clients):
@@ -157,43 +181,44 @@ class Stack:
         data = torch.cat(parts, dim=1) if parts else self.data.new_empty(len(self), 0)
         return Stack({name: self.shapes[name] for name in names}, data)
 
-    def weighted_row(self, weights: Iterable[float], *, out: Tensor | None = None) -> Tensor:
-        """sum_k w_k u_k in row order, (P,), in ``out`` if given; one row of weight 1 comes out bit for bit."""
-        total: Tensor | None = None
-        for row, weight in zip(self.data, weights, strict=True):
-            total = torch.mul(row, weight, out=out) if total is None else total.add_(row, alpha=weight)
-        assert total is not None, "an empty stack has no sum"
-        return total
-
     def weighted_sum(self, weights: Iterable[float]) -> Tensors:
-        """The weighted sum as named tensors."""
-        row = self.weighted_row(weights)
-        return {name: view[0] for name, view in self.views(row[None]).items()}
+        """sum_k w_k u_k in row order, as named tensors; one row of weight 1 comes out bit for bit."""
+        total = RunningSum()
+        total.add(self, weights)
+        return total.tensors()
 
 
 class RunningSum:
-    """A sum over cohorts that is kept as one flat row per form of stack."""
+    """A weighted sum over the rows of stacks, in their order, that is kept as one flat row per form of stack."""
 
     def __init__(self) -> None:
         self._rows: dict[tuple, Tensor] = {}
 
+    def __bool__(self) -> bool:
+        """Whether it has summands."""
+        return bool(self._rows)
+
     def add(self, stack: Stack, weights: Iterable[float]) -> None:
-        """Add sum_k w_k u_k."""
-        width, dtype = stack.data.shape[1], stack.data.dtype
-        out = torch.from_numpy(_buffer(width * dtype.itemsize)).view(dtype)
-        row = stack.weighted_row(weights, out=out)
+        """Add sum_k w_k u_k, row by row."""
         form = tuple(stack.shapes.items())
-        if form in self._rows:
-            self._rows[form].add_(row)
-        else:
-            self._rows[form] = row
+        for row, weight in zip(stack.data, weights, strict=True):
+            if form in self._rows:
+                self._rows[form].add_(row, alpha=weight)
+            else:
+                self._rows[form] = torch.mul(row, weight, out=_empty(row.numel(), row.dtype))
 
     def tensors(self) -> Tensors:
-        """The sum as named tensors."""
+        """The sum as named tensors, views into it where all stacks were of one form."""
         sums = [Stack(dict(form), row[None]).client(0) for form, row in self._rows.items()]
-        if len(sums) == 1:
-            return sums[0]  # as it is: a copy would cost as much memory again
-        return weighted_sum((1.0, tensors) for tensors in sums)
+        return sums[0] if len(sums) == 1 else weighted_sum((1.0, tensors) for tensors in sums)
+
+    def packed(self) -> Packed:
+        """The sum for the wire: the row itself where all stacks were of one form, as a copy would take as much memory again."""
+        if len(self._rows) != 1:
+            return pack(self.tensors())
+        ((form, row),) = self._rows.items()
+        layout = tuple((name, _dtype_name(row.dtype), shape) for name, shape in form)
+        return Packed(layout, row.view(torch.uint8).numpy(), alignment=row.element_size())
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object] | None = None) -> None:

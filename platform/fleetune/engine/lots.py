@@ -230,8 +230,7 @@ def run_lot(
             reply.keeps[span] = True
             kept.update(_kept(update.private, lot.ranks[span], tasks, before, worker.lora.rank))
         add_weighted(server, update.server, 1.0)
-    sums = {key: total.tensors() for key, total in totals.items()}
-    reply.partial_sums = {key: pack(tensors) for key, tensors in sums.items() if tensors}
+    reply.partial_sums = {key: total.packed() for key, total in totals.items() if total}
     reply.server = pack(server) if server else None
     if not reply.has_store:
         reply.private = kept
