@@ -15,7 +15,7 @@ test: $(VENV)/.tested ## install into .venv and run the tests
 	$(BIN)/python -m pytest
 
 nodes: $(VENV)/.tested ## the tests on several nodes and servers, which `make test` leaves out
-	$(BIN)/python -m pytest -m nodes
+	$(BIN)/python -m pytest -n 0 -m nodes
 
 lint: $(VENV)/.developed ## formatter, linter, type checker
 	$(BIN)/ruff format --check .

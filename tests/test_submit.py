@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import urllib.request
 import uuid
@@ -99,18 +100,20 @@ def test_a_server_that_is_none_of_ray_s(
 # -- a cluster with a job server -----------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Access, Path]]:
-    """A head that wants a token: its job server's URL, what lets one in, and the folder in which its jobs write."""
+    """A head that wants a token: its job server's URL, what lets one in, and the folder in which its jobs write. Its sockets
+    lie in a folder whose path is short, as theirs may have 107 characters."""
     port, jobs_port = services.free_port(), services.free_port()
-    workspace = tmp_path_factory.mktemp("workspace")
+    workspace, sockets = tmp_path_factory.mktemp("workspace"), tempfile.mkdtemp(prefix="ray-")
     access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
     head = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     head += [f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=2", f"--object-store-memory={200 * 2**20}"]
     head += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={jobs_port}"]
-    head += [f"--dashboard-agent-listen-port={services.free_port()}", f"--temp-dir={tmp_path_factory.mktemp('r')}"]
+    head += [f"--dashboard-agent-listen-port={services.free_port()}", f"--temp-dir={sockets}"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in a shell where the environment is active
     env = {**os.environ, **access, "FLEETUNE_WORKSPACE": str(workspace), "PATH": path, "PYTHONPATH": ""}
     with services.process(head, is_up=lambda: services.answers(jobs_port), env=env):
         yield f"http://127.0.0.1:{jobs_port}", access, workspace
+    shutil.rmtree(sockets, ignore_errors=True)
 
 
 @pytest.fixture
