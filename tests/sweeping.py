@@ -15,7 +15,7 @@ import yaml
 import commands
 import runs
 import tiny
-from fleetune.engine import launch
+from fleetune.engine import cluster, launch
 from fleetune.records import RunDirectory, SweepDirectory
 from fleetune.sweep import config
 from fleetune.sweep import launch as sweeps
@@ -31,9 +31,11 @@ def local_ray() -> Iterator[None]:
     """Ray of this process, started by the first sweep and used by all."""
     ray.shutdown()
     launch._engines.clear()
+    cluster._clusters.clear()
     yield
     ray.shutdown()
     launch._engines.clear()
+    cluster._clusters.clear()
 
 
 def sweep_file(folder: Path, *, base: dict[str, Any] | None = None, **fields: Any) -> Path:

@@ -20,7 +20,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Heavy packages may be imported at the top of these modules only; elsewhere inside the functions that need them.
 HEAVY = {"transformers", "peft", "datasets", "mlflow", "ray", "matplotlib", "sklearn", "bitsandbytes"}
-MAY_IMPORT_RAY = {"engine/actors.py", "engine/launch.py", "submit.py", "sweep/trainable.py", "sweep/tuning.py"}
+MAY_IMPORT_RAY = {
+    "engine/actors.py",
+    "engine/cluster.py",
+    "engine/launch.py",
+    "submit.py",
+    "sweep/trainable.py",
+    "sweep/tuning.py",
+}
 MAY_IMPORT_MLFLOW = {"records/tracking.py", "records/tracking_models.py", "records/tracking_system.py"}
 
 # A program, as the command line is one: it asks the engine for traces, and nothing imports it but its own command.
@@ -137,6 +144,13 @@ def test_importing_the_spec_loads_nothing_heavy():
     code = f"import sys, fleetune.spec; print([m for m in sys.modules if m in {sorted(HEAVY)!r}])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_ray_is_begun_before_pytorch_is_there():
+    """The command line joins it first, and both take seconds."""
+    code = "import sys, fleetune.cli, fleetune.engine.cluster; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_a_worker_needs_no_transformers(tmp_path: Path):

@@ -22,6 +22,7 @@ import pytest
 import commands
 import tiny
 from fleetune.engine import launch
+from fleetune.engine.cluster import connect, names_ray
 from fleetune.engine.config import ExecutionConfig
 from fleetune.engine.resolve import gpu_share, resolve_execution
 from fleetune.errors import UserError
@@ -146,7 +147,29 @@ def test_the_shares_of_a_gpu_never_exceed_it(hosts_per_gpu: int, share: float):
 @pytest.mark.parametrize("address", ["127.0.0.1:x", "127.0.0.1:99999", "127.0.0.1:"])
 def test_an_address_that_is_none_is_told_at_once(address: str):
     with pytest.raises(OSError, match="is no port"):
-        launch.connect(address)
+        connect(address)
+
+
+@pytest.mark.parametrize(
+    ("text", "assignments", "says_so"),
+    [
+        ("execution: {kind: ray}", [], True),
+        ("execution: {kind: ray}", ["execution.kind=serial"], False),
+        ("name: x", ["execution.kind=serial", "execution.kind=ray"], True),
+        ("execution: auto", [], False),
+        ("fleet: {kind: ray}", [], False),
+        ("[[[[", [], False),
+        (None, [], False),
+    ],
+)
+def test_a_job_that_names_ray_is_known_before_it_is_loaded(
+    tmp_path: Path, text: str | None, assignments: list[str], says_so: bool
+):
+    """Ray is begun for those, while the rest is imported; what is wrong with a job is not told here."""
+    path = tmp_path / "job.yaml"
+    if text is not None:
+        path.write_text(text)
+    assert names_ray(path, assignments) is says_so
 
 
 # -- who may run a directory ----------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ import tiny
 from commands import poisoned
 from fleetune.engine import launch
 from fleetune.engine.actors import RayExecutor, SharedInputs
+from fleetune.engine.cluster import Cluster
+from fleetune.engine.cluster import _clusters as joined
 from fleetune.engine.executor import SerialExecutor
 from fleetune.engine.lots import Lot, LotReply
 from fleetune.engine.problem import Problem
@@ -116,6 +118,7 @@ def cluster() -> Iterator[None]:
     )
     yield
     launch._engines.clear()
+    joined.clear()
     ray.shutdown()
 
 
@@ -171,11 +174,11 @@ def test_hosts_share_the_gpu_that_ray_gives_them(hosts: list[Any]):
 
 def test_a_cluster_s_gpus_are_found(monkeypatch: pytest.MonkeyPatch):
     """One node of five cores with one GPU, as Ray counts them, whatever this machine has."""
-    monkeypatch.setattr(launch.RayEngine, "_connect", lambda engine: engine._ready.set())
-    cluster = launch.RayEngine("auto")
+    monkeypatch.setattr(Cluster, "_connect", lambda joining: joining._ready.set())
+    engine = launch.RayEngine("auto")
 
     def chosen(**execution: Any) -> Any:
-        return cluster.resolve(tiny.spec({"execution": execution})).execution
+        return engine.resolve(tiny.spec({"execution": execution})).execution
 
     alone = chosen()
     assert (alone.device, alone.hosts, alone.threads) == ("cuda", 1, NUM_CORES)

@@ -224,7 +224,7 @@ def test_a_mistake_is_told_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch,
 ):
     """Status 2, the field and the way out; no directory is left behind, and Ray is not waited for."""
-    monkeypatch.setattr("fleetune.engine.launch.RayEngine._connect", lambda self: self._ready.set())
+    monkeypatch.setattr("fleetune.engine.cluster.Cluster._connect", lambda self: self._ready.set())
     path = file_of(tmp_path, **fields)
     out = fleetune(capfd, monkeypatch, "sweep", path, "-w", tmp_path / "ws", "--json")
     assert out.status == 2, out.stderr

@@ -49,6 +49,10 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run one job, on this machine or on a Ray cluster."""
+    from fleetune.engine import cluster
+
+    if not debug and (address is not None or cluster.names_ray(job, assignments or [])):
+        cluster.join(address)
     from fleetune.spec import job_text, load, parse_overrides
 
     spec = load(job, parse_overrides(assignments or []))
@@ -130,6 +134,9 @@ def sweep(
     as_json: Json = False,
 ) -> int:
     """Run a grid or a search on Ray Tune; launched again, it runs what is missing."""
+    from fleetune.engine import cluster
+
+    cluster.join(address)
     from fleetune.spec import job_text, parse_overrides
     from fleetune.sweep.config import load
 

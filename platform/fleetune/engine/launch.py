@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -14,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from fleetune.engine import cluster
+from fleetune.engine.cluster import num_cores
 from fleetune.engine.config import ExecutionConfig
 from fleetune.engine.coordinator import Coordinator, Event
 from fleetune.engine.directories import locked, new_run_directory
 from fleetune.engine.executor import SerialExecutor
 from fleetune.engine.problem import Inputs, Problem, build_problem, load_inputs, set_threads
-from fleetune.engine.resolve import gpu_share, num_cores, num_gpus, resolve_execution
+from fleetune.engine.resolve import gpu_share, num_gpus, resolve_execution
 from fleetune.errors import RunFailed, UserError
 from fleetune.records.access import check_access
 from fleetune.records.run_directory import RunDirectory
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from fleetune.engine.actors import CoordinatorActor  # noqa: F401
 
 Report = Callable[[Event], None]
-# Set in what Ray's job server starts (ray._private.runtime_env.constants, 2.60).
-IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 @dataclass(frozen=True)
@@ -170,37 +168,16 @@ class RayEngine(Engine):
     def __init__(self, address: str | None):
         super().__init__()
         self.address = address
-        self._ready = threading.Event()
-        self._error: BaseException | None = None
-        threading.Thread(target=self._connect, daemon=True).start()  # meanwhile model and data are read and checked
+        self.cluster = cluster.join(address)  # meanwhile model and data are read and checked
         self._coordinators: dict[tuple[int, int, float], Any] = {}
         self._starting = threading.Lock()
         self._bases: dict[str, tuple[Any, Any]] = {}
-
-    def _connect(self) -> None:
-        try:
-            connect(self.address)
-        except BaseException as error:
-            self._error = error
-        self._ready.set()
-        threading.Event().wait()  # Ray's processes end with the thread that started them, so this one stays
-
-    def wait(self) -> None:
-        """Until Ray is up. UserError where there is no cluster at the address."""
-        self._ready.wait()
-        if self._error is not None:
-            raise UserError(
-                f"no Ray cluster answers: {(str(self._error).splitlines() or [type(self._error).__name__])[0]}",
-                field="--address",
-                value=self.address,
-                hint="start one with `ray start --head`, or leave --address out; if it wants a token: RAY_AUTH_MODE=token",
-            )
 
     def resolve(self, spec: RunSpec) -> RunSpec:
         """Hosts are chosen from the cluster's cores and GPUs."""
         if self.address is None:
             return super().resolve(spec)
-        self.wait()
+        self.cluster.wait()
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and int(node["Resources"].get("CPU", 0))]
         return resolve_execution(
             spec,
@@ -219,7 +196,7 @@ class RayEngine(Engine):
         """Hand the run to the coordinator actor and pass on its events."""
         from fleetune.engine.actors import SharedInputs
 
-        self.wait()
+        self.cluster.wait()
         execution = problem.spec.execution
         key = base_key(problem.spec)
         known = self._bases.get(key)
@@ -241,8 +218,7 @@ class RayEngine(Engine):
                     raise RunFailed(f"the coordinator died: {' '.join(str(error).split())}") from error
 
     def _start_hosts(self, execution: ExecutionConfig) -> None:
-        self._ready.wait()
-        if self._error is None:
+        if self.cluster.is_up():
             self._coordinator(execution)
 
     def _coordinator(self, execution: ExecutionConfig) -> Any:
@@ -280,8 +256,9 @@ def engine(spec: RunSpec, *, address: str | None, debug: bool) -> Iterator[Engin
     try:
         yield ray_engine(address)
     except UserError:
-        if _engines[address]._error is not None:
+        if not _engines[address].cluster.is_up():
             del _engines[address]
+            cluster.forget(address)
         raise
 
 
@@ -303,36 +280,6 @@ def follower(warn: Callable[[str], None] | None = None) -> Follower:
 def _check_tracking(spec: RunSpec) -> None:
     if spec.tracking.enabled:
         check_access(spec.tracking.uri)
-
-
-def connect(address: str | None) -> None:
-    """Join the cluster at ``address``, or start one on this machine."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 lets anything else go first
-    os.environ.setdefault("RAY_free_objects_period_milliseconds", "0")  # default 1000: replies of many rounds pile up
-    # Hosts keep the pages of large stacks instead of giving them back and faulting them in again for every cohort.
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
-    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2 << 30))
-    if ray.is_initialized():
-        return
-    common: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "namespace": "fleetune"}
-    if address is None:  # "local", because without it Ray joins whatever cluster runs on this machine
-        ray.init(address="local", num_cpus=max(num_cores(), 1), include_dashboard=False, **common)
-    else:
-        _knock(address)
-        # A job of the cluster has its code already (fleetune submit), and Ray takes only one of both.
-        sent = {} if IN_A_JOB in os.environ else {"py_modules": [str(Path(__file__).parent.parent)]}
-        ray.init(address=address, runtime_env=sent, **common)
-
-
-def _knock(address: str) -> None:
-    """OSError where nobody listens at HOST:PORT: Ray itself tries for minutes before it says so."""
-    host, colon, port = address.rpartition(":")
-    if colon and "://" not in address:
-        if not port.isdecimal() or int(port) > 65535:
-            raise OSError(f"{port!r} is no port")
-        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def base_key(spec: RunSpec) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from fleetune.engine.config import ExecutionConfig
@@ -46,11 +45,6 @@ def resolve_execution(spec: RunSpec, *, node_cores: Sequence[int], node_gpus: Se
             hint="lower execution.hosts, raise execution.hosts_per_gpu, or set execution.device=cpu",
         )
     return spec
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def num_gpus() -> int:

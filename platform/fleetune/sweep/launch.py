@@ -136,7 +136,7 @@ def _prepare(trials: Sequence[Trial], workspace: Path, address: str | None) -> d
     specs = [trial.spec for trial in trials]
     if address is None:
         tuning.check_fits(specs, [launch.num_cores()], [launch.num_gpus()])
-    engine.wait()
+    engine.cluster.wait()
     if address is not None:
         tuning.check_fits(specs, tuning.node_cores(), tuning.node_gpus())
     with _writable(workspace):

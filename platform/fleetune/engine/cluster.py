@@ -1,0 +1,115 @@
+"""Joining Ray in the background. It takes seconds in which a process can read, check and import, so it is begun early.
+
+Imports nothing of fleetune that takes time: the command line begins here before it imports PyTorch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import ray
+import yaml
+
+from fleetune.errors import UserError
+
+# Set in what Ray's job server starts (ray._private.runtime_env.constants, 2.60).
+IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
+
+class Cluster:
+    """A Ray cluster that is being joined, or, with None for its address, started on this machine."""
+
+    def __init__(self, address: str | None):
+        self.address = address
+        self._ready = threading.Event()
+        self._error: BaseException | None = None
+        threading.Thread(target=self._connect, daemon=True).start()
+
+    def _connect(self) -> None:
+        try:
+            connect(self.address)
+        except BaseException as error:
+            self._error = error
+        self._ready.set()
+        threading.Event().wait()  # Ray's processes end with the thread that started them, so this one stays
+
+    def is_up(self) -> bool:
+        """Whether it answers; waits until that is known."""
+        self._ready.wait()
+        return self._error is None
+
+    def wait(self) -> None:
+        """Until it answers. UserError where nothing does."""
+        if not self.is_up():
+            raise UserError(
+                f"no Ray cluster answers: {(str(self._error).splitlines() or [type(self._error).__name__])[0]}",
+                field="--address",
+                value=self.address,
+                hint="start one with `ray start --head`, or leave --address out; if it wants a token: RAY_AUTH_MODE=token",
+            )
+
+
+_clusters: dict[str | None, Cluster] = {}
+
+
+def join(address: str | None) -> Cluster:
+    """This process's cluster at an address; the first call begins to join it."""
+    if address not in _clusters:
+        _clusters[address] = Cluster(address)
+    return _clusters[address]
+
+
+def forget(address: str | None) -> None:
+    """The next `join` tries anew."""
+    _clusters.pop(address, None)
+
+
+def names_ray(job: Path, assignments: Iterable[str]) -> bool:
+    """Whether a job says by itself that it runs on Ray. Whether it is right in all else shows when it is loaded."""
+    named = [value for name, _, value in (text.partition("=") for text in assignments) if name == "execution.kind"]
+    if named:
+        return named[-1] == "ray"
+    with contextlib.suppress(Exception):
+        return bool(yaml.safe_load(job.read_text())["execution"]["kind"] == "ray")
+    return False
+
+
+def connect(address: str | None) -> None:
+    """Join the cluster at ``address``, or start one on this machine."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 lets anything else go first
+    os.environ.setdefault("RAY_free_objects_period_milliseconds", "0")  # default 1000: replies of many rounds pile up
+    # Hosts keep the pages of large stacks instead of giving them back and faulting them in again for every cohort.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2 << 30))
+    if ray.is_initialized():
+        return
+    common: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "namespace": "fleetune"}
+    if address is None:  # "local", because without it Ray joins whatever cluster runs on this machine
+        ray.init(address="local", num_cpus=max(num_cores(), 1), include_dashboard=False, **common)
+    else:
+        _knock(address)
+        # A job of the cluster has its code already (fleetune submit), and Ray takes only one of both.
+        sent = {} if IN_A_JOB in os.environ else {"py_modules": [str(Path(__file__).parent.parent)]}
+        ray.init(address=address, runtime_env=sent, **common)
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _knock(address: str) -> None:
+    """OSError where nobody listens at HOST:PORT: Ray itself tries for minutes before it says so."""
+    host, colon, port = address.rpartition(":")
+    if colon and "://" not in address:
+        if not port.isdecimal() or int(port) > 65535:
+            raise OSError(f"{port!r} is no port")
+        socket.create_connection((host, int(port)), timeout=10).close()
