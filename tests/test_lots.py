@@ -90,6 +90,14 @@ def test_every_client_is_in_one_lot_with_its_own_rows(num_clients: int, cohort_s
     assert sorted(seen) == list(range(10, 10 + num_clients))
 
 
+@pytest.mark.parametrize(("num_clients", "num_lots"), [(1, 1), (2, 2), (100, 2), (1000, 4), (10_000, 8)])
+def test_clients_that_do_not_train_travel_in_few_lots(num_clients: int, num_lots: int):
+    """A call costs as much as many of them; two hosts at least have something to do."""
+    lots = lots_of([0] * num_clients, cohort_size=1)
+    assert len(lots) == num_lots
+    assert sorted(c for lot in lots for c in lot.client_ids.tolist()) == list(range(10, 10 + num_clients))
+
+
 @pytest.mark.parametrize("travels", [False, True])
 def test_private_tensors_come_to_their_client(tmp_path: Path, travels: bool):
     """Client 11 kept two ones, of which it trains the first rank; they are read where the lot is, or come along."""

@@ -23,8 +23,10 @@ from fleetune.training.plan import ClientTask, CohortUpdate
 from fleetune.training.worker import Worker
 
 # There are at most MAX_LOTS calls per round, so that a round of 10,000 clients costs no more calls than one of a thousand;
-# fewer where clients do not train, because a call costs about a millisecond and there is little to balance.
-MAX_LOTS_WITHOUT_STEPS = 8
+# fewer where clients do not train, because a call costs as much as a hundred of them (benchmarks/engine.py: 2.4 ms) and there
+# is little to balance.
+CLIENTS_PER_LOT_WITHOUT_STEPS = 256
+MIN_LOTS_WITHOUT_STEPS, MAX_LOTS_WITHOUT_STEPS = 2, 8
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def make_lots(
         cohorts += np.array_split(members, num_cohorts)
     cohorts.sort(key=lambda members: (-int(steps[members].sum()), int(client_ids[members[0]])))
     lots = []
-    num_lots = min(MAX_LOTS if steps.any() else MAX_LOTS_WITHOUT_STEPS, len(cohorts))
+    num_lots = min(MAX_LOTS if steps.any() else _lots_without_steps(len(client_ids)), len(cohorts))
     for index, part in enumerate(np.array_split(np.arange(len(cohorts)), num_lots)):
         members = np.concatenate([cohorts[c] for c in part])
         stops = np.cumsum([len(cohorts[c]) for c in part])
@@ -181,6 +183,11 @@ def make_lots(
             )
         )
     return lots
+
+
+def _lots_without_steps(num_clients: int) -> int:
+    wanted = -(-num_clients // CLIENTS_PER_LOT_WITHOUT_STEPS)
+    return min(max(wanted, MIN_LOTS_WITHOUT_STEPS), MAX_LOTS_WITHOUT_STEPS)
 
 
 def _as_one(rows: Sequence[np.ndarray]) -> np.ndarray:
