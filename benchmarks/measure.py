@@ -6,10 +6,19 @@ import json
 import os
 import platform
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+from fleetune.engine.cluster import ALLOCATOR
+
+
+def like_a_host() -> None:
+    """Begin this program anew with the allocator's settings that a host has, which a process reads when it starts."""
+    if not ALLOCATOR.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**ALLOCATOR, **os.environ})
 
 
 def median_and_min(values: Sequence[float]) -> tuple[float, float]:

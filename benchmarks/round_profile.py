@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8, help="of the cohort whose step is looked into")
     parser.add_argument("--kernels", choices=("compiled", "torch"), default="compiled")
     args = parser.parse_args()
+    measure.like_a_host()
     rows = of_processes(args.hosts, args.rounds, args.kernels)
     rows += of_a_step(args.clients, args.kernels)
     measure.report("round_profile", rows)

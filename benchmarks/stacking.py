@@ -114,6 +114,7 @@ def main() -> None:
         "--matmul", type=int, default=1024, help="size of the product to compare with; on a GPU take 8192"
     )
     args = parser.parse_args()
+    measure.like_a_host()
     clock = time.process_time if args.cpu_time else time.perf_counter
     rows = []
     for threads in [1] if args.cpu_time else args.threads:
@@ -125,7 +126,9 @@ def main() -> None:
             flops = trial.flops_per_step()
             for num_clients in args.clients:
                 # Beside each case, as the machine's rate changes with its load.
-                peak = measure.matmul_flops_per_second(args.matmul, device=args.device, precision=args.precision)
+                peak = measure.matmul_flops_per_second(
+                    args.matmul, clock=clock, device=args.device, precision=args.precision
+                )
                 stacked, single = compare(trial, num_clients, repeats=args.repeats, clock=clock)
                 rows.append(
                     {

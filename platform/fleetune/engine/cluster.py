@@ -21,6 +21,9 @@ from fleetune.errors import UserError
 # Set in what Ray's job server starts (ray._private.runtime_env.constants, 2.60).
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
+# Hosts keep the pages of large stacks instead of giving them back and faulting them in again for every cohort.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(2 << 30)}
+
 
 class Cluster:
     """A Ray cluster that is being joined, or, with None for its address, started on this machine."""
@@ -86,9 +89,8 @@ def connect(address: str | None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 lets anything else go first
     os.environ.setdefault("RAY_free_objects_period_milliseconds", "0")  # default 1000: replies of many rounds pile up
-    # Hosts keep the pages of large stacks instead of giving them back and faulting them in again for every cohort.
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
-    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2 << 30))
+    for name, value in ALLOCATOR.items():
+        os.environ.setdefault(name, value)
     if ray.is_initialized():
         return
     common: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "namespace": "fleetune"}
