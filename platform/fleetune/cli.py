@@ -134,9 +134,6 @@ def sweep(
     as_json: Json = False,
 ) -> int:
     """Run a grid or a search on Ray Tune; launched again, it runs what is missing."""
-    from fleetune.engine import cluster
-
-    cluster.join(address)
     from fleetune.spec import job_text, parse_overrides
     from fleetune.sweep.config import load
 
