@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from types import SimpleNamespace
 
@@ -27,8 +28,32 @@ def fault_of(path, content: bytes | str, **config) -> UserError:
     [
         ("a.jsonl", GOOD + "\n" + '{"prompt": "p", "resp\n', "a.jsonl:3: broken JSON"),
         ("a.jsonl", GOOD + "[1, 2]\n", "a.jsonl:2: each line must be an object, this is a list"),
-        ("a.jsonl", GOOD + '{"prompt": "p"}\n', "a.jsonl:2: no 'response'"),
-        ("a.jsonl", GOOD + '{"prompt": null, "response": "r"}\n', "a.jsonl:2: no 'prompt'"),
+        (
+            "a.jsonl",
+            GOOD + '{"prompt": "p", "prompt": "q"}\n',
+            "a.jsonl:2: broken JSON: an object has the name 'prompt' twice",
+        ),
+        ("a.jsonl", GOOD + '{"a": {"b": 1, "b": 2}}\n', "a.jsonl:2: broken JSON: an object has the name 'b' twice"),
+        (
+            "a.jsonl",
+            GOOD + r'{"prompt": "\ud83d", "response": "r"}',
+            r"a.jsonl:2: broken JSON: \ud83d is half of a surrogate",
+        ),
+        ("a.jsonl", GOOD + r'{"\udc00": 1}', r"a.jsonl:2: broken JSON: \udc00 is half of a surrogate"),
+        (
+            "a.jsonl",
+            GOOD + '{"a": ' + "[" * 9_999 + "]" * 9_999 + "}",
+            "a.jsonl:2: broken JSON: nested more than 100 levels",
+        ),
+        (
+            "a.jsonl",
+            GOOD + '{"a": ' + '{"b":' * 101 + "1" + "}" * 102,
+            "a.jsonl:2: broken JSON: nested more than 100 levels",
+        ),
+        ("a.jsonl", GOOD + '{"a": ' + "1" * 100_000 + "}", "a.jsonl:2: broken JSON: a number of 100,000 digits"),
+        ("a.jsonl", GOOD + '{"a": -1e999}', "a.jsonl:2: broken JSON: a number beyond 1.8e308"),
+        ("a.jsonl", GOOD + '{"prompt": "\0"}', "a.jsonl:2: a NUL byte"),
+        ("a.jsonl", '[{"prompt": "p"},\n{"prompt": "q"}]', "a JSON list, not one object per line? name the file .json"),
         ("a.jsonl", GOOD.encode() + b'{"prompt": "\xe9"}\n', "a.jsonl:2: not UTF-8 (byte 0xe9)"),
         ("a.jsonl", "", "the file is empty"),
         ("a.jsonl", " \n\n", "the file is empty"),
@@ -38,13 +63,25 @@ def fault_of(path, content: bytes | str, **config) -> UserError:
         ("a.json", GOOD + GOOD, "one object per line? name the file .jsonl"),
         ("a.json", '{"prompt": "p"}', "must be a list of objects, this is an object"),
         ("a.json", '[{"prompt": "p"}, null]', "item 2 must be an object, this is null"),
+        ("a.json", '{"data": [{"prompt": "p"}]}', "save the list under 'data' as a file of its own"),
+        ("a.json", "[\n{}," + r'{"prompt": "\ud83d"}]', r"a.json:2: broken JSON: \ud83d is half of a surrogate"),
+        (
+            "a.json",
+            '[{},\n{"a": ' + "[" * 9_999 + "]" * 9_999 + "}]",
+            "a.json:2: broken JSON: nested more than 100 levels",
+        ),
+        ("a.json", "[{},\n\n" + '{"a": ' + "1" * 100_000 + "}]", "a.json:3: broken JSON: a number of 100,000 digits"),
+        ("a.json", '[{"prompt": "p"}\n{"prompt": "q"}]', "a.json:2: broken JSON: Expecting ',' delimiter, column 1"),
+        ("a.json", '[{"prompt": "p"},\n]', "a.json:2: broken JSON: Expecting value"),
+        ("a.json", '[{"prompt": "p"}', "a.json:1: broken JSON: Expecting ',' delimiter"),
         ("a.json", "[]", "holds no examples"),
-        ("a.json", '[{"prompt": "p", "response": "r"}, {"prompt": "q"}]', "a.json, row 2: no 'response'"),
         ("a.csv", "prompt,response\n", "holds no examples"),
         ("a.csv", "prompt,response\np,r\np,r,s\n", "a.csv:3: 3 fields, the header has 2"),
         ("a.csv", 'prompt,response\n"p\nq",r\np\n', "a.csv:4: 1 field, the header has 2"),
         ("a.csv", 'prompt,response\np,"r\n', "a.csv:2: broken row"),
         ("a.csv", "prompt,prompt\np,r\n", "a.csv:1: the header names a column twice"),
+        ("a.csv", b"prompt,response\np,r\np,\0\n", "a.csv:3: a NUL byte"),
+        ("a.csv", "prompt,response\np,r\n".encode("utf-16"), "a.csv:1: not UTF-8 (byte 0xff)"),
         ("a.tsv", "Who is it?\tme\nAnd now?\tyou\n", "Who is it?, me; the first line must be a header"),
         ("a.parquet", "PAR1 nothing else", "not a Parquet file"),
         ("a.txt", "p r", "not a known format"),
@@ -53,6 +90,7 @@ def fault_of(path, content: bytes | str, **config) -> UserError:
 def test_a_broken_file_is_reported_where_it_is_broken(tmp_path, name, content, said):
     fault = fault_of(tmp_path / name, content)
     assert said in str(fault)
+    assert len(str(fault)) < 500
     assert fault.field is not None
     assert fault.field.startswith("data.")
 
@@ -66,6 +104,29 @@ def test_a_missing_column_is_reported_with_those_there_and_the_nearest(tmp_path)
     assert "name one of: question, notes" in str(fault)
 
 
+CHAT = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "said"),
+    [
+        ({"prompt": "p", "response": ["4", "four"]}, {}, "a.jsonl:1: 'response' is a list of 2, not a text"),
+        ({"prompt": "p", "answers": {"text": ["4"]}}, {"response": "answers"}, "'answers' is an object with text, not"),
+        ({"prompt": {"q": "p"}, "response": "4"}, {}, "'prompt' is an object with q, not a text"),
+        ({"messages": CHAT}, {}, "name one of: messages; chats are not read; write what the user says"),
+        ({"messages": CHAT}, {"prompt": "messages", "response": "messages"}, "chats are not read"),
+        (
+            {"conversations": [{"from": "human", "value": "2"}], "text": "t"},
+            {"response": "conversations"},
+            "chats are not",
+        ),
+    ],
+)
+def test_lists_and_objects_are_no_texts_and_the_way_out_is_told(tmp_path, row, columns, said):
+    fault = fault_of(tmp_path / "a.jsonl", json.dumps(row) + "\n", columns=ColumnMapping(**columns))
+    assert said in str(fault)
+
+
 def test_a_template_with_a_wrong_column_names_the_nearest(tmp_path):
     from fleetune.data.template import render_prompts
 
@@ -77,6 +138,12 @@ def test_a_template_with_a_wrong_column_names_the_nearest(tmp_path):
 def test_a_template_that_cannot_be_filled_is_refused(template):
     with pytest.raises(ValidationError, match="template"):
         DataConfig(template=template)
+
+
+@pytest.mark.parametrize("field", ["template", "separator"])
+def test_half_a_surrogate_pair_is_no_text_of_a_job_either(field):
+    with pytest.raises(ValidationError, match="half of a surrogate pair"):
+        DataConfig(**{field: "{prompt}\ud83d"})
 
 
 def test_an_answer_pattern_must_compile():

@@ -81,6 +81,15 @@ class DataConfig(Config):
             raise ValueError("the template names no column; write at least {prompt}")
         return template
 
+    @field_validator("template", "separator")
+    @classmethod
+    def _all_are_characters(cls, text: str) -> str:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("half of a surrogate pair is no character") from None
+        return text
+
     @field_validator("answer_pattern")
     @classmethod
     def _pattern_compiles(cls, pattern: str) -> str:

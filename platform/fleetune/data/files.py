@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fleetune.data.json_text import JsonFault, items, parse
 from fleetune.errors import UserError, nearest
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+MAX_FIELD = 2**31 - 1  # characters of a CSV field; the module's own limit is 131,072
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Table:
     name: str
     columns: dict[str, list[Any]]
     lines: Sequence[int] | None = None
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    """Columns whose values cannot be had, and why: a fault only where one of them is asked for."""
 
     @classmethod
     def from_rows(cls, name: str, rows: list[dict[str, Any]], lines: Sequence[int] | None = None) -> Table:
@@ -34,6 +37,11 @@ class Table:
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), []))
+
+    @property
+    def names(self) -> list[str]:
+        """All columns, the unreadable ones too."""
+        return [*self.columns, *self.unreadable]
 
     def place(self, row: int) -> str:
         """Where a row stands, for an error: ``train.jsonl:7``, or ``train.parquet, row 7`` (from 1)."""
@@ -83,48 +91,86 @@ def _missing(path: Path, name: str, field: str) -> UserError:
 def _read_text(path: Path, *, field: str) -> str:
     data = path.read_bytes()
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         rule = f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x})"
         raise UserError(rule, field=field, hint="save the file as UTF-8") from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise UserError(f"{path}:{line}: a NUL byte, so this is no text", field=field, hint="save the file as UTF-8")
+    return text
 
 
 def _read_jsonl(path: Path, text: str, *, field: str) -> Table:
     rows, lines = [], []
+    is_list = text.lstrip().startswith("[")
+    hint = "a JSON list, not one object per line? name the file .json" if is_list else None
     for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 may stand in a string
+        line = line.removeprefix("\ufeff")  # files that were joined have their marks in the middle
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError as error:
-            at = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            raise UserError(f"{path}:{number}: broken JSON: {reason}{at}", field=field) from None
+            row = parse(line)
+        except JsonFault as error:
+            at = "" if error.at is None else f", column {error.at + 1}"
+            raise UserError(f"{path}:{number}: broken JSON: {error}{at}", field=field, hint=hint) from None
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: each line must be an object, this is {_kind(row)}", field=field)
+            rule = f"{path}:{number}: each line must be an object, this is {_kind(row)}"
+            raise UserError(rule, field=field, hint=hint)
         rows.append(row)
         lines.append(number)
     return Table.from_rows(str(path), rows, lines)
 
 
 def _read_json(path: Path, text: str, *, field: str) -> Table:
+    rows: list[dict[str, Any]] = []
+    lines: list[int] = []
+    line, counted = 1, 0
     try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = "one object per line? name the file .jsonl" if error.msg == "Extra data" else None
-        rule = f"{path}:{error.lineno}: broken JSON: {error.msg}, column {error.colno}"
+        if not text.lstrip().startswith("["):
+            whole = parse(text)
+            raise UserError(
+                f"{path}: must be a list of objects, this is {_kind(whole)}", field=field, hint=_inner_list(whole)
+            )
+        for start, row in items(text):
+            line, counted = line + text.count("\n", counted, start), start
+            if not isinstance(row, dict):
+                rule = f"{path}:{line}: item {len(rows) + 1} must be an object, this is {_kind(row)}"
+                raise UserError(rule, field=field)
+            rows.append(row)
+            lines.append(line)
+    except JsonFault as error:
+        at = error.at or 0
+        column = at - text.rfind("\n", 0, at)
+        hint = "one object per line? name the file .jsonl" if str(error) == "Extra data" else None
+        rule = f"{path}:{text.count(chr(10), 0, at) + 1}: broken JSON: {error}, column {column}"
         raise UserError(rule, field=field, hint=hint) from None
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: must be a list of objects, this is {_kind(rows)}", field=field)
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise UserError(f"{path}: item {number} must be an object, this is {_kind(row)}", field=field)
-    return Table.from_rows(str(path), rows)
+    return Table.from_rows(str(path), rows, lines)
+
+
+def _inner_list(whole: Any) -> str | None:
+    """The way out where the list is the value of a name, as in ``{"data": [...]}``."""
+    parts = whole.items() if isinstance(whole, dict) else ()
+    lists = [name for name, part in parts if isinstance(part, list) and part and isinstance(part[0], dict)]
+    return f"save the list under {lists[0]!r} as a file of its own" if lists else None
 
 
 def _read_csv(path: Path, text: str, *, field: str) -> Table:
     """CSV with quotes (RFC 4180), or TSV without (IANA text/tab-separated-values: no field holds a tab)."""
+    former = csv.field_size_limit(MAX_FIELD)
+    try:
+        rows, lines = _csv_rows(path, text, field=field)
+    finally:
+        csv.field_size_limit(former)
+    names, *rows = rows
+    _check_names(names, f"{path}:{lines[0]}: the header", field=field, hint="the first line must be a header")
+    columns: dict[str, list[Any]] = {name: [row[i] for row in rows] for i, name in enumerate(names)}
+    return Table(name=str(path), columns=columns, lines=lines[1:])
+
+
+def _csv_rows(path: Path, text: str, *, field: str) -> tuple[list[list[str]], list[int]]:
+    """All rows with fields, the header first, and the line where each begins."""
     file = io.StringIO(text, newline="")
     if path.suffix == ".tsv":
         reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
@@ -144,11 +190,12 @@ def _read_csv(path: Path, text: str, *, field: str) -> Table:
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}:{line}: broken row: {error}", field=field) from None
-    names, *rows = rows
+    return rows, lines
+
+
+def _check_names(names: list[str], where: str, *, field: str, hint: str) -> None:
     if len(set(names)) < len(names):
-        raise UserError(f"{path}:{lines[0]}: the header names a column twice: {', '.join(names)}", field=field)
-    columns: dict[str, list[Any]] = {name: [row[i] for row in rows] for i, name in enumerate(names)}
-    return Table(name=str(path), columns=columns, lines=lines[1:])
+        raise UserError(f"{where} names a column twice: {', '.join(names)}", field=field, hint=hint)
 
 
 def _read_parquet(path: Path, *, field: str) -> Table:
@@ -156,11 +203,33 @@ def _read_parquet(path: Path, *, field: str) -> Table:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
+        file = pq.ParquetFile(path)  # read_table would take key=value in the path for a column
+        names = file.schema_arrow.names
+        _check_names(names, f"{path}: the schema", field=field, hint="rename one of them")
+        table = file.read()
     except pa.ArrowException as error:
         raise UserError(f"not a Parquet file: {error}", field=field, value=str(path)) from None
-    columns = {name: table.column(name).to_pylist() for name in table.column_names}
-    return Table(name=str(path), columns=columns)
+    columns: dict[str, list[Any]] = {}
+    unreadable: dict[str, str] = {}
+    for name in names:
+        try:
+            columns[name] = _values(table.column(name))
+        except UnicodeDecodeError:
+            unreadable[name] = "its text is not UTF-8"
+        except (pa.ArrowException, ValueError, OverflowError) as error:  # dates beyond Python's, for one
+            unreadable[name] = str(error)
+    return Table(name=str(path), columns=columns, unreadable=unreadable)
+
+
+def _values(column: Any) -> list[Any]:
+    """An Arrow column's cells. Short floats get the digits that tell them apart: 0.1, not 0.10000000149011612."""
+    import pyarrow as pa
+
+    values: list[Any] = column.to_pylist()
+    if not (pa.types.is_float32(column.type) or pa.types.is_float16(column.type)):
+        return values
+    short = column.type.to_pandas_dtype()
+    return [None if value is None else float(str(short(value))) for value in values]
 
 
 def _kind(value: Any) -> str:

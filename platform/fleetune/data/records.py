@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fleetune.data.config import ColumnMapping
+from fleetune.data.cells import is_structure, text_of
+from fleetune.data.columns import CHAT_HINT, find_roles
+from fleetune.data.config import DataConfig
 from fleetune.data.files import Table
-from fleetune.errors import UserError, unknown_name
+from fleetune.errors import UserError
 
 log = logging.getLogger(__name__)
-
-PROMPT_NAMES = ("prompt", "question", "instruction", "query", "problem", "input", "text")
-RESPONSE_NAMES = ("response", "completion", "output", "solution", "answer", "rationale", "target", "label")
-CATEGORY_NAMES = ("category", "skill", "topic", "subject", "task", "type")
 
 
 @dataclass(frozen=True)
@@ -29,6 +25,12 @@ class Examples:
     columns: dict[str, list[str]]
     """All of the source's columns, and ``prompt``, ``response`` and ``category`` (``all`` if it has none)."""
     has_categories: bool
+    source: str = "examples"
+    """What they were read from, as messages call it."""
+    field: str = "data.dataset"
+    """The field of the job that names the source."""
+    unused: tuple[str, ...] = ()
+    """Columns with text that neither a role nor the template nor the partition asks for."""
 
     def __len__(self) -> int:
         return len(self.columns["prompt"])
@@ -39,12 +41,16 @@ class Examples:
     def take(self, rows: np.ndarray) -> Examples:
         """The examples at ``rows`` ``(n,)``, in that order."""
         picked = {name: [values[row] for row in rows] for name, values in self.columns.items()}
-        return Examples(columns=picked, has_categories=self.has_categories)
+        return replace(self, columns=picked)
 
     def digest(self) -> str:
-        """A hash of all text, for records of what was used."""
-        content = json.dumps(self.columns, sort_keys=True).encode()
-        return hashlib.blake2b(content, digest_size=8).hexdigest()
+        """A hash of all text in all columns, for records of what was used."""
+        digest = hashlib.blake2b(digest_size=8)
+        for name in sorted(self.columns):
+            for text in (name, str(len(self)), *self.columns[name]):
+                data = text.encode("utf-8", "surrogatepass")
+                digest.update(b"%d:" % len(data) + data)
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -56,63 +62,86 @@ class Records:
     eval: Examples
 
 
-def to_examples(table: Table, *, mapping: ColumnMapping, field: str = "data.dataset") -> Examples:
-    """The table as text, with columns prompt, response and category; blank examples are left out."""
+def to_examples(table: Table, *, config: DataConfig, field: str = "data.dataset") -> Examples:
+    """The table as text, with columns prompt, response and category; examples without a text are left out."""
     if len(table) == 0:
         raise UserError("holds no examples", field=field, value=table.name)
-    names = _find_columns(table, mapping)
-    columns = {name: [_text(value) for value in values] for name, values in table.columns.items()}
-    for role in ("prompt", "response"):
-        for row, value in enumerate(table.columns[names[role]]):
-            if value is None:
-                raise UserError(f"{table.place(row)}: no {names[role]!r}", field=f"data.columns.{role}")
-    category = columns[names["category"]] if "category" in names else ["all"] * len(table)
-    prompt, response = columns[names["prompt"]], columns[names["response"]]
-    if names["prompt"] == "instruction" and "input" in columns and mapping.prompt is None:
+    roles = find_roles(table, config)
+    columns = _texts(table, roles.asked(config))
+    _refuse_structures(table, roles.prompt, "prompt")
+    _refuse_structures(table, roles.response, "response")
+    prompt, response = columns[roles.prompt], columns[roles.response]
+    if roles.input_follows:
         pairs = zip(prompt, columns["input"], strict=True)
-        prompt = [f"{instruction}\n{more}" if more.strip() else instruction for instruction, more in pairs]
-    columns = {**columns, "prompt": prompt, "response": response, "category": category}
-    examples = Examples(columns=columns, has_categories="category" in names)
-    kept = [i for i in range(len(table)) if prompt[i].strip() and response[i].strip()]
-    if not kept:
-        raise UserError("every example has a blank prompt or response", field=field, value=table.name)
-    if len(kept) < len(table):
-        log.warning("%s: %d of %d examples left out: blank", table.name, len(table) - len(kept), len(table))
-        examples = examples.take(np.array(kept))
-    return examples
+        prompt = ["\n".join(text for text in pair if text.strip()) for pair in pairs]
+    category = columns.get(roles.category) if roles.category else None
+    used = roles.used(config)
+    examples = Examples(
+        {**columns, "prompt": prompt, "response": response, "category": category or ["all"] * len(table)},
+        has_categories=category is not None,
+        source=table.name,
+        field=field,
+        unused=tuple(name for name, texts in columns.items() if name not in used and any(map(str.strip, texts))),
+    )
+    return _without_blanks(examples, table)
 
 
-def _find_columns(table: Table, mapping: ColumnMapping) -> dict[str, str]:
-    """The source's column for each role; ``category`` only where there is one."""
-    known = list(table.columns)
-    found: dict[str, str] = {}
-    roles = {"prompt": PROMPT_NAMES, "response": RESPONSE_NAMES, "category": CATEGORY_NAMES}
-    for role, usual in roles.items():
-        given = getattr(mapping, role)
-        if given is not None and given not in known:
-            raise unknown_name(f"column in {table.name}", given, known, field=f"data.columns.{role}")
-        free = [name for name in usual if name in known and name not in found.values()]
-        if given is None and not free and role != "category":
-            shown = ", ".join(name if len(name) <= 40 else name[:39] + "…" for name in known)
-            rule = f"{table.name}: no column is named like a {role} ({', '.join(usual)})"
-            header = "; the first line must be a header" if table.name.endswith((".csv", ".tsv")) else ""
-            raise UserError(rule, field=f"data.columns.{role}", hint=f"name one of: {shown}{header}")
-        if given is not None or free:
-            found[role] = given if given is not None else free[0]
-    return found
+def _texts(table: Table, asked: dict[str, str]) -> dict[str, list[str]]:
+    """Each column's texts. One that has none is left out, or is a fault if it is ``asked`` for."""
+    texts: dict[str, list[str]] = {}
+    faults = dict(table.unreadable)
+    for name, values in table.columns.items():
+        try:
+            texts[name] = [text_of(value) for value in values]
+        except ValueError as error:
+            faults[name] = str(error)
+    for name, reason in faults.items():
+        if name in asked:
+            hint = "write it as text, or name another column"
+            raise UserError(f"{table.name}: column {name!r} cannot be read: {reason}", field=asked[name], hint=hint)
+    return texts
 
 
-def _text(value: Any) -> str:
-    """A cell as text: lists of text one item a line, other structures as JSON, nothing for null."""
-    if isinstance(value, str):
-        return value
-    if value is None:
-        return ""
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return "\n".join(value)
-    if isinstance(value, list | dict):
-        return json.dumps(value, ensure_ascii=False, default=str)
-    return str(value)
+def _refuse_structures(table: Table, column: str, role: str) -> None:
+    """A list or an object holds the text that is meant, and more: which part of it is for the user to say.
+
+    A prompt may be a list of texts, its lines, as any column of the template.
+    """
+    for row, value in enumerate(table.columns[column]):
+        if not is_structure(value):
+            continue
+        is_list = isinstance(value, list | tuple)
+        if role == "prompt" and is_list and all(isinstance(item, str) for item in value):
+            continue
+        is_chat = is_list and any(isinstance(item, dict) and {"content", "value"} & item.keys() for item in value)
+        what = f"a list of {len(value)}" if is_list else f"an object with {', '.join(map(str, value)) or 'nothing'}"
+        hint = CHAT_HINT if is_chat else "write the one text that is meant as a column of its own"
+        rule = f"{table.place(row)}: {column!r} is {what}, not a text"
+        raise UserError(rule, field=f"data.columns.{role}", hint=hint)
+
+
+def _without_blanks(examples: Examples, table: Table) -> Examples:
+    """The examples that have both texts. Null, NaN, nothing and blanks alone are the same: no text."""
+    prompt, response = examples["prompt"], examples["response"]
+    no_response = [i for i, text in enumerate(response) if not text.strip()]
+    no_prompt = [i for i, text in enumerate(prompt) if not text.strip() and response[i].strip()]
+    left_out = set(no_response) | set(no_prompt)
+    if not left_out:
+        return examples
+    if len(left_out) == len(examples):
+        raise UserError(
+            "every example has a blank prompt or response",
+            field=examples.field,
+            value=table.name,
+            hint="name other columns in data.columns",
+        )
+    groups = (("response", no_response), ("prompt", no_prompt))
+    counts = [f"{len(rows)} without a {role}" for role, rows in groups if rows]
+    log.warning(
+        "%s: %d of %d examples left out: blank (%s; the first is %s)",
+        table.name, len(left_out), len(examples), ", ".join(counts), table.place(min(left_out)),
+    )  # fmt: skip
+    return examples.take(np.array([i for i in range(len(examples)) if i not in left_out]))
 
 
 def category_codes(values: Sequence[str]) -> tuple[np.ndarray, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Literal
 
@@ -13,11 +14,14 @@ from fleetune.data.records import Examples, Records, to_examples
 from fleetune.errors import UserError, nearest, unknown_name
 from fleetune.seeds import rng
 
+log = logging.getLogger(__name__)
+
 DATASETS = {"micro-reasoning": "generated word problems with worked chains, in several skills"}
 """The built-in datasets, with a line on each."""
 DEFAULT_NUM_EXAMPLES = 4_000  # assumed: 200 for each of 20 clients
 GENERATOR_SEED = 0  # the generated dataset is the same for every run seed, as a published one is
 
+MAX_SHOWN = 12  # column names in a message
 EVAL_SPLITS = ("test", "validation", "dev", "eval")
 
 
@@ -31,7 +35,31 @@ def load_records(config: DataConfig, *, seed: int) -> Records:
         train, held_out = _hold_out(train, config, seed=seed)
     train = _sample(train, config.num_examples, seed=seed, purpose="num_examples")
     held_out = _sample(held_out, config.num_eval_examples, seed=seed, purpose="num_eval_examples")
+    if config.dataset not in DATASETS:
+        _tell_unused(train, held_out)
+        _tell_shared(train, held_out)
     return Records(name=config.dataset, train=train, eval=held_out)
+
+
+def _tell_unused(train: Examples, held_out: Examples) -> None:
+    """Name the columns of which nothing is made: a context or a passage may be among them."""
+    told: set[str] = set()
+    for examples in (train, held_out):
+        new = [name for name in examples.unused if name not in told]
+        if new:
+            shown = ", ".join(name.strip() or repr(name) for name in new[:MAX_SHOWN]) + (
+                f" and {len(new) - MAX_SHOWN} more" if len(new) > MAX_SHOWN else ""
+            )
+            log.warning("%s: columns left out: %s; data.template can hold any of them", examples.source, shown)
+        told.update(new)
+
+
+def _tell_shared(train: Examples, held_out: Examples) -> None:
+    """Say how many held-out examples are learnt too, word for word, as they measure memory."""
+    learnt = set(zip(train["prompt"], train["response"], strict=True))
+    num_shared = sum(pair in learnt for pair in zip(held_out["prompt"], held_out["response"], strict=True))
+    if num_shared:
+        log.warning("%d of %d held-out examples are among the training examples too", num_shared, len(held_out))
 
 
 def _source(name: str, config: DataConfig, *, split: str | None, field: str) -> tuple[Examples, Examples | None]:
@@ -46,8 +74,8 @@ def _source(name: str, config: DataConfig, *, split: str | None, field: str) -> 
         raise unknown_name("dataset", name, DATASETS, field=field)
     else:
         table, test = _read_hub(name, split=split, field=field)
-    examples = to_examples(table, mapping=config.columns, field=field)
-    return examples, None if test is None else to_examples(test, mapping=config.columns, field=field)
+    examples = to_examples(table, config=config, field=field)
+    return examples, None if test is None else to_examples(test, config=config, field=field)
 
 
 def _generate(config: DataConfig, *, split: Literal["train", "test"]) -> tuple[Table, Table]:
