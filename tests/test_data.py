@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from fleetune.data import tokenize as tokenize_module
 from fleetune.data.batches import IGNORED, collate, draw_batches, eval_prompts
@@ -28,7 +28,10 @@ def word_tokenizer(**changes) -> SimpleNamespace:
     """One token a word: the part of a transformers fast tokenizer that is used."""
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD, "bos_token": "<bos>"}
+    backend.add_special_tokens(WORDS[:4])
+    if "bos_token_id" not in changes:
+        backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
+    special = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
     return SimpleNamespace(backend_tokenizer=backend, **{**special, **changes})
 
 
@@ -53,10 +56,9 @@ def test_an_example_is_bos_prompt_response_eos(three):
     assert tokens_of(three, 1) == [BOS, C, X, Y, Z, EOS]
     assert three.prompt_lengths.tolist() == [3, 2, 5]
     assert three.lengths.tolist() == [5, 6, 7]
-    assert three.category_names == ("one", "two")
-    assert three.category.tolist() == [1, 0, 1]
-    dtypes = (three.tokens.dtype, three.offsets.dtype, three.prompt_lengths.dtype, three.category.dtype)
-    assert dtypes == (np.int32, np.int64, np.int32, np.int16)
+    assert three.rows.tolist() == [0, 1, 2]
+    assert three.overlaps.tolist() == [0, 0, 0]
+    assert (three.tokens.dtype, three.offsets.dtype, three.prompt_lengths.dtype) == (np.int32, np.int64, np.int32)
 
 
 def test_collate_pads_right_and_learns_the_response_and_its_end(three):
@@ -109,7 +111,7 @@ def test_every_run_is_told_what_is_cut_not_only_the_one_that_fills_the_cache(tmp
 
 
 def test_without_bos_and_eos_the_text_alone_is_left(tmp_path):
-    tokenizer = word_tokenizer(bos_token_id=None, bos_token=None, eos_token_id=None)
+    tokenizer = word_tokenizer(bos_token_id=None, eos_token_id=None)
     dataset = tokenize(examples_of(("a", "x")), tokenizer=tokenizer, config=DataConfig(), cache_dir=tmp_path)
     assert tokens_of(dataset, 0) == [A, X]
 
@@ -137,9 +139,8 @@ def test_the_second_call_reads_the_cache_and_tokenises_nothing(tmp_path, monkeyp
 
     monkeypatch.setattr(tokenize_module, "_build", lambda *args, **kwargs: pytest.fail("tokenised again"))
     again = tokenize(examples, tokenizer=word_tokenizer(), config=DataConfig(), cache_dir=tmp_path)
-    for name in ("tokens", "offsets", "prompt_lengths", "category"):
+    for name in ("tokens", "offsets", "prompt_lengths", "rows", "overlaps"):
         assert np.array_equal(getattr(first, name), getattr(again, name)), name
-    assert again.category_names == ("one", "two")
     assert list(tmp_path.rglob("*.arrow")) == [path]
 
 

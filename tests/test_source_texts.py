@@ -14,11 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import text_models
 from fleetune.data.cells import text_of
 from fleetune.data.config import ColumnMapping, DataConfig, PartitionConfig
 from fleetune.data.partition import partition_keys
 from fleetune.data.records import Examples
 from fleetune.data.sources import load_records
+from fleetune.data.tokenize import tokenize
 from fleetune.errors import UserError
 
 ALPACA = [
@@ -173,6 +175,8 @@ def test_any_number_of_categories_is_no_fault(tmp_path):
     train = load_records(config, seed=0).train
     by_key = PartitionConfig(kind="by_key")
     assert len(set(partition_keys(train, config=by_key).tolist())) == len(train)
+    tokenizer = text_models.tokenizer_of("byte-level")
+    assert len(tokenize(train, tokenizer=tokenizer, config=config, cache_dir=tmp_path)) == len(train)
 
 
 def test_a_parquet_file_in_a_folder_named_like_a_partition_gets_no_column_of_it(tmp_path):

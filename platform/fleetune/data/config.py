@@ -56,7 +56,11 @@ class DataConfig(Config):
     template: str = "{prompt}"
     """The prompt's text, with the source's columns in braces; `{{` is a brace."""
     separator: str = " "
-    """Text between prompt and response. It is tokenised, learnt and generated with the response."""
+    """Text between prompt and response. It is learnt and generated with the response."""
+    add_bos: bool | Literal["auto"] = "auto"
+    """Begin every text with the tokenizer's bos, once: auto as the tokenizer does by itself, true always, false never."""
+    add_eos: bool = True
+    """End every text with the tokenizer's eos, once; false: only where the text has it."""
     eval_dataset: str | None = None
     """Held-out examples from another source (as `dataset`). Default: the source's own test split."""
     eval_fraction: float = Field(default=0.1, gt=0, lt=1)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,17 @@ class TokenizedDataset:
     """int64 ``(n + 1,)``"""
     prompt_lengths: np.ndarray
     """int32 ``(n,)``: tokens before the response, bos included"""
-    category: np.ndarray
-    """int16 ``(n,)``: index into ``category_names``"""
-    category_names: tuple[str, ...]
+    rows: np.ndarray
+    """int64 ``(n,)``: which of the examples these are that were to be tokenised; some may give no token"""
+    overlaps: np.ndarray
+    """int32 ``(n,)``: characters of the prompt's end that the response's first token holds; nearly always 0"""
     loss_on: str
     """``response`` or ``all``"""
     pad_token_id: int
     num_truncated: int
     """examples that were longer than ``max_tokens``"""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """examples that are not among these, by the reason"""
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
@@ -44,18 +48,20 @@ def write_arrow(path: Path, dataset: TokenizedDataset) -> None:
     import pyarrow as pa
 
     header = {
-        "category_names": dataset.category_names,
         "loss_on": dataset.loss_on,
         "pad_token_id": dataset.pad_token_id,
         "num_truncated": dataset.num_truncated,
+        "left_out": dataset.left_out,
+        "checksum": _checksum(dataset),
     }
     columns = [
         pa.LargeListArray.from_arrays(pa.array(dataset.offsets), pa.array(dataset.tokens)),
         pa.array(dataset.prompt_lengths),
-        pa.array(dataset.category),
+        pa.array(dataset.rows),
+        pa.array(dataset.overlaps),
     ]
     schema = pa.schema(
-        [("tokens", columns[0].type), ("prompt_length", pa.int32()), ("category", pa.int16())],
+        [("tokens", columns[0].type), ("prompt_length", pa.int32()), ("row", pa.int64()), ("overlap", pa.int32())],
         metadata={"fleetune": json.dumps(header)},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,19 +84,29 @@ def read_arrow(path: Path) -> TokenizedDataset | None:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         batch = reader.get_batch(0)
         header = json.loads(reader.schema.metadata[b"fleetune"])
-    except (OSError, pa.ArrowException):
+        tokens = batch.column("tokens")
+        dataset = TokenizedDataset(
+            tokens=_array(tokens.values),
+            offsets=_array(tokens.offsets),
+            prompt_lengths=_array(batch.column("prompt_length")),
+            rows=_array(batch.column("row")),
+            overlaps=_array(batch.column("overlap")),
+            loss_on=header["loss_on"],
+            pad_token_id=header["pad_token_id"],
+            num_truncated=header["num_truncated"],
+            left_out=header["left_out"],
+        )
+        return dataset if header["checksum"] == _checksum(dataset) else None
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):  # damage shows as any of them
         return None
-    tokens = batch.column("tokens")
-    return TokenizedDataset(
-        tokens=_array(tokens.values),
-        offsets=_array(tokens.offsets),
-        prompt_lengths=_array(batch.column("prompt_length")),
-        category=_array(batch.column("category")),
-        category_names=tuple(header["category_names"]),
-        loss_on=header["loss_on"],
-        pad_token_id=header["pad_token_id"],
-        num_truncated=header["num_truncated"],
-    )
+
+
+def _checksum(dataset: TokenizedDataset) -> str:
+    """A hash of the arrays: a byte that was flipped on disk would be another token."""
+    digest = hashlib.blake2b(digest_size=16)
+    for array in (dataset.tokens, dataset.offsets, dataset.prompt_lengths, dataset.rows, dataset.overlaps):
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def _array(column: object) -> np.ndarray:

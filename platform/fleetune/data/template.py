@@ -17,6 +17,12 @@ def column_names(template: str) -> list[str]:
     return [name for _, name in _parts(template) if name is not None]
 
 
+def begins_with_a_column(template: str) -> bool:
+    """Whether nothing but blanks stands before the template's first column."""
+    literal, name = _parts(template.lstrip())[0]
+    return name is not None and not literal
+
+
 def render_prompts(template: str, columns: Mapping[str, Sequence[str]]) -> list[str]:
     """The prompts of all records. ``columns``: text per column and record, all columns of one length."""
     parts = _parts(template)

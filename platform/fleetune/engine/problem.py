@@ -15,7 +15,7 @@ from fleetune.data.answers import AnswerReader
 from fleetune.data.dataset import TokenizedDataset
 from fleetune.data.partition import Partition, partition, partition_keys
 from fleetune.data.sources import load_records
-from fleetune.data.tokenize import tokenize
+from fleetune.data.tokenize import continuations, tokenize
 from fleetune.engine.shares import check_adapt
 from fleetune.errors import UserError
 from fleetune.fleet.availability_trace import AvailabilityTrace
@@ -29,7 +29,7 @@ from fleetune.spec import RunSpec
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Held-out examples as tokens, and the responses that they should get."""
+    """Held-out examples as tokens, and the texts that should follow their prompts."""
 
     data: TokenizedDataset
     responses: list[str]
@@ -90,8 +90,8 @@ def load_inputs(spec: RunSpec, *, base: BaseModel | None = None, cache_dir: Path
         base=base,
         sites=linear_sites(base, spec.model.lora),
         train=train,
-        keys=partition_keys(records.train, config=config.partition),
-        evaluation=EvalSet(held_out, list(records.eval["response"])),
+        keys=partition_keys(records.train, config=config.partition)[train.rows],
+        evaluation=EvalSet(held_out, continuations(records.eval, held_out, tokenizer=tokenizer, config=config)),
         dataset_name=records.name,
         availability=availability,
         reader=AnswerReader.of(tokenizer),
