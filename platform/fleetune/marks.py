@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 CLIENT, SERVER = "client", "server"
 ADAPTERS, GRADIENTS, OPTIMIZER = "adapters", "gradients", "optimizer"
+SIMULATION = "simulation"
+"""What only the simulation holds and does, so that many clients' rows can be worked on at once; no device is charged for it."""
 
 
 class _Marks:
@@ -35,7 +37,7 @@ def on_server() -> Iterator[None]:
 
 @contextmanager
 def part(name: str) -> Iterator[None]:
-    """Tensors that are made inside belong to this part of the memory."""
+    """Tensors that are made inside belong to this part of the memory; work inside `SIMULATION` is nobody's."""
     before, current.part = current.part, name
     try:
         yield

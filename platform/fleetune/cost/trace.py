@@ -235,18 +235,18 @@ def _side_work(first: Any, second: Any, side: str, fit: Fitter) -> SideWork:
     )
 
 
-def live_bytes(first: Any, second: Any, sides: Sequence[str]) -> np.ndarray:
-    """Bytes by part that the sides hold together after every operator, (t, 7, 6)."""
+def live_bytes(first: Any, second: Any, sides: Sequence[str], parts: Sequence[str] = PARTS) -> np.ndarray:
+    """Bytes by part that the sides hold together after every operator, (t, len(parts), 6)."""
     fit = Fitter(POINTS)
-    change = np.zeros((first.clock + 1, len(PARTS), NUM))
+    change = np.zeros((first.clock + 1, len(parts), NUM))
     for a, b in zip(first.held, second.held, strict=True):
         since = [a.since[side] for side in sides if side in a.since]
-        if not since or a.part not in PARTS:
+        if not since or a.part not in parts:
             continue
         size = fit(a.num_bytes, b.num_bytes)
-        change[min(since), PARTS.index(a.part)] += size
+        change[min(since), parts.index(a.part)] += size
         if a.until is not None:
-            change[max(a.until, min(since)), PARTS.index(a.part)] -= size
+            change[max(a.until, min(since)), parts.index(a.part)] -= size
     return change[: first.clock].cumsum(axis=0)
 
 

@@ -111,7 +111,8 @@ class Tracer(TorchDispatchMode):
         outputs = list(_tensors(out))
         self._hold_all(inputs)
         self._hold_all(outputs)
-        self.ops.append(Op(name, flops, _traffic(name, read, outputs), marks.current.side, self.step))
+        side = marks.SIMULATION if marks.current.part == marks.SIMULATION else marks.current.side
+        self.ops.append(Op(name, flops, _traffic(name, read, outputs), side, self.step))
         self.places.append((self.step, self._block()))
         self.clock += 1
         return out

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fleetune.marks import ADAPTERS, GRADIENTS, part
+from fleetune.marks import ADAPTERS, SIMULATION, part
 from fleetune.models.network import Network
 from fleetune.tensors import Stack, Tensors, select
 from fleetune.training.config import LocalConfig
@@ -31,7 +31,7 @@ class StackedAdapters:
             self.frozen = Stack.of([select(start, lambda name: not plan.trainable(name)) for start in starts]).to(
                 device
             )
-        with part(GRADIENTS):
+        with part(SIMULATION):  # a device's optimizer reads the leaves' own gradients: it holds one of each
             self.grads = torch.zeros_like(self.trained.data)
 
     def parameters(self, num_active: int) -> Tensors:
@@ -42,8 +42,9 @@ class StackedAdapters:
     def gather_gradients(self, leaves: Tensors, num_active: int) -> Tensor:
         """The leaves' gradients in one buffer (num_active, P); a leaf that the loss does not reach counts as zero."""
         out = self.grads[:num_active]
-        parts = [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves.values()]
-        return torch.cat([part.view(num_active, -1) for part in parts], dim=1, out=out)
+        with part(SIMULATION):
+            grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves.values()]
+            return torch.cat([grad.view(num_active, -1) for grad in grads], dim=1, out=out)
 
     def all_tensors(self, leaves: Tensors, num_active: int) -> Tensors:
         """Trained leaves and frozen tensors together, as the network takes them."""
