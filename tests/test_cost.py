@@ -11,8 +11,9 @@ import pytest
 
 import closed_forms
 from fleetune.cost.estimate import CostTable, Load, estimate
+from fleetune.cost.fit import fitted_devices, fitted_fraction
 from fleetune.cost.forms import NUM, monomials
-from fleetune.cost.published import QV
+from fleetune.cost.published import FITTED, HELD_OUT, MEASUREMENTS, QV, SAME_SOURCE
 from fleetune.cost.shapes import ARCHITECTURES, LINEARS, ModelShape, architecture
 from fleetune.cost.trace import PARTS, SideWork, StepTrace
 from fleetune.cost.validation import CHUNKED_LOGITS, lora_step, medians, rows, table
@@ -133,20 +134,44 @@ def test_a_tx2_nx_refuses_llama2_7b_in_four_bits_but_takes_its_submodels():
             assert costs.row(0)["over_budget"] is refused
 
 
-def test_others_measurements_are_met():
-    """Half of what was measured elsewhere, and fitted nothing, is met within 15 % (memory) and 30 % (time)."""
-    found = medians()
-    assert {
-        kind: points >= least for kind, (points, _), least in zip(found, found.values(), (20, 10, 4), strict=True)
-    } == {
-        "memory": True,
-        "time": True,
-        "traffic": True,
-    }
-    assert found["memory"][1] < 0.15
-    assert found["time"][1] < 0.30
-    assert found["traffic"][1] < 0.01
-    assert table().count("\n") == len(rows()) + 3
+def test_others_measurements_are_met_row_by_row():
+    """Each within what its kind of number allows, except where it is told why it is not; and in the median, by kind."""
+    bounds = {
+        "memory, servers, 16-bit": 0.20, "memory, 4-bit": 0.25, "memory, edge": 0.05,
+        "time, servers": 0.50, "time, edge": 0.05, "traffic": 0.01,
+    }  # fmt: skip
+    missed = [row for row in rows() if not row.remark and abs(row.error) > bounds[row.group]]
+    assert not missed
+    explained = [row for row in rows() if row.remark]
+    assert all(-0.5 < row.error < 2 for row in explained)
+    assert len(explained) < len(rows()) / 2
+    held_out = medians()
+    assert held_out.keys() == bounds.keys()
+    assert held_out["memory, servers, 16-bit"][1] < 0.08
+    assert held_out["memory, 4-bit"][1] < 0.25
+    assert held_out["time, servers"][1] < 0.30
+    assert held_out["time, edge"][1] < 0.30
+
+
+def test_no_row_is_held_out_whose_source_fitted_what_its_prediction_uses():
+    """By source: siblings of a fitted number prove no more than it does."""
+    fitted = {(run.source, run.fits) for run in MEASUREMENTS if run.fits}
+    for run in MEASUREMENTS:
+        if run.kind == HELD_OUT:
+            assert not {(run.source, constant) for constant in run.uses} & fitted, run.name
+    kinds = {kind: sum(run.kind == kind for run in MEASUREMENTS) for kind in (HELD_OUT, SAME_SOURCE, FITTED)}
+    assert min(kinds.values()) > 10
+    assert {row.group for row in rows() if row.kind == HELD_OUT} == {row.group for row in rows()}
+
+
+def test_the_catalogues_fractions_are_those_that_the_fit_prints():
+    """To two digits, in the precision that was measured; and none above 1 is in the catalogue."""
+    assert {"server-a100", "server-l40s", "jetson-nano", "jetson-tx2"} < fitted_devices().keys()
+    for name, runs in fitted_devices().items():
+        fraction, profile = fitted_fraction(runs), device(name)
+        stands = profile.sustained_fp32 if runs[0].precision == "fp32" else profile.sustained_fp16
+        assert stands == float(f"{fraction:.2g}") < 1
+        assert "fitted to" in dict(profile.sources)["sustained"], name
 
 
 def test_seconds_and_joules_of_one_round_by_hand():

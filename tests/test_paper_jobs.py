@@ -36,13 +36,15 @@ def test_every_published_figure_is_met_or_explained(table: dict[str, Any]):
 
 def test_a_tx2_nx_holds_the_first_two_stages_and_not_the_last(table: dict[str, Any]):
     needs, *boards = table["stages_on_boards"]()
-    assert [float(cell) for cell in needs[2:]] == pytest.approx([1.46, 2.21, 3.69, 6.67], rel=0.01)
+    assert [float(cell) for cell in needs[2:]] == pytest.approx([1.45, 2.19, 3.66, 6.60], rel=0.01)
     fits = {board: cells for board, _, *cells in boards}
     assert fits["jetson-tx2-nx"] == ["2", "1", "does not fit", "does not fit"]
     assert fits["jetson-agx-orin-64gb"] == ["16"] * 4
     needs = {way: float(need) for way, need, *_ in table["ways_out"]()}
     assert needs["checkpointing"] < 0.75 * needs["the whole model"]
     ways = {way: where for way, *_, where in table["ways_out"]()}
+    assert "orin-nano-8gb" in ways["checkpointing"]
+    assert "orin-nano-8gb" not in ways["the whole model"]
     assert "tx2-nx" not in ways["the whole model"]
     assert ways["split after 8 blocks"] == ways["capacity limited to 8 blocks"] == "all"
 

@@ -124,7 +124,15 @@ def estimate(
     idle = per_device("idle_watts", devices, index)
     energy = idle * sim_seconds + (per_device("active_watts", devices, index) - idle) * compute_seconds
     if radio is not None:
-        energy = energy + radio.joules(downlink_bytes, uplink_bytes, downlink_seconds + uplink_seconds)
+        energy = energy + radio.joules(
+            downlink_bytes,
+            uplink_bytes,
+            down_bps=down_bps,
+            up_bps=up_bps,
+            link_seconds=downlink_seconds + uplink_seconds,
+            quiet_seconds=compute_seconds + server_seconds,
+            num_messages=num_msgs,
+        )
 
     return CostTable(
         flops=steps * evaluate(trace.client.flops, load.mean),

@@ -130,6 +130,9 @@ class Fleet:
             downlink_joules_per_byte=self._of_links("downlink_joules_per_megabyte", ids) / 1e6,
             uplink_joules_per_byte=self._of_links("uplink_joules_per_megabyte", ids) / 1e6,
             radio_watts=self._of_links("radio_watts", ids),
+            linear_to_bps=self._of_links("radio_linear_to_bps", ids),
+            tail_joules=self._of_links("tail_joules", ids),
+            tail_watts=self._of_links("tail_joules", ids) / self._of_links("tail_seconds", ids),
         )
 
     def dropped(self, run_seed: int, round_idx: int, client_ids: np.ndarray) -> np.ndarray:

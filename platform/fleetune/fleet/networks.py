@@ -1,9 +1,9 @@
 """The links between client and server: rates, latency, how much they vary, and what the radio draws.
 
 A rate is drawn for each client and round as ``median · exp(sigma · z)``, one z for both directions. Latency
-is one way: half of a measured ping. Radio power is linear in the rate (Huang et al., MobiSys 2012: 2012
-hardware, linear to about 30 Mbit/s): ``alpha · rate + base`` watts, which is ``8 · alpha`` joules per
-megabyte and ``base`` watts while sending.
+is one way: half of a measured ping. Radio power is linear in the rate to about 30 Mbit/s and flat from there (Huang et al.,
+MobiSys 2012: hardware of 2012): ``alpha · min(rate, 30) + base`` watts, which is ``8 · alpha`` joules per megabyte up to
+there and ``base`` watts while sending. LTE's radio stays on after each transfer: 12.3 J until it sleeps.
 """
 
 from __future__ import annotations
@@ -33,38 +33,74 @@ class NetworkProfile:
     uplink_joules_per_megabyte: float = 0.0
     radio_watts: float = 0.0
     """Drawn by the radio while it sends or receives, whatever the rate."""
+    radio_linear_to_bps: float = float("inf")
+    """Up to this rate a megabyte takes its joules; from there on the radio draws no more watts."""
+    tail_joules: float = 0.0
+    """Spent after a transfer until the radio sleeps, where nothing else is sent before."""
+    tail_seconds: float = 1.0
+    """How long that takes."""
     source: str = field(compare=False)
 
 
 @dataclass(frozen=True)
 class RadioEnergy:
-    """Radio terms of n clients: joules per byte each way, and watts while the link is busy; arrays (n,)."""
+    """Radio terms of n clients, arrays (n,): joules per byte each way up to a rate, watts while the link is busy, and the tail
+    after a transfer."""
 
     downlink_joules_per_byte: np.ndarray
     uplink_joules_per_byte: np.ndarray
     radio_watts: np.ndarray
+    linear_to_bps: np.ndarray
+    tail_joules: np.ndarray
+    tail_watts: np.ndarray
 
-    def joules(self, downlink_bytes: ArrayLike, uplink_bytes: ArrayLike, link_seconds: ArrayLike) -> np.ndarray:
-        """Energy of moving these bytes, (n,)."""
-        down = self.downlink_joules_per_byte * np.asarray(downlink_bytes)
-        up = self.uplink_joules_per_byte * np.asarray(uplink_bytes)
-        return down + up + self.radio_watts * np.asarray(link_seconds)
+    def joules(
+        self,
+        downlink_bytes: ArrayLike,  # (n,)
+        uplink_bytes: ArrayLike,  # (n,)
+        *,
+        down_bps: ArrayLike,  # (n,) bits per second
+        up_bps: ArrayLike,  # (n,)
+        link_seconds: ArrayLike,  # (n,) both ways, latency included
+        quiet_seconds: ArrayLike,  # (n,) of the turn between transfers
+        num_messages: ArrayLike = 1,  # each way in which anything is sent
+    ) -> np.ndarray:
+        """Energy of moving these bytes in one turn, (n,).
+
+        A tail ends with the next transfer, so between transfers there is no more of it than there is quiet time.
+        """
+        down, up = np.asarray(downlink_bytes, float), np.asarray(uplink_bytes, float)
+        moving = (
+            self.downlink_joules_per_byte * down * np.minimum(1.0, self.linear_to_bps / np.asarray(down_bps, float))
+        )
+        moving = moving + self.uplink_joules_per_byte * up * np.minimum(
+            1.0, self.linear_to_bps / np.asarray(up_bps, float)
+        )
+        num_transfers = np.asarray(num_messages) * ((down > 0).astype(float) + (up > 0))
+        last = self.tail_joules * (num_transfers > 0)
+        tails = np.minimum(self.tail_joules * num_transfers, last + self.tail_watts * np.asarray(quiet_seconds, float))
+        return moving + self.radio_watts * np.asarray(link_seconds) + tails
 
 
 _WIFI_RADIO = {
     "downlink_joules_per_megabyte": 8 * 0.13701,
     "uplink_joules_per_megabyte": 8 * 0.28317,
     "radio_watts": 0.13286,
+    "radio_linear_to_bps": 30e6,
 }
 _LTE_RADIO = {
     "downlink_joules_per_megabyte": 8 * 0.05197,
     "uplink_joules_per_megabyte": 8 * 0.43839,
     "radio_watts": 1.28804,
+    "radio_linear_to_bps": 30e6,
+    "tail_joules": 12.3,
+    "tail_seconds": 11.6,
 }
 _3G_RADIO = {
     "downlink_joules_per_megabyte": 8 * 0.12212,
     "uplink_joules_per_megabyte": 8 * 0.86898,
     "radio_watts": 0.81788,
+    "radio_linear_to_bps": 30e6,
 }
 _UCC = "uccmisl/5Gdataset"
 
