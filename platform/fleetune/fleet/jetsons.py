@@ -95,19 +95,19 @@ _TX2_CLOCKS = f"{HF_HARDWARE}; GPU 1.30 GHz in MaxN"
 # name, FP32 TFLOPS, FP16 TFLOPS (dense), GB/s, MemTotal in GiB, idle GB, (idle W, active W)
 JETSONS = (
     _jetson("nano", 0.236, 0.472, 25.6, 3964 / 1024, 0.85, (1.5, 10), compute=f"{HF_HARDWARE}; {EDGE_FLOWER}",
-            memory=f"3964 MiB seen, 750 to 863 MiB used when idle ({EDGE_FLOWER})", sustained=(0.20, 0.20),
+            memory=f"3964 MiB seen, 750 to 863 MiB used when idle ({EDGE_FLOWER})", sustained=(0.20, 0.10),
             sustained_source="fp32 0.20: fitted to Gemma-3-270M LoRA, 12.4 s a step, mean of three boards (EdgeFlowerTune), "
-                             "which swapped: the run needs more memory than the board has; 16 bit assumed equal",
+                             "which swapped: the run needs more memory than the board has; 16 bit assumed no faster",
             launch_us=100, modes=_modes((1, 921), _5w=(5, 1, 640, 1.0)), mode_source="recalled"),
     _jetson("tx2", 0.667, 1.33, 59.7, 0.96 * 8, 1.8, (2, 12), compute=_TX2_CLOCKS, memory=f"{SEEN}; "
                                                                                           f"{DESKTOP}",
-            sustained=(0.53, 0.53), sustained_source=f"{TX2_SUSTAINED}; 16 bit assumed equal", launch_us=75,
+            sustained=(0.53, 0.27), sustained_source=f"{TX2_SUSTAINED}; 16 bit assumed no faster", launch_us=75,
             modes=_modes((1, 1300), maxp=(15, 1, 1120, 0.857), maxq=(7.5, 1, 850, 0.713)), power=TX2_POWER,
             mode_source="nvpmodel"),
     _jetson("tx2-nx", 0.667, 1.33, 51.2, 3964 / 1024, 0.8, (2, 12), compute=_TX2_CLOCKS + "; TX2 NX assumed "
                                                                                           "equal",
-            memory=f"MemTotal assumed as Jetson Nano 4GB; {HEADLESS}", sustained=(0.53, 0.53),
-            sustained_source=f"{TX2_SUSTAINED}, assumed here; 16 bit assumed equal", launch_us=75,
+            memory=f"MemTotal assumed as Jetson Nano 4GB; {HEADLESS}", sustained=(0.53, 0.27),
+            sustained_source=f"{TX2_SUSTAINED}, assumed here; 16 bit assumed no faster", launch_us=75,
             modes=_modes((1, 1300), maxq=(7.5, 1, 850, 0.713 * 59.7 / 51.2)), power=TX2_POWER,
             mode_source="assumed as the TX2's, with its memory clock"),
     _jetson("xavier-nx-8gb", 0.845, 6.76, 59.7, 0.96 * 8, 1.8, (4, 20), compute=_NX_CLOCKS,
