@@ -1,4 +1,4 @@
-"""Write the generated pages of docs/: job_file.md, from the pydantic models that read a job file.
+"""Write the generated pages of docs/: job_file.md, from the pydantic models that read a job file, and devices.md.
 
 python docs/generate.py            write
 python docs/generate.py --check    exit status 1 where a page is not what would be written
@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from fleetune.fleet import devices
 from fleetune.methods import METHODS
 from fleetune.spec import RunSpec
 
@@ -136,7 +137,7 @@ def _default(field: FieldInfo) -> str:
     return f"`{value}`" if value != " " else "a space"
 
 
-PAGES = {"job_file.md": job_file}
+PAGES = {"job_file.md": job_file, "devices.md": devices.markdown}
 
 
 def main() -> int:

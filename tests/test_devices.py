@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fleetune.errors import UserError
+from fleetune.fleet.device_file import built_in, catalogue
 from fleetune.fleet.devices import DEVICES, device, markdown
 from fleetune.fleet.fleet import FleetConfig, build_fleet
 from fleetune.fleet.networks import NETWORKS, network
@@ -97,6 +98,87 @@ def test_a_misspelt_name_gets_the_nearest_right_one():
         device("jetson-agx-orin-64gb@30")
     with pytest.raises(UserError, match="did you mean 'wifi'"):
         network("wify")
+
+
+BOARD = """
+compute: {fp32: 1.3 TFLOP/s, fp16: 2600 GFLOP/s, source: data sheet}
+bf16: {rate: fp16, source: data sheet}
+sustained: {fp32: 0.5, fp16: 0.4, source: assumed}
+bandwidth: {peak: 51.2 GB/s, sustained: 0.8, source: data sheet}
+memory: {total: 4 GiB, os_idle: 0.8 GB, context: 0.5 GB, source: seen}
+power: {idle: 3 W, active: 15 W, source: a meter}
+launch: {per_operator: 30 us, source: assumed}
+modes: {10w: {cap: 10 W, cores: [2, 4], clock: [600, 1000]}}
+"""
+LINK = "{down: 50 Mbit/s, up: 10 Mbit/s, latency: 20 ms, source: measured}"
+
+
+def device_file(folder: Path, board: str = BOARD, link: str = LINK) -> str:
+    """A file with one board and one link."""
+    lines = "\n".join(f"    {line}" for line in board.strip().splitlines())
+    path = folder / "mine.yaml"
+    path.write_text(f"devices:\n  my-board:\n{lines}\nnetworks:\n  my-link: {link}\n")
+    return str(path)
+
+
+def test_a_job_names_a_file_with_devices_and_links_of_its_own(tmp_path: Path):
+    shares = {"my-board@10w": 0.5, "jetson-nano": 0.5}
+    config = FleetConfig(
+        num_clients=4, device_files=(device_file(tmp_path),), devices=shares, network="my-link", server="my-board"
+    )
+    fleet = build_fleet(config, 0)
+    board = fleet.devices[0]
+    assert (board.fp32_flops, board.fp16_flops) == (1.3e12 * 0.3, 2.6e12 * 0.3)
+    assert board.budget_bytes == pytest.approx((4 * 2**30 - 1.3e9) / 1.05)
+    assert board.active_watts == pytest.approx(3 + 12 * 0.3 * 0.6)
+    assert (fleet.networks[0].up_bps, fleet.server.name) == (10e6, "my-board")
+    assert config.outside_device_files() == (str(tmp_path / "mine.yaml"),)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("1.3 TFLOP/s", "1.3", "devices.my-board.compute.fp32: must be a number that is not negative and its unit"),
+        ("1.3 TFLOP/s", "-1 TFLOP/s", "devices.my-board.compute.fp32: must be a number"),
+        (
+            "0.5, fp16: 0.4",
+            "1.5, fp16: 0.4",
+            "devices.my-board.sustained.fp32: Input should be less than or equal to 1",
+        ),
+        ("peak:", "peek:", "devices.my-board.bandwidth.peak: Field required"),
+        ("rate: fp16", "rate: fp16, rates: fp16", "devices.my-board.bf16.rates: unknown field .did you mean 'rate'"),
+        ("4 GiB", "1 GiB", "devices.my-board.memory: total must exceed os_idle and context"),
+        ("active: 15 W", "active: 2 W", "devices.my-board.power: active must exceed idle"),
+        (", source: a meter", "", "devices.my-board.power.source: Field required"),
+        ("[600, 1000]", "[1600, 1000]", "devices.my-board.modes.10w: clock must be"),
+        ("idle: 3 W", "idle: 3 W, idle: 4 W", "line [0-9]+: 'idle' stands twice"),
+        ("50 Mbit/s", "50 Mbps", "networks.my-link.down: must be a number"),
+        ("[600, 1000]", "[600, 1000", "not valid YAML"),
+        ("my-board", "jetson-nano", "devices.jetson-nano: there is one of this name already"),
+        ("my-board", "my board", "a name has small letters"),
+        ("source: measured", "source: {}", "networks.my-link.source: Input should be a valid string"),
+    ],
+)
+def test_a_mistake_in_a_device_file_names_file_entry_field_and_rule(tmp_path: Path, old: str, new: str, said: str):
+    path = Path(device_file(tmp_path))
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(UserError, match=said) as caught:
+        catalogue([str(path)])
+    assert (caught.value.field, "mine.yaml" in str(caught.value)) == ("fleet.device_files", True)
+
+
+@pytest.mark.parametrize("content", [b"", b"[1, 2]", b"\xff\xfe\x00", b"devices: 3", b"? [a]\n: b", None])
+def test_a_file_that_holds_no_devices_is_empty_or_refused(tmp_path: Path, content: bytes | None):
+    path = tmp_path / "mine.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    if content == b"":
+        assert catalogue([str(path)]) == built_in()
+    else:
+        with pytest.raises(UserError, match=r"mine\.yaml"):
+            catalogue([str(path)])
 
 
 def test_the_page_of_devices_is_the_one_that_is_generated():

@@ -17,7 +17,7 @@ from fleetune.cost.forms import evaluate, monomials
 from fleetune.cost.roofline import seconds_of
 from fleetune.cost.trace import PARTS, StepTrace
 from fleetune.fleet.devices import device
-from fleetune.fleet.networks import RadioEnergy
+from fleetune.fleet.links import RadioEnergy
 from fleetune.fleet.profile import DeviceProfile
 
 

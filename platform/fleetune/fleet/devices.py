@@ -1,4 +1,4 @@
-"""The devices: all Jetson modules, boards, phones and servers, with a source for every number.
+"""The devices that ship with fleetune: fleet/devices.yaml, all Jetson modules, boards, phones and servers.
 
 FP32 peak = cores x 2 x clock; vector FP16 is twice that on every Jetson; tensor FP16 = tensor cores x FMA per
 clock x 2 x clock, dense. Marketing TOPS (sparse INT8, accelerators included) are never used. "recalled" marks
@@ -17,21 +17,16 @@ of the clock, and to stay below it.
 
 from __future__ import annotations
 
-from fleetune.errors import unknown_name
-from fleetune.fleet.boards import BOARDS
-from fleetune.fleet.jetsons import JETSONS
+from fleetune.fleet.device_file import built_in
 from fleetune.fleet.profile import DeviceProfile
 
-DEVICES: dict[str, DeviceProfile] = {profile.name: profile for profile in (*JETSONS, *BOARDS)}
+DEVICES: dict[str, DeviceProfile] = built_in().devices
 
 
 def device(name: str, *, field: str = "fleet.devices") -> DeviceProfile:
-    """The device of that name, or one of its power modes (``jetson-agx-orin-64gb@30w``); ``UserError`` if "
-    "unknown."""
-    base, _, mode = name.partition("@")
-    if base not in DEVICES:
-        raise unknown_name("device", name, DEVICES, field=field)
-    return DEVICES[base].in_mode(mode) if mode else DEVICES[base]
+    """The device of that name that ships with fleetune, or one of its power modes (``jetson-agx-orin-64gb@30w``);
+    ``UserError`` if unknown."""
+    return built_in().device(name, field=field)
 
 
 def markdown() -> str:

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from fleetune.config import Config
 from fleetune.errors import UserError, unknown_name
 from fleetune.fleet.availability import Availability, AvailabilityConfig, build_availability
 from fleetune.fleet.availability_trace import AvailabilityTrace, read_trace
 from fleetune.fleet.budgets import Budgets, BudgetsConfig, build_budgets
-from fleetune.fleet.devices import device
-from fleetune.fleet.networks import NetworkProfile, RadioEnergy, network
+from fleetune.fleet.device_file import Catalogue, catalogue
+from fleetune.fleet.links import NetworkProfile, RadioEnergy
 from fleetune.fleet.profile import DeviceProfile
 from fleetune.seeds import rng
 
@@ -31,6 +31,8 @@ class FleetConfig(Config):
 
     num_clients: int = Field(default=20, gt=0, le=10_000_000)
     """Registered clients."""
+    device_files: tuple[str, ...] = ()
+    """Files with devices and links of your own (docs/adding_a_device.md), which can then be named below."""
     devices: dict[str, float] = Field(default_factory=lambda: dict(DEFAULT_DEVICES))
     """Fraction of the clients on each device, summing to 1.
 
@@ -50,26 +52,42 @@ class FleetConfig(Config):
     """What a client whose budget is broken makes smaller until its work fits: its batches, the activations that it keeps,
     the blocks of its submodel (methods with submodels), or the rank of its adapter. none: it is refused."""
 
+    @field_validator("device_files")
+    @classmethod
+    def _readable(cls, files: tuple[str, ...]) -> tuple[str, ...]:
+        catalogue(files)
+        return files
+
     @field_validator("devices")
     @classmethod
-    def _known_devices(cls, devices: dict[str, float]) -> dict[str, float]:
+    def _known_devices(cls, devices: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+        known = catalogue(info.data.get("device_files", ()))
         for name in devices:
-            device(name)
+            known.device(name)
         return _checked_fractions(devices, field="fleet.devices")
 
     @field_validator("server")
     @classmethod
-    def _known_server(cls, name: str) -> str:
-        return device(name, field="fleet.server").name
+    def _known_server(cls, name: str, info: ValidationInfo) -> str:
+        return catalogue(info.data.get("device_files", ())).device(name, field="fleet.server").name
 
     @field_validator("network")
     @classmethod
-    def _known_networks(cls, networks: str | dict[str, float]) -> str | dict[str, float]:
+    def _known_networks(cls, networks: str | dict[str, float], info: ValidationInfo) -> str | dict[str, float]:
+        known = catalogue(info.data.get("device_files", ()))
         if isinstance(networks, str):
-            return network(networks).name
+            return known.network(networks).name
         for name in networks:
-            network(name)
+            known.network(name)
         return _checked_fractions(networks, field="fleet.network")
+
+    def catalogue(self) -> Catalogue:
+        """The devices and links that this job can name."""
+        return catalogue(self.device_files)
+
+    def outside_device_files(self) -> tuple[str, ...]:
+        """The files whose content decides what clients cost: part of a run's identity."""
+        return self.device_files
 
     @model_validator(mode="after")
     def _budgets_of_known_devices(self) -> FleetConfig:
@@ -160,10 +178,11 @@ def build_fleet(config: FleetConfig, seed: int, *, trace: AvailabilityTrace | No
     ``trace``: what `read_availability` gave, where its file was read before.
     """
     networks = {config.network: 1.0} if isinstance(config.network, str) else config.network
-    devices = tuple(device(name) for name in config.devices)
+    known = config.catalogue()
+    devices = tuple(known.device(name) for name in config.devices)
     return Fleet(
         devices=devices,
-        networks=tuple(network(name) for name in networks),
+        networks=tuple(known.network(name) for name in networks),
         device_index=_device_index(config, seed),
         network_index=_dealt(networks, config.num_clients, rng(seed, "fleet-networks")),
         dropout=config.dropout,
@@ -174,7 +193,7 @@ def build_fleet(config: FleetConfig, seed: int, *, trace: AvailabilityTrace | No
             trace=trace or read_availability(config, seed),
         ),
         budgets=build_budgets(config.budgets, devices),
-        server=device(config.server),
+        server=known.device(config.server),
     )
 
 
@@ -182,7 +201,7 @@ def read_availability(config: FleetConfig, seed: int) -> AvailabilityTrace | Non
     """The intervals of the job's trace file, if it names one; UserError where something is wrong with it."""
     if config.availability.path is None:
         return None
-    names = [device(name).name for name in config.devices]
+    names = list(config.devices)
     return read_trace(config.availability.path, device_names=names, device_index=_device_index(config, seed))
 
 
