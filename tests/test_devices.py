@@ -9,7 +9,7 @@ import pytest
 
 from fleetune.errors import UserError
 from fleetune.fleet.device_file import built_in, catalogue
-from fleetune.fleet.devices import DEVICES, device, markdown
+from fleetune.fleet.devices import DEVICES, device
 from fleetune.fleet.fleet import FleetConfig, build_fleet
 from fleetune.fleet.networks import NETWORKS, network
 
@@ -179,11 +179,6 @@ def test_a_file_that_holds_no_devices_is_empty_or_refused(tmp_path: Path, conten
     else:
         with pytest.raises(UserError, match=r"mine\.yaml"):
             catalogue([str(path)])
-
-
-def test_the_page_of_devices_is_the_one_that_is_generated():
-    page = Path(__file__).parents[1] / "docs" / "devices.md"
-    assert page.read_text() == markdown()
 
 
 def radio_joules(name: str, up_bytes: float, up_bps: float, *, quiet_seconds: float = 0.0, messages: int = 1) -> float:

@@ -53,7 +53,7 @@ def commands(page: Path) -> list[str]:
 
 def test_generated_pages_are_what_the_models_say():
     generated: dict[str, Any] = runpy.run_path(str(DOCS / "generate.py"))["PAGES"]
-    assert set(generated) == {"job_file.md"}
+    assert set(generated) == {"job_file.md", "devices.md"}
     for name, page in generated.items():
         assert (DOCS / name).read_text(encoding="utf-8") == page(), f"run python docs/generate.py for {name}"
 
