@@ -1,7 +1,7 @@
 """The shape of a decoder-only language model: what costing needs to know of it, without its weights.
 
-Covers the Llama family and its kin (Llama, Mistral, Qwen2, Qwen3): RMSNorm, grouped-query attention, SwiGLU,
-no bias in the MLP. ``ARCHITECTURES`` holds the published configurations that can be costed offline.
+Covers the Llama family and its kin (Llama, Mistral, Qwen2, Qwen3): RMSNorm, grouped-query attention, SwiGLU.
+``ARCHITECTURES`` holds the published configurations that can be costed offline.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ class ModelShape:
     tied_embeddings: bool = False
     qkv_bias: bool = False  # Qwen2: bias on q, k and v
     qk_norm: bool = False  # Qwen3: RMSNorm on every head of q and k
+    out_bias: bool = False  # Llama and Qwen3 with attention_bias: on the output projection too
+    mlp_bias: bool = False
     source: str = ""
     max_positions: int = 1 << 30
     """Longest sequence that the published configuration allows."""
@@ -55,6 +57,8 @@ class ModelShape:
                 hint=f"known: {', '.join(FAMILIES)}",
             )
         num_heads = config.num_attention_heads
+        # Mistral's modules have no bias and Qwen2's always that of q, k and v, whatever a config.json says.
+        attention_bias = family in ("llama", "qwen3") and bool(getattr(config, "attention_bias", False))
         return cls(
             name=getattr(config, "_name_or_path", "") or family,
             num_layers=config.num_hidden_layers,
@@ -65,8 +69,10 @@ class ModelShape:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
             vocab_size=config.vocab_size,
             tied_embeddings=bool(config.tie_word_embeddings),
-            qkv_bias=family == "qwen2" or bool(getattr(config, "attention_bias", False)),
+            qkv_bias=family == "qwen2" or attention_bias,
             qk_norm=family == "qwen3",
+            out_bias=attention_bias,
+            mlp_bias=family == "llama" and bool(getattr(config, "mlp_bias", False)),
             source="the model's own config.json",
             max_positions=int(getattr(config, "max_position_embeddings", None) or 1 << 30),
         )
@@ -79,6 +85,12 @@ class ModelShape:
         return dict(zip(LINEARS, ((h, q), (h, kv), (h, kv), (q, h), (h, i), (h, i), (i, h)), strict=True))
 
     @property
+    def biased(self) -> tuple[str, ...]:
+        """The linear layers of a block that have a bias."""
+        flags = (self.qkv_bias,) * 3 + (self.out_bias,) + (self.mlp_bias,) * 3
+        return tuple(name for name, has_bias in zip(LINEARS, flags, strict=True) if has_bias)
+
+    @property
     def linear_params(self) -> int:
         """Weights of one block's linear layers, biases not counted."""
         return sum(num_in * num_out for num_in, num_out in self.linears.values())
@@ -86,7 +98,7 @@ class ModelShape:
     @property
     def other_layer_params(self) -> int:
         """One block's parameters outside its linear weights: two norms, and what the family adds."""
-        bias = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim if self.qkv_bias else 0
+        bias = sum(self.linears[name][1] for name in self.biased)
         return 2 * self.hidden_size + bias + (2 * self.head_dim if self.qk_norm else 0)
 
     @property

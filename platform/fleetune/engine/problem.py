@@ -16,6 +16,7 @@ from fleetune.data.dataset import TokenizedDataset
 from fleetune.data.partition import Partition, partition, partition_keys
 from fleetune.data.sources import load_records
 from fleetune.data.tokenize import continuations, tokenize
+from fleetune.engine.fits import check_answers, check_length, within_vocabulary
 from fleetune.engine.shares import check_adapt
 from fleetune.errors import UserError
 from fleetune.fleet.availability_trace import AvailabilityTrace
@@ -78,14 +79,9 @@ def load_inputs(spec: RunSpec, *, base: BaseModel | None = None, cache_dir: Path
     train = tokenize(records.train, tokenizer=tokenizer, config=config, cache_dir=cache_dir)
     held_out = tokenize(records.eval, tokenizer=tokenizer, config=config, cache_dir=cache_dir)
     check_length(config.max_tokens, base)
-    vocabulary = int(base.config["vocab_size"])
-    if int(train.tokens.max(initial=0)) >= vocabulary:
-        raise UserError(
-            f"the tokenizer gives ids beyond the model's vocabulary of {vocabulary}",
-            field="model.base",
-            value=spec.model.base,
-            hint="save the model's own tokenizer beside it",
-        )
+    train = within_vocabulary(train, tokenizer, base, what="the training examples")
+    held_out = within_vocabulary(held_out, tokenizer, base, what="the held-out examples")
+    check_answers(held_out, spec.evaluation, base)
     return Inputs(
         base=base,
         sites=linear_sites(base, spec.model.lora),
@@ -96,26 +92,6 @@ def load_inputs(spec: RunSpec, *, base: BaseModel | None = None, cache_dir: Path
         availability=availability,
         reader=AnswerReader.of(tokenizer),
     )
-
-
-def check_length(max_tokens: int, base: BaseModel) -> None:
-    """UserError where the model allows no examples of this length."""
-    positions = int(base.config.get("max_position_embeddings", 1 << 30))
-    if max_tokens > positions:
-        raise UserError(
-            f"exceeds the model's {positions} positions",
-            field="data.max_tokens",
-            value=max_tokens,
-            hint="lower it",
-        )
-    window = base.config.get("sliding_window")
-    if window and base.config.get("use_sliding_window", True) and max_tokens > int(window):
-        raise UserError(
-            f"exceeds the model's attention window of {window}; every token attends to all before it here",
-            field="data.max_tokens",
-            value=max_tokens,
-            hint=f"lower it to at most {window}",
-        )
 
 
 def build_problem(spec: RunSpec, inputs: Inputs) -> Problem:

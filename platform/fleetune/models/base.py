@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,41 +13,19 @@ import torch
 from torch import Tensor
 
 from fleetune.cost import shapes
-from fleetune.errors import UserError, nearest
+from fleetune.errors import UserError
+from fleetune.models.checkpoint import HEAD, read_weights
 from fleetune.models.config import ModelConfig
-from fleetune.models.quantize import quantize_linears
+from fleetune.models.family import ARCHITECTURES as ARCHITECTURES
+from fleetune.models.family import HARMLESS, SIZES, check_config, check_stored, unknown_fields
+from fleetune.models.folder import ASSETS as ASSETS
+from fleetune.models.folder import BUILT_IN as BUILT_IN
+from fleetune.models.folder import base_files as base_files
+from fleetune.models.folder import base_folder, find_base, one_line, read_json, refusal
 from fleetune.tensors import Tensors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-ASSETS = Path(__file__).parent.parent / "assets"
-BUILT_IN = {
-    "micro-llama": "a Llama of 16 layers trained by jobs/pretrain_micro_llama.py, shipped with the package",
-}
-# Decoders that run as embed -> blocks(h, position embeddings) -> norm -> head, checked against their own forward
-# by tests/test_network.py.
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral")
-# Those whose frequencies do not change within a model's positions; longrope's depend on the length of each text.
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
-# What is read of a configuration.
-SIZES = {
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_parameters",
-    "attention_bias",
-    "tie_word_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-}
-
 
 PRODUCT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -102,146 +81,98 @@ def placed(base: BaseModel, *, device: str, precision: str) -> BaseModel:
     return replace(base, weights={name: moved(name, weight) for name, weight in base.weights.items()})
 
 
-def find_base(name: str) -> str:
-    """The folder of a built-in or local model, or the hub id itself. Raises UserError where a path is not there."""
-    if name in BUILT_IN:
-        return str(ASSETS / name)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(
-                "the folder holds no config.json",
-                field="model.base",
-                value=name,
-                hint="save the model with model.save_pretrained(folder) and its tokenizer beside it",
-            )
-        return str(path)
-    looks_local = path.is_absolute() or name.startswith((".", "~")) or path.suffix or name.count("/") != 1
-    if looks_local:
-        guess = nearest(name, BUILT_IN)
-        hint = f"did you mean {guess!r}? " if guess else ""
-        if name in shapes.ARCHITECTURES:
-            hint = "an architecture without weights: cost it with cost.model, or plan for it with `fleetune plan`; "
-        raise UserError(
-            "no such model: neither built-in nor a folder",
-            field="model.base",
-            value=name,
-            hint=f"{hint}built-in: {', '.join(BUILT_IN)}; or a folder, or a hub id like org/name",
-        )
-    return name
-
-
 def load_config(config: ModelConfig) -> dict[str, Any]:
-    """The architecture of the base model, without its weights."""
-    folder = find_base(config.base)
-    complete = _complete_config(folder)
-    if complete is not None:
-        return complete
-    from transformers import AutoConfig
+    """The architecture of the base model, without its weights: the values of a complete config.json.
 
-    try:
-        hf_config = AutoConfig.from_pretrained(folder)
-    except Exception as error:
-        raise UserError(
-            f"the model cannot be read: {str(error).splitlines()[0]}",
-            field="model.base",
-            value=config.base,
-            hint="offline, give a folder that holds the model",
-        ) from error
-    if hf_config.model_type not in ARCHITECTURES:
-        raise UserError(
-            f"architecture {hf_config.model_type!r} is not supported",
-            field="model.base",
-            value=config.base,
-            hint=f"supported: {', '.join(ARCHITECTURES)}",
-        )
-    values = hf_config.to_dict()
-    rope = values["rope_parameters"].get("rope_type", "default")
-    if rope not in ROPE_TYPES:
-        raise UserError(
-            f"rotary embeddings of type {rope!r} are not supported",
-            field="model.base",
-            value=config.base,
-            hint=f"supported: {', '.join(ROPE_TYPES)}",
-        )
+    UserError where the decoder would not compute what transformers' model of this configuration does.
+    """
+    name = config.base
+    folder = base_folder(name, with_weights=False)
+    stored = read_json(folder / "config.json", name)
+    check_stored(stored, name)
+    values = stored if _is_complete(stored) else _completed(folder, name)
+    check_config(values, name)
+    _check_rotary(values, name)
+    if unknown := unknown_fields(stored):
+        from fleetune.models.verify import check_against_transformers
+
+        check_against_transformers(values, unknown, name)
     return values
 
 
-def _complete_config(folder: str) -> dict[str, Any] | None:
-    """A local config.json that leaves nothing to the defaults of transformers, whose import takes seconds; else None."""
+def _is_complete(values: dict[str, Any]) -> bool:
+    """Whether a config.json leaves nothing to the defaults and rules of transformers, whose import takes seconds."""
+    needed = SIZES | {"hidden_act"}
+    said = needed | HARMLESS | {"model_type", "mlp_bias", "attention_dropout"}
+    if values["model_type"] != "llama" or not needed <= values.keys() <= said:
+        return False
+    rope = values["rope_parameters"]
+    return isinstance(rope, dict) and rope.keys() == {"rope_type", "rope_theta"} and rope["rope_type"] == "default"
+
+
+def _completed(folder: Path, name: str) -> dict[str, Any]:
+    """The configuration as transformers understands it, with the defaults of its family."""
+    from transformers import AutoConfig
+
     try:
-        values = json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
-    is_complete = isinstance(values, dict) and values.keys() >= SIZES and values.get("model_type") == "llama"
-    rope = values["rope_parameters"] if is_complete else None
-    return values if isinstance(rope, dict) and rope.get("rope_type") == "default" else None
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
+    except Exception as error:  # strict dataclasses, validators of every family, KeyErrors of rope
+        raise refusal(name, f"transformers does not take its config.json: {one_line(error)}") from error
+
+
+def _check_rotary(values: dict[str, Any], name: str) -> None:
+    """UserError where scaled rotary embeddings lack what they are computed from, or come out as no numbers."""
+    from fleetune.models.decoder import Rotary
+
+    try:
+        rotary = Rotary(BaseModel(name, values, {}, "none", ""))
+        is_finite = bool(rotary.inv_freq.isfinite().all()) and math.isfinite(rotary.attention_scaling)
+    except Exception as error:  # transformers' own functions: KeyErrors, TypeErrors, divisions by zero
+        rule = f"its rotary embeddings cannot be computed: {type(error).__name__} {one_line(error)}"
+        raise refusal(name, rule, "see rope_parameters in its config.json") from error
+    if not is_finite:
+        raise refusal(name, "its rotary embeddings are not finite", "see rope_parameters in its config.json")
 
 
 def load_base(config: ModelConfig) -> BaseModel:
     """Read the weights (safetensors only), in fp32 or quantised as the job file says."""
-    folder = find_base(config.base)
+    name = config.base
     values = load_config(config)
-    weights = _read_weights(folder, config.base)
-    if config.quantization != "none":
-        weights = quantize_linears(weights, config.quantization)
-    return BaseModel(config.base, values, weights, config.quantization, folder)
-
-
-def _read_weights(folder: str, name: str) -> Tensors:
-    from safetensors.torch import load_file
-
-    root = Path(folder)
-    if not root.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            root = Path(snapshot_download(folder, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"]))
-        except Exception as error:
-            raise UserError(
-                f"the hub did not give the model: {str(error).splitlines()[0]}",
-                field="model.base",
-                value=name,
-                hint="offline, give a folder that holds the model",
-            ) from error
-    files = sorted(root.glob("*.safetensors"))
-    if not files:
-        raise UserError(
-            "the folder holds no .safetensors file",
-            field="model.base",
-            value=name,
-            hint="convert it: model.save_pretrained(folder, safe_serialization=True)",
-        )
-    weights: Tensors = {}
-    for file in files:
-        weights.update(load_file(file))
-    return {n: w.to(torch.float32) if w.is_floating_point() else w for n, w in weights.items()}
+    shape = shapes.ModelShape.from_values(values)
+    weights = read_weights(base_folder(name), name, shape, config.quantization)
+    if HEAD in weights:
+        values = {**values, "tie_word_embeddings": False}
+    return BaseModel(name, values, weights, config.quantization, find_base(name))
 
 
 def load_tokenizer(folder: str) -> Any:
-    """The base model's own fast tokenizer."""
+    """The base model's own tokenizer, as AutoTokenizer picks it. ``folder``: `BaseModel.folder`."""
+    place = base_folder(folder, with_weights=False)
     try:
-        if _is_generic_tokenizer(folder):
+        if _is_generic_tokenizer(place):
             from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-            return TokenizersBackend.from_pretrained(folder)
+            return TokenizersBackend.from_pretrained(place)
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as error:
         raise UserError(
-            f"the tokenizer cannot be read: {str(error).splitlines()[0]}",
+            f"the tokenizer cannot be read: {one_line(error)}",
             field="model.base",
             value=folder,
             hint="save it beside the model: tokenizer.save_pretrained(folder)",
         ) from error
 
 
-def _is_generic_tokenizer(folder: str) -> bool:
-    """Whether a local tokenizer.json is all there is to it, so that the class to read it with need not be looked up."""
+def _is_generic_tokenizer(folder: Path) -> bool:
+    """Whether AutoTokenizer takes tokenizer.json as it is: for a Llama that says so. Asking it costs seconds."""
     try:
-        values = json.loads((Path(folder) / "tokenizer_config.json").read_text())
+        tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    generic = isinstance(values, dict) and values.get("tokenizer_class") == "TokenizersBackend"
-    return generic and (Path(folder) / "tokenizer.json").is_file()
+    if not isinstance(tokenizer, dict) or not isinstance(model, dict) or "auto_map" in tokenizer:
+        return False
+    generic = tokenizer.get("tokenizer_class") == "TokenizersBackend" and model.get("model_type") == "llama"
+    return generic and (folder / "tokenizer.json").is_file()

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from fleetune.models.base import BaseModel
+from fleetune.models.checkpoint import ATTENTION as ATTENTION
 from fleetune.models.config import LINEAR_NAMES
 from fleetune.models.quantize import quantized_linear
 from fleetune.tensors import Tensors
-
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class Decoder(nn.Module):
@@ -120,9 +119,9 @@ class _Weights:
         return Norm(self(f"{name}.weight"), float(self.base.config["rms_norm_eps"]))
 
     def linear(self, name: str, *, has_bias: bool) -> nn.Module:
-        """A layer of a block, quantised where its codes are; a bias that the checkpoint has is never left out."""
+        """A layer of a block, quantised where its codes are."""
         key = f"{name}.weight"
-        weight, bias = self(key), self(f"{name}.bias") if has_bias else self.weights.get(f"{name}.bias")
+        weight, bias = self(key), self(f"{name}.bias") if has_bias else None
         if weight.is_floating_point():
             return Linear(weight, bias)
         shape = self.base.shape.linears[name.rpartition(".")[2]]
@@ -136,8 +135,7 @@ def _block(base: BaseModel, take: _Weights, name: str) -> nn.Module:
     block.self_attn, block.mlp = nn.Module(), nn.Module()
     for linear in LINEAR_NAMES:
         part = "self_attn" if linear in ATTENTION else "mlp"
-        has_bias = shape.qkv_bias and linear in ATTENTION[:3]
-        setattr(getattr(block, part), linear, take.linear(f"{name}.{part}.{linear}", has_bias=has_bias))
+        setattr(getattr(block, part), linear, take.linear(f"{name}.{part}.{linear}", has_bias=linear in shape.biased))
     block.self_attn.head_dim, block.self_attn.scaling = shape.head_dim, shape.head_dim**-0.5
     if shape.qk_norm:
         block.self_attn.q_norm = take.norm(f"{name}.self_attn.q_norm")

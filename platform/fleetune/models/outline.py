@@ -5,7 +5,6 @@ Enough for what a server sends and for what it costs; nothing can be trained on 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,11 @@ from fleetune.cost.shapes import ARCHITECTURES, ModelShape
 from fleetune.errors import UserError, unknown_name
 from fleetune.models import base as models
 from fleetune.models.base import BaseModel, find_base, load_config
+from fleetune.models.checkpoint import tensor_sizes
 from fleetune.models.config import ModelConfig
+from fleetune.models.folder import is_cached, is_hub_id
+from fleetune.models.quantize import is_linear
 from fleetune.tensors import Tensors
-
-# What must stand in a config.json for it to be read without transformers, which knows each family's defaults.
-COMPLETE = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "tie_word_embeddings",
-    "max_position_embeddings",
-)
 
 # Settings of a quantised matrix as bitsandbytes writes them in JSON; their length differs by the digits of one number.
 NF4_STATE_BYTES = 170
@@ -37,21 +27,23 @@ NF4_STATE_BYTES = 170
 def outline_base(config: ModelConfig) -> BaseModel:
     """The outline of a built-in model, a folder, an architecture's name (``llama2-7b``) or the hub id it was published under."""
     shape = published_shape(config.base)
-    values = _folder_config(config) if shape is None else hf_values(shape)
+    values = load_config(config) if shape is None else hf_values(shape)
     weights = meta_weights(ModelShape.from_values(values), config.quantization)
     return BaseModel(config.base, values, weights, config.quantization, find_base(config.base) if shape is None else "")
 
 
 def published_shape(name: str) -> ModelShape | None:
-    """The architecture of that name, or published under that hub id; None for a built-in model or a folder."""
+    """The architecture of that name, or published under that hub id; None for a model whose config.json is on this machine."""
     if name in models.BUILT_IN or Path(name).expanduser().is_dir():
         return None
     for shape in ARCHITECTURES.values():
         if name == shape.name or shape.source == f"config.json of {name}":
             return shape
-    if name.count("/") == 1 and not name.startswith((".", "~", "/")):
+    if is_hub_id(name):
+        if is_cached(name):
+            return None
         raise UserError(
-            "a plan reads nothing from the hub, and this is none of the architectures that ship",
+            "a plan downloads nothing from the hub, and this is none of the architectures that ship",
             field="model.base",
             value=name,
             hint=f"download it and give the folder, or name one of: {', '.join(ARCHITECTURES)}",
@@ -76,32 +68,11 @@ def hf_values(shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def _folder_config(config: ModelConfig) -> dict[str, Any]:
-    path = Path(find_base(config.base)) / "config.json"
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if values.get("model_type") == "llama" and all(name in values for name in COMPLETE):
-        return values
-    return load_config(config)
-
-
 def meta_weights(shape: ModelShape, quantization: str = "none") -> Tensors:
     """Every tensor of the base without data, as `models.base.load_base` holds it."""
-
-    h = shape.hidden_size
-    out: Tensors = {"model.embed_tokens.weight": empty(shape.vocab_size, h), "model.norm.weight": empty(h)}
-    if not shape.tied_embeddings:
-        out["lm_head.weight"] = empty(shape.vocab_size, h)
-    for layer in range(shape.num_layers):
-        start = f"model.layers.{layer}."
-        for name, (num_in, num_out) in shape.linears.items():
-            part = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
-            out.update(_meta_linear(f"{start}{part}.{name}.weight", num_in, num_out, quantization))
-            if shape.qkv_bias and name in ("q_proj", "k_proj", "v_proj"):
-                out[f"{start}{part}.{name}.bias"] = empty(num_out)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            out[f"{start}{norm}.weight"] = empty(h)
-        for norm in ("q_norm", "k_norm") if shape.qk_norm else ():
-            out[f"{start}self_attn.{norm}.weight"] = empty(shape.head_dim)
+    out: Tensors = {}
+    for name, size in tensor_sizes(shape).items():
+        out.update(_meta_linear(name, size[1], size[0], quantization) if is_linear(name) else {name: empty(*size)})
     return out
 
 

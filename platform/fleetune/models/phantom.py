@@ -58,7 +58,7 @@ def _block(shape: ModelShape, weights: str) -> nn.Module:
     block: Any = nn.Module()
     block.self_attn, block.mlp = nn.Module(), nn.Module()
     for name, (num_in, num_out) in shape.linears.items():
-        bias = shape.qkv_bias and name in ATTENTION[:3]
+        bias = name in shape.biased
         if weights in PRODUCT_DTYPES:
             linear: nn.Module = _Linear(num_in, num_out, bias, PRODUCT_DTYPES[weights])
         else:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from fleetune.engine.columns import costed_columns, round_row
-from fleetune.engine.problem import EvalSet, Inputs, Problem, build_problem, check_length
+from fleetune.engine.fits import check_length
+from fleetune.engine.problem import EvalSet, Inputs, Problem, build_problem
 from fleetune.engine.rounds import OOM, REFUSED
 from fleetune.engine.schedule import Schedule
 from fleetune.models.network import linear_sites

@@ -64,7 +64,9 @@ def _generate(
     from fleetune.data.batches import eval_prompts
 
     ids, mask = (on_device(a, network.device) for a in eval_prompts(data, rows))
-    out = generate(network, ids, mask, max_new_tokens=max_new, end=reader.end, padding=data.pad_token_id)
+    # After an answer's end stands more of the end: a padding token need not be one that is left out of texts.
+    padding = reader.end if reader.end >= 0 else data.pad_token_id
+    out = generate(network, ids, mask, max_new_tokens=max_new, end=reader.end, padding=padding)
     return reader.texts(out.cpu().numpy())
 
 
