@@ -43,7 +43,7 @@ def published_shape(name: str) -> ModelShape | None:
         if is_cached(name):
             return None
         raise UserError(
-            "a plan downloads nothing from the hub, and this is none of the architectures that ship",
+            "a plan reads nothing from the hub, and this is none of the architectures that ship",
             field="model.base",
             value=name,
             hint=f"download it and give the folder, or name one of: {', '.join(ARCHITECTURES)}",
