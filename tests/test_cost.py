@@ -269,6 +269,10 @@ def test_an_unknown_architecture_or_family_is_refused():
         ModelShape.from_hf_config(Config())
 
 
+def test_an_architecture_can_be_named_by_its_hub_id():
+    assert architecture("Qwen/Qwen2.5-0.5B") is architecture("qwen2.5-0.5b")
+
+
 def test_the_page_of_costs_ends_with_the_table_that_is_printed():
     page = Path(__file__).parents[1] / "docs" / "cost.md"
     assert page.read_text().endswith(table() + "\n")

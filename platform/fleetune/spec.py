@@ -267,7 +267,6 @@ def _check(spec: RunSpec) -> None:
             hint="lower it",
         )
     if spec.cost.model is not None:
-        from fleetune.cost.shapes import ARCHITECTURES
+        from fleetune.cost.shapes import architecture
 
-        if spec.cost.model not in ARCHITECTURES:
-            raise unknown_name("architecture", spec.cost.model, ARCHITECTURES, field="cost.model")
+        architecture(spec.cost.model)  # raises UserError where there is none

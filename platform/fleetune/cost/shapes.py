@@ -15,6 +15,7 @@ from typing import Any
 from fleetune.errors import UserError, unknown_name
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SOURCE = "config.json of "
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -117,7 +118,7 @@ class ModelShape:
 def _shape(
     name: str, sizes: tuple[int, int, int, int, int, int, int], *, positions: int, source: str, **flags: bool
 ) -> ModelShape:
-    return ModelShape(name, *sizes, **flags, source=f"config.json of {source}", max_positions=positions)
+    return ModelShape(name, *sizes, **flags, source=SOURCE + source, max_positions=positions)
 
 
 # (blocks, hidden, MLP, heads, kv heads, head dim, vocabulary)
@@ -144,8 +145,14 @@ ARCHITECTURES: dict[str, ModelShape] = {
 }  # fmt: skip
 
 
+def find_architecture(name: str) -> ModelShape | None:
+    """The published architecture of that name (``qwen2.5-0.5b``) or under that hub id (``Qwen/Qwen2.5-0.5B``)."""
+    return next((s for s in ARCHITECTURES.values() if name in (s.name, s.source.removeprefix(SOURCE))), None)
+
+
 def architecture(name: str) -> ModelShape:
-    """The published architecture of that name; ``UserError`` with the nearest name for an unknown one."""
-    if name not in ARCHITECTURES:
+    """As `find_architecture`; ``UserError`` with the nearest name for an unknown one."""
+    shape = find_architecture(name)
+    if shape is None:
         raise unknown_name("architecture", name, ARCHITECTURES, field="cost.model")
-    return ARCHITECTURES[name]
+    return shape

@@ -80,7 +80,7 @@ class CostConfig(Config):
     """Which architecture and precision the costs are those of."""
 
     model: str | None = None
-    """Architecture to cost instead of the one that is trained, e.g. llama2-7b; depth is mapped by fraction."""
+    """Architecture to cost instead of the one that is trained, e.g. llama2-7b or its hub id; depth is mapped by fraction."""
     weights: Literal["model", "fp32", "bf16", "int8", "nf4"] = "model"
     """Storage of the frozen weights on the device; model: as model.quantization says (none: fp32)."""
     precision: Literal["fp32", "bf16"] = "fp32"

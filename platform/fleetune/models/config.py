@@ -48,7 +48,7 @@ class ModelConfig(Config):
     """The frozen base model and the adapter that is trained on it."""
 
     base: str = "micro-llama"
-    """Built-in name (micro-llama), a local folder with config.json and safetensors, or a hub id."""
+    """Built-in name (micro-llama), a local folder with config.json and safetensors, or a hub id (`owner/name`)."""
     quantization: Literal["none", "int8", "nf4"] = "none"
     """Storage of the frozen linear layers, through bitsandbytes."""
     lora: LoRAConfig = LoRAConfig()

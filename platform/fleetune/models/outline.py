@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fleetune.cost.shapes import ARCHITECTURES, ModelShape
+from fleetune.cost.shapes import ARCHITECTURES, ModelShape, find_architecture
 from fleetune.errors import UserError, unknown_name
 from fleetune.models import base as models
 from fleetune.models.base import BaseModel, find_base, load_config
@@ -36,9 +36,8 @@ def published_shape(name: str) -> ModelShape | None:
     """The architecture of that name, or published under that hub id; None for a model whose config.json is on this machine."""
     if name in models.BUILT_IN or Path(name).expanduser().is_dir():
         return None
-    for shape in ARCHITECTURES.values():
-        if name == shape.name or shape.source == f"config.json of {name}":
-            return shape
+    if (shape := find_architecture(name)) is not None:
+        return shape
     if is_hub_id(name):
         if is_cached(name):
             return None
