@@ -48,6 +48,8 @@ COUNTS = (
     "vocab_size",
     "max_position_embeddings",
 )
+# Far above any model's: what is larger is a slip, and would take the memory before it is found out.
+MOST, MOST_LAYERS, MOST_HEAD_DIM = 1 << 31, 10_000, 1 << 16
 # What is read of a configuration.
 SIZES = {
     *COUNTS,
@@ -125,13 +127,16 @@ def check_config(values: Mapping[str, Any], name: str) -> None:
             raise _unsupported(name, field, values.get(field), rule)
 
     for field in COUNTS:
-        must(_is_count(values.get(field)), field, "must be a whole number above 0")
+        most = MOST_LAYERS if field == "num_hidden_layers" else MOST
+        must(_is_count(values.get(field), most), field, f"must be a whole number from 1 to {most}")
     heads, groups, head_dim = values["num_attention_heads"], values["num_key_value_heads"], values.get("head_dim")
     must(heads % groups == 0, "num_key_value_heads", f"must divide the {heads} attention heads")
     if head_dim is None:
         must(values["hidden_size"] % heads == 0, "hidden_size", f"must be a multiple of the {heads} attention heads")
         head_dim = values["hidden_size"] // heads
-    must(_is_count(head_dim) and head_dim % 2 == 0, "head_dim", "must be an even number above 0")
+    must(
+        _is_count(head_dim, MOST_HEAD_DIM) and head_dim % 2 == 0, "head_dim", f"must be even, from 2 to {MOST_HEAD_DIM}"
+    )
     eps: Any = values.get("rms_norm_eps")
     must(_is_number(eps) and 0 <= eps < 1, "rms_norm_eps", "must be a number from 0 to 1")
     must(values.get("hidden_act") in ("silu", "swish"), "hidden_act", "only silu is supported")
@@ -178,8 +183,8 @@ def _unsupported(name: str, field: str, value: Any, rule: str) -> UserError:
     return refusal(name, f"config.json says {field}: {str(value)[:40]}, but {rule}", "name another model")
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _is_count(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
 
 
 def _is_number(value: Any) -> bool:
