@@ -62,7 +62,7 @@ def within_vocabulary(data: TokenizedDataset, tokenizer: Any, base: BaseModel, *
     vocabulary = int(base.config["vocab_size"])
     beyond = np.flatnonzero(np.asarray(data.tokens) >= vocabulary)
     if len(beyond):
-        row = int(np.searchsorted(data.offsets, beyond[0], side="right")) - 1
+        row = int(data.rows[np.searchsorted(data.offsets, beyond[0], side="right") - 1])
         token = int(data.tokens[beyond[0]])
         text = str(tokenizer.convert_ids_to_tokens(token))[:40]
         raise UserError(
