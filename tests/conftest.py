@@ -14,6 +14,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # processes that share the tests share a cache
     os.environ["FLEETUNE_CACHE"] = tempfile.mkdtemp(prefix="fleetune-cache-")
+os.environ.setdefault("FLEETUNE_FILES", "unsynced")  # fsync takes milliseconds, and no test cuts the power
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

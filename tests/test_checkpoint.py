@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import runs
+from fleetune import files
 from fleetune.engine.checkpoint import Checkpoint, Progress
 from fleetune.engine.private import PrivateStore, place_of
 from fleetune.errors import UserError
@@ -101,7 +103,7 @@ def test_a_round_that_waits_is_saved_as_it_was(tmp_path: Path):
         assert (found[1].next_round, found[1].totals) == (round_idx + 1, {"uplink_bytes": float(round_idx)})
         assert values_of(resumed) == {0: float(round_idx)}
         assert resumed.provisioned == {0: f"stage-{round_idx}"}
-    assert files_of(checkpoint) == ["round_000001_lot_00.safetensors"]
+    assert files_of(checkpoint) == ["round_000000_lot_00.safetensors", "round_000001_lot_00.safetensors"]
 
 
 def test_the_files_of_a_round_that_is_under_way_stay(tmp_path: Path):
@@ -169,3 +171,55 @@ def test_a_state_that_cannot_be_written_leaves_the_last_one(tmp_path: Path):
     assert found is not None
     assert found[1].next_round == 1
     assert [p.name for p in tmp_path.glob("*.safetensors")] == ["state.safetensors"]
+
+
+def test_the_state_before_stays_until_the_next_one_and_so_does_what_it_points_to(tmp_path: Path):
+    """After rounds 0, 1 and 2 the newest state is damaged: that after round 1 stands in, then round 2 is done again."""
+    checkpoint = Checkpoint(tmp_path, num_clients=2)
+    for round_idx in range(3):
+        keep(checkpoint, round_idx, {round_idx % 2: kept(round_idx)})
+        checkpoint.save(checkpoint.snapshot(STATE, Progress(round_idx + 1)))
+    content = bytearray(checkpoint.state_file.read_bytes())
+    content[-1] ^= 1
+    checkpoint.state_file.write_bytes(content)
+    resumed = Checkpoint(tmp_path, num_clients=2)
+    found = resumed.load()
+    assert found is not None
+    assert found[1].next_round == 2
+    assert values_of(resumed) == {0: 0.0, 1: 1.0}
+    keep(resumed, 2, {0: kept(2)})
+    resumed.save(resumed.snapshot(STATE, Progress(3)))
+    again = Checkpoint(tmp_path, num_clients=2)
+    assert (again.load() or (STATE, Progress()))[1].next_round == 3
+    assert values_of(again) == {0: 2.0, 1: 1.0}
+
+
+def test_what_a_state_points_to_is_on_the_disk_before_it_and_the_records_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[str] = []
+    monkeypatch.delenv(files.SWITCH, raising=False)
+    monkeypatch.setattr(os, "fsync", lambda fd: seen.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name))
+    checkpoint = Checkpoint(tmp_path / "c", num_clients=2)
+    keep(checkpoint, 0, {0: kept(0.0)})
+    part = tmp_path / "round_00000000.arrow"
+    part.touch()
+    snapshot = checkpoint.snapshot(STATE, Progress(1))
+    seen.clear()
+    checkpoint.saving(snapshot, after=[part])()
+    assert seen[:4] == [part.name, tmp_path.name, "round_000000_lot_00.safetensors", "clients"]
+    assert seen[4].startswith(".state.safetensors")
+    assert seen[5:] == ["c"]
+
+
+def test_a_row_that_was_damaged_while_the_run_goes_on_is_told(tmp_path: Path):
+    store = PrivateStore.open(tmp_path)
+    store.write(5, {1: kept(0.25), 2: kept(0.5)})
+    (path,) = tmp_path.glob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    place = content.index(np.float32(0.5).tobytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    assert [client for client, _ in store.read({1: 5})] == [1]
+    with pytest.raises(files.Damaged, match=r"what clients keep since round 0: the checksum of client 2"):
+        list(store.read({2: 5}))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fleetune.errors import RunFailed, UserError, unknown_name
+from fleetune.errors import RunFailed, Stopped, UserError, printable, unknown_name
+from fleetune.files import NO_ROOM, WriteFailed
 
 app = typer.Typer(
     help="Simulate federated fine-tuning of language models on many small devices, and what it costs each of them.",
@@ -21,6 +25,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+STOPPED = 130
+"""Exit status of a command that Ctrl-C or SIGTERM ended."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line of stdout.")]
 Workspace = Annotated[
@@ -60,7 +67,7 @@ def run(
     from fleetune.engine import launch
     from fleetune.progress import make_progress
 
-    with make_progress(spec.name) as progress:
+    with _told_how_to_go_on(), make_progress(spec.name) as progress:
         result = launch.run(
             spec, workspace=workspace, address=address, debug=debug, report=progress, warn=_say, meta=meta
         )
@@ -118,7 +125,7 @@ def resume(
     from fleetune.engine import launch
     from fleetune.progress import make_progress
 
-    with make_progress(run_dir.name) as progress:
+    with _told_how_to_go_on(), make_progress(run_dir.name) as progress:
         result = launch.resume(run_dir, address=address, debug=debug, report=progress, warn=_say)
     _show_result(result, as_json)
 
@@ -142,12 +149,12 @@ def sweep(
     from fleetune.sweep import launch
     from fleetune.sweep.progress import make_progress
 
-    with make_progress(spec) as progress:
+    with _told_how_to_go_on(), make_progress(spec) as progress:
         result = launch.run(spec, workspace=workspace, address=address, text=text, report=progress, warn=_say)
     if as_json:
         _print_json(result.to_dict())
     else:
-        print("\n".join(result.lines()))
+        print(printable("\n".join(result.lines())))
     return 1 if result.failures else 0
 
 
@@ -194,7 +201,9 @@ def submit(
             )
         except KeyboardInterrupt:
             raise SystemExit(
-                _complain(f"{job.job_id} goes on; {job.how_to_follow}", {**document, "status": "detached"}, status=130)
+                _complain(
+                    f"{job.job_id} goes on; {job.how_to_follow}", {**document, "status": "detached"}, status=STOPPED
+                )
             ) from None
         outcome = {"status": "failed" if status else "succeeded", "exit_status": status}
         document = {**document, **outcome, "result": jobs.result_of(job)} if as_json else document
@@ -289,23 +298,68 @@ def schema() -> None:
 def main() -> None:
     """Entry point: exit status 0 success, 1 a failed run, 2 the user's mistake."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.exit(_guarded(lambda: app(standalone_mode=False)))
+    os.environ.setdefault(
+        "RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1"
+    )  # Ray's own would answer SIGTERM with a stack of its calls
+    with _stopped_once():
+        try:
+            status: Any = _guarded(lambda: app(standalone_mode=False))
+        except SystemExit as end:
+            status = end.code
+        if status == STOPPED and "fleetune.engine.cluster" in sys.modules:
+            from fleetune.engine import cluster
+
+            cluster.leave()
+        sys.exit(status)
+
+
+@contextlib.contextmanager
+def _stopped_once() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does. What comes after the first of them is ignored: it would break off the ending."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    watched = [number for number, handler in before.items() if handler is not signal.SIG_IGN]  # nohup's stays
+    if threading.current_thread() is not threading.main_thread():
+        watched = []
+
+    def stop(*_: Any) -> None:
+        for number in watched:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in watched:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in watched:
+            if signal.getsignal(number) is stop:  # whoever was stopped is ending
+                signal.signal(number, before[number])
+
+
+@contextlib.contextmanager
+def _told_how_to_go_on() -> Iterator[None]:
+    """The option parser takes Ctrl-C for itself, so what comes with it is told before."""
+    try:
+        yield
+    except Stopped as stopped:
+        raise SystemExit(_complain(f"stopped; go on with {stopped}", {"error": "stopped"}, status=STOPPED)) from None
 
 
 def _guarded(command: Callable[[], Any]) -> int:
     try:
         status = command()
-        if status == 130:  # what typer makes of Ctrl-C
+        if status == STOPPED:  # what typer makes of Ctrl-C
             raise KeyboardInterrupt
     except UserError as error:
         return _complain(str(error), error.to_dict(), status=2)
     except RunFailed as error:
         return _complain(f"the run failed: {error}", {"error": "failed", "reason": str(error)}, status=1)
     except (typer.Abort, KeyboardInterrupt):
-        return _complain(
-            "stopped; go on with `fleetune resume RUN_DIR`, or launch the sweep again", {"error": "stopped"}, status=130
-        )
+        return _complain("stopped", {"error": "stopped"}, status=STOPPED)
     except Exception as error:
+        if isinstance(error, OSError) and (isinstance(error, WriteFailed) or error.errno in NO_ROOM):
+            text = f"{error.filename or 'a file'} cannot be written: {error.strerror or error}"
+            return _complain(text, {"error": "failed", "reason": text}, status=1)
         if not hasattr(error, "show"):  # not one of the option parser's own errors
             raise
         error.show()
@@ -341,8 +395,7 @@ def _show_result(result: Any, as_json: bool) -> None:
 
         for i, line in enumerate(told(RunDirectory.open(result.run_dir).clients())):
             print(f"{'' if i else 'refused':<10} {line}")
-    print(f"run        {result.run_dir}")
-    print(f"next       fleetune ui · fleetune report {result.run_dir}")
+    print(printable(f"run        {result.run_dir}\nnext       fleetune ui · fleetune report {result.run_dir}"))
 
 
 def _print_json(document: Any) -> None:
@@ -359,4 +412,4 @@ def _finite(value: Any) -> Any:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)

@@ -52,6 +52,15 @@ class RunFailed(RuntimeError):
         super().__init__(f"{', '.join(where)}: {reason}" if where else reason)
 
 
+class Stopped(KeyboardInterrupt):
+    """A command was ended on request, by Ctrl-C or SIGTERM; the text says how to go on."""
+
+
+def printable(text: str) -> str:
+    """A text for the terminal: what a name may hold that would steer it is escaped; line breaks and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that is nearest to a misspelt one, or None where nothing is near."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

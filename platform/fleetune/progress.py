@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fleetune.errors import printable
+
 
 class Progresses(Protocol):
     """Takes a coordinator's events; used as a context."""
@@ -24,6 +26,7 @@ class Progresses(Protocol):
 
 def make_progress(title: str) -> Progresses:
     """A bar on a terminal, lines otherwise; always on stderr."""
+    title = printable(title)
     return Bar(title) if sys.stderr.isatty() else Lines(title)
 
 
@@ -161,4 +164,4 @@ class Untrained:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from fleetune import files
 
 Tensors = dict[str, Tensor]
 
@@ -221,25 +222,34 @@ class RunningSum:
         return Packed(layout, row.view(torch.uint8).numpy(), alignment=row.element_size())
 
 
-def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object] | None = None) -> None:
-    """Write a safetensors file atomically: it is there whole, or not at all.
+def save(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object] | None = None, *, lasting: bool = False
+) -> None:
+    """Write a sealed safetensors file in one step: it is there whole, or not at all (`files.write`).
 
     The names' order is kept, because sums over all tensors go in it: safetensors sorts them.
     """
-    from safetensors.torch import save_file
+    files.write(path, to_bytes(tensors, metadata), lasting=lasting)
 
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    header = json.dumps({"names": list(tensors), "metadata": dict(metadata or {})})
+
+def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, object] | None = None) -> bytes:
+    """The content of a file for `load`, with room for its checksum."""
+    from safetensors.torch import save as serialized
+
+    header = json.dumps({"checksum": files.BLANK, "names": list(tensors), "metadata": dict(metadata or {})})
     copies = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
-    save_file(copies, scratch, metadata={"fleetune": header})  # one entry: safetensors writes several in any order
-    os.replace(scratch, path)
+    return serialized(copies, metadata={"fleetune": header})  # one entry: safetensors writes several in any order
 
 
-def load(path: Path) -> tuple[Tensors, dict]:
-    """The tensors and the metadata of a file that `save` wrote."""
+def load(path: Path, *, holds: str = "its tensors") -> tuple[Tensors, dict]:
+    """The tensors and the metadata of a file that `save` wrote. Raises `files.Damaged`, FileNotFoundError where it is missing.
+
+    ``holds``: what is lost where it is damaged, for the message.
+    """
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:
+    files.read(path, holds=holds, must_be_sealed=True)
+    with files.parsing(path, holds=holds), safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["fleetune"])
         return {name: file.get_tensor(name) for name in header["names"]}, header["metadata"]
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from fleetune import files
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class TokenizedDataset:
 
 
 def write_arrow(path: Path, dataset: TokenizedDataset) -> None:
-    """Write the file beside its place, then rename: readers see all of it or none."""
+    """Write the file in one step: readers see all of it or none."""
     import pyarrow as pa
 
     header = {
@@ -52,7 +51,6 @@ def write_arrow(path: Path, dataset: TokenizedDataset) -> None:
         "pad_token_id": dataset.pad_token_id,
         "num_truncated": dataset.num_truncated,
         "left_out": dataset.left_out,
-        "checksum": _checksum(dataset),
     }
     columns = [
         pa.LargeListArray.from_arrays(pa.array(dataset.offsets), pa.array(dataset.tokens)),
@@ -62,18 +60,12 @@ def write_arrow(path: Path, dataset: TokenizedDataset) -> None:
     ]
     schema = pa.schema(
         [("tokens", columns[0].type), ("prompt_length", pa.int32()), ("row", pa.int64()), ("overlap", pa.int32())],
-        metadata={"fleetune": json.dumps(header)},
+        metadata={"fleetune": json.dumps(header), "checksum": files.BLANK},
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file, pa.ipc.new_file(file, schema) as writer:
-            writer.write_batch(pa.record_batch(columns, schema=schema))
-        os.chmod(temporary, 0o644)  # mkstemp makes it private; a cache may be shared
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(pa.record_batch(columns, schema=schema))
+    files.write(path, memoryview(sink.getvalue()), lasting=False)
 
 
 def read_arrow(path: Path) -> TokenizedDataset | None:
@@ -81,11 +73,12 @@ def read_arrow(path: Path) -> TokenizedDataset | None:
     import pyarrow as pa
 
     try:
+        files.read(path, holds="a cached dataset", must_be_sealed=True)
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         batch = reader.get_batch(0)
         header = json.loads(reader.schema.metadata[b"fleetune"])
         tokens = batch.column("tokens")
-        dataset = TokenizedDataset(
+        return TokenizedDataset(
             tokens=_array(tokens.values),
             offsets=_array(tokens.offsets),
             prompt_lengths=_array(batch.column("prompt_length")),
@@ -96,17 +89,8 @@ def read_arrow(path: Path) -> TokenizedDataset | None:
             num_truncated=header["num_truncated"],
             left_out=header["left_out"],
         )
-        return dataset if header["checksum"] == _checksum(dataset) else None
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):  # damage shows as any of them
         return None
-
-
-def _checksum(dataset: TokenizedDataset) -> str:
-    """A hash of the arrays: a byte that was flipped on disk would be another token."""
-    digest = hashlib.blake2b(digest_size=16)
-    for array in (dataset.tokens, dataset.offsets, dataset.prompt_lengths, dataset.rows, dataset.overlaps):
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
 
 
 def _array(column: object) -> np.ndarray:

@@ -26,6 +26,7 @@ from fleetune.engine.problem import (
     set_threads,
 )
 from fleetune.errors import RunFailed
+from fleetune.files import WriteFailed
 from fleetune.methods.base import Context, GlobalModel, Method, Payload, Provision
 from fleetune.models.base import BaseModel
 from fleetune.models.config import LoRAConfig
@@ -147,7 +148,7 @@ class Job:
         self.submit, self.failed, self.is_lot = submit, failed, is_lot
         self.is_retry, self.num_deaths, self.is_done = False, 0, False
         self.result: Any = None
-        self.error: RunFailed | None = None
+        self.error: RunFailed | WriteFailed | None = None
 
     def take(self) -> Any:
         """The result, which is let go of here. Raises what went wrong."""
@@ -284,7 +285,7 @@ class RayExecutor:
                 self._start(job)
                 return
             cause = self._cause(error, host)
-            self._fail(job, cause if isinstance(cause, RunFailed) else job.failed(cause))
+            self._fail(job, cause if isinstance(cause, RunFailed | WriteFailed) else job.failed(cause))
             return
         except RayError as error:
             self._end(ref)
@@ -300,7 +301,7 @@ class RayExecutor:
         _, host = self._running.pop(ref)
         self._load[host] -= 1
 
-    def _fail(self, job: Job, error: RunFailed) -> None:
+    def _fail(self, job: Job, error: RunFailed | WriteFailed) -> None:
         """Whoever takes the job's result is told. The lots that are not begun yet would be for nothing."""
         job.error, job.is_done = error, True
         if job.is_lot:

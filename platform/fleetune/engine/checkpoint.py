@@ -1,22 +1,25 @@
 """What a run needs to go on: server state, clock and totals in one file, clients' private tensors beside it (`PrivateStore`).
 
 Those lie in the file of the last lot that a client was in; memory holds only which file that is. The state file is written
-last and replaces the former in one step, so a run that is killed at any moment resumes from a whole one.
+last, and the one of the round before is kept until that is on the disk, so a run that is killed at any moment, or loses its
+power, resumes from a whole one. A state that was damaged since is found out by its checksum, and the one before stands in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from fleetune import files
 from fleetune.engine.private import PrivateStore, place_of
 from fleetune.errors import UserError
 from fleetune.methods.base import State
-from fleetune.tensors import Tensors, load, save
+from fleetune.tensors import Tensors, load, to_bytes
 
 
 @dataclass
@@ -49,12 +52,23 @@ class Checkpoint:
         """Where each client's private tensors lie in the store; -1: it has none."""
         self.provisioned: dict[int, str] = {}
         """Client -> key of the weights that it was sent last."""
+        self.notes: list[str] = []
+        """What the user should know of how the run was read back."""
         self._unwritten: list[Snapshot] = []
+        self._written = np.full(num_clients, -1, np.int32)
+        """The places of the state that was written or read last."""
+        self._lasting: set[int] = set()
+        """Places whose files are known to be on the disk."""
 
     @property
     def state_file(self) -> Path:
-        """The file whose presence means that the run can go on."""
+        """The state after the last round that was saved."""
         return self.folder / "state.safetensors"
+
+    @property
+    def former_file(self) -> Path:
+        """The state after the round before that one."""
+        return self.folder / "state_before.safetensors"
 
     def snapshot(self, state: State, progress: Progress) -> Snapshot:
         """The run as it stands now; `save` writes it, now or when later rounds have changed what is here."""
@@ -65,30 +79,59 @@ class Checkpoint:
 
     def save(self, snapshot: Snapshot) -> None:
         """Write all but private tensors, which were written before, and delete those that nobody needs any more."""
-        meta = {"values": snapshot.state.values, "provisioned": snapshot.provisioned, **vars(snapshot.progress)}
-        tensors = {f"state/{name}": tensor for name, tensor in snapshot.state.tensors.items()}
-        save(self.state_file, {**tensors, "places": torch.from_numpy(snapshot.places)}, meta)
-        self._unwritten.remove(snapshot)
-        pointed = [one.places for one in (snapshot, *self._unwritten)]
-        needed = [place for place in np.unique(np.concatenate(pointed)).tolist() if place >= 0]
-        self.store.forget(needed, before_round=snapshot.progress.next_round)
+        self.saving(snapshot)()
 
-    def load(self) -> tuple[State, Progress] | None:
-        """State and progress of the last finished round; None where there is none yet. UserError where it is of old."""
-        if not self.state_file.is_file():
-            return None
-        tensors, meta = load(self.state_file)
-        if "places" not in tensors:
-            raise UserError(
-                "was written by an earlier version of fleetune",
-                field="checkpoint",
-                value=str(self.state_file),
-                hint="go on with that version, or begin the run anew",
-            )
-        self.places = tensors.pop("places").numpy().copy()
-        self.provisioned = {int(k): v for k, v in meta.pop("provisioned").items()}
-        state = State({n.removeprefix("state/"): t for n, t in tensors.items()}, meta.pop("values"))
-        return state, Progress(**meta)
+    def saving(self, snapshot: Snapshot, *, after: Iterable[Path] = ()) -> Callable[[], None]:
+        """What `save` does, to be carried out later, beside the next round. ``after``: files that must be on the disk before.
+
+        All that rounds change is read here. A call must have been carried out before the next one is.
+        """
+        self._unwritten = [one for one in self._unwritten if one is not snapshot]
+        kept = _places(snapshot.places, self._written, *(one.places for one in self._unwritten))
+        unsure = [place for place in _places(snapshot.places) if place not in self._lasting]
+        self._lasting = {*kept} & {*self._lasting, *unsure}
+        self._written = snapshot.places
+
+        def work() -> None:
+            # The order is what makes a power cut harmless: what the state points to is on the disk before the state is, the
+            # state is there before its name is, and what only the state before the last one needs goes when both names are.
+            files.sync(after)
+            self.store.sync(unsure)
+            files.write(self.state_file, _content(snapshot), lasting=True, former=self.former_file)
+            self.store.forget(kept, before_round=snapshot.progress.next_round)
+
+        return work
+
+    def load(self, check: Callable[[int], None] | None = None) -> tuple[State, Progress] | None:
+        """State and progress of the last saved round, or of the one before where that is damaged; None where there is neither.
+
+        ``check``: raises `files.Damaged` where the records of so many rounds are not whole; with those of one round less, the
+        state of the round before may still do. Raises the first damage that was found where neither does, and UserError where
+        an earlier version of fleetune wrote it.
+        """
+        problems: list[files.Damaged] = []
+        for path in (self.state_file, self.former_file):
+            try:
+                state, progress, places, provisioned = _read(path)
+                if len(places) != len(self.places):
+                    raise files.damaged(path, f"it is of {len(places)} clients", holds="the run's state")
+                self.store.check(_places(places))
+                if check is not None:
+                    check(progress.next_round)
+            except FileNotFoundError:
+                continue
+            except files.Damaged as error:
+                problems.append(error)
+                continue
+            if path == self.former_file:  # otherwise the next save would put the damaged one in its place
+                os.replace(path, self.state_file)
+                self.notes += [f"{error}; going on from the round before" for error in problems[:1]]
+            self.places, self.provisioned = places, provisioned
+            self._written, self._lasting = places.copy(), {*_places(places)}
+            return state, progress
+        if problems:
+            raise problems[0]
+        return None
 
     # -- clients' private tensors -----------------------------------------------------------------------------------------
     def kept(self, round_idx: int, lot: int, client_ids: np.ndarray) -> None:
@@ -104,3 +147,38 @@ class Checkpoint:
         """(client, its examples, its private tensors) of every client that took part, in the order in which they lie."""
         for client, packed in self.store.read(self.places_of(np.arange(len(self.places)))):
             yield client, int(num_examples[client]), packed.unpack()
+
+
+def saved_rounds(folder: Path) -> int:
+    """How many rounds the state in a checkpoint folder counts; 0 where there is none that can be read."""
+    try:
+        return _read(folder / "state.safetensors")[1].next_round
+    except (OSError, UserError):
+        return 0
+
+
+def _content(snapshot: Snapshot) -> bytes:
+    meta = {"values": snapshot.state.values, "provisioned": snapshot.provisioned, **vars(snapshot.progress)}
+    tensors = {f"state/{name}": tensor for name, tensor in snapshot.state.tensors.items()}
+    return to_bytes({**tensors, "places": torch.from_numpy(snapshot.places)}, meta)
+
+
+def _read(path: Path) -> tuple[State, Progress, np.ndarray, dict[int, str]]:
+    """(state, progress, places (num_clients,), provisioned) of a state file."""
+    tensors, meta = load(path, holds="the run's state")
+    if "places" not in tensors:
+        raise UserError(
+            "was written by an earlier version of fleetune",
+            field="checkpoint",
+            value=str(path),
+            hint="go on with that version, or begin the run anew",
+        )
+    places = tensors.pop("places").numpy().copy()
+    provisioned = {int(k): v for k, v in meta.pop("provisioned").items()}
+    state = State({n.removeprefix("state/"): t for n, t in tensors.items()}, meta.pop("values"))
+    return state, Progress(**meta), places, provisioned
+
+
+def _places(*arrays: np.ndarray) -> list[int]:
+    """The places in arrays of them, each once."""
+    return [place for place in np.unique(np.concatenate(arrays)).tolist() if place >= 0]

@@ -25,6 +25,9 @@ IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(2 << 30)}
 
 
+LEAVE_SECONDS = 3.0  # assumed: it takes less than one where nothing hangs
+
+
 class Cluster:
     """A Ray cluster that is being joined, or, with None for its address, started on this machine."""
 
@@ -71,6 +74,29 @@ def join(address: str | None) -> Cluster:
 def forget(address: str | None) -> None:
     """The next `join` tries anew."""
     _clusters.pop(address, None)
+
+
+def leave() -> None:
+    """Leave every cluster; of one that runs on this machine for this process alone, no process is left.
+
+    Ray ends its own, but its agents look for their parent only now and then and were there 25 seconds later.
+    """
+    import psutil
+
+    family = []
+    for one in _clusters.values():
+        one._ready.wait(LEAVE_SECONDS)  # what is still being started would be missed
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getsid(child.pid) == os.getsid(0):  # the process that feeds MLflow has a session of its own
+                family.append(child)
+    done = threading.Thread(target=ray.shutdown, daemon=True)
+    done.start()
+    done.join(LEAVE_SECONDS)
+    _, left = psutil.wait_procs(family, timeout=1.0)
+    for child in left:
+        with contextlib.suppress(psutil.Error):
+            child.kill()
 
 
 def names_ray(job: Path, assignments: Iterable[str]) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fleetune import files
 from fleetune.engine.checkpoint import Checkpoint, Progress
 from fleetune.engine.columns import client_columns, round_row
 from fleetune.engine.executor import Executor
@@ -84,17 +85,28 @@ class Coordinator:
                 row["wall_seconds"] = time.perf_counter() - started
                 _count(progress, row)
                 self.ledger.add(FinishedRound(row, clients, self.checkpoint.snapshot(state, progress), evaluation))
+            yield from self._written(everything=True)
         except RunFailed:
-            # Rounds that were done before go on record, if their evaluation lets them.
-            with contextlib.suppress(RunFailed):
+            # Rounds that were done before go on record, if their evaluation and the disk let them.
+            with contextlib.suppress(RunFailed, OSError):
                 yield from self._written(everything=True)
             raise
-        yield from self._written(everything=True)
+        except KeyboardInterrupt:
+            with contextlib.suppress(RunFailed, OSError):
+                for _ in self._written():  # nobody is told any more
+                    pass
+            raise
+        finally:
+            self.ledger.close()
         yield self._finish(state, progress)
 
     # -- start and end ----------------------------------------------------------------------------------------------------
     def _start(self) -> tuple[State, Progress]:
-        saved = self.checkpoint.load()
+        saved = self.checkpoint.load(self.run_dir.check_rounds)
+        if (
+            saved is None and self.run_dir.num_recorded() > 1
+        ):  # a round is not recorded before the state of the one before is
+            raise files.damaged(self.checkpoint.state_file, "it is missing", holds="the run's state")
         if saved is not None:
             self.run_dir.truncate(saved[1].next_round)
             self.ledger.baseline = saved[1].baseline
@@ -257,6 +269,7 @@ class Coordinator:
             "sim_seconds": progress.sim_seconds,
             "execution": self.spec.execution.model_dump(),
             "totals": dict(progress.totals),
+            "notes": self.checkpoint.notes if kind == "start" else [],
         }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from fleetune import files
 from fleetune.engine import cluster
+from fleetune.engine.checkpoint import saved_rounds
 from fleetune.engine.cluster import num_cores
 from fleetune.engine.config import ExecutionConfig
 from fleetune.engine.coordinator import Coordinator, Event
@@ -20,7 +23,7 @@ from fleetune.engine.directories import locked, new_run_directory
 from fleetune.engine.executor import SerialExecutor
 from fleetune.engine.problem import Inputs, Problem, build_problem, load_inputs, set_threads
 from fleetune.engine.resolve import gpu_share, num_gpus, resolve_execution
-from fleetune.errors import RunFailed, UserError
+from fleetune.errors import RunFailed, Stopped, UserError
 from fleetune.records.access import check_access
 from fleetune.records.run_directory import RunDirectory
 from fleetune.records.trace import write_trace
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from fleetune.engine.actors import CoordinatorActor  # noqa: F401
 
 Report = Callable[[Event], None]
+STOP_SECONDS = 3.0  # assumed: writing a state takes hundredths, and whoever stops a run wants it gone within ten
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,12 @@ def resume(
 ) -> Result:
     """Go on after the last finished round, bit for bit as if nothing had happened."""
     run_dir = RunDirectory.open(path)
-    spec = from_dict(run_dir.spec)
+    try:
+        spec = from_dict(run_dir.spec)
+    except files.Damaged:
+        raise
+    except UserError as error:
+        raise files.damaged(run_dir.path / RunDirectory.SPEC, error, holds="what was run") from None
     recorded = run_dir.meta.get("spec_hash")
     if recorded is not None and recorded != spec.spec_hash:
         raise UserError(
@@ -91,6 +100,7 @@ def resume(
         )
     result = run_dir.result()
     if result is not None and result.get("status") == "finished":
+        run_dir.check()
         return Result(run_dir.run_id, run_dir.path, "finished", result.get("metrics", {}), result.get("totals", {}))
     _check_tracking(spec)
     with engine(spec, address=address, debug=debug) as eng:
@@ -108,18 +118,34 @@ def _execute(
             follower(warn).watch(run_dir.path)
         event: Event = {}
         try:
-            for event in eng.events(problem, run_dir):
-                if report is not None:
-                    report(event)
-        except BaseException as error:
-            if not isinstance(error, KeyboardInterrupt):
-                run_dir.consolidate()
-                run_dir.write_result({"status": "failed", "error": str(error), "metrics": {}, "totals": {}})
+            with contextlib.closing(eng.events(problem, run_dir)) as events:
+                for event in events:
+                    for note in event.get("notes", ()) if warn is not None else ():
+                        warn(note)
+                    if report is not None:
+                        report(event)
+            finished = finish(run_dir, event)
+        except KeyboardInterrupt:
+            raise Stopped(f"fleetune resume {run_dir.path}") from None
+        except files.Damaged:  # as it was found
             raise
-        finished = finish(run_dir, event)
+        except files.WriteFailed as error:
+            conclude(run_dir, error)
+            text = f"{error.filename} cannot be written: {error.strerror}"
+            raise RunFailed(f"{text}; once it can, go on with fleetune resume {run_dir.path}") from error
+        except BaseException as error:
+            conclude(run_dir, error)
+            raise
     if tracked:
         follower(warn).finished(run_dir.path, timeout_seconds=60)
     return finished
+
+
+def conclude(run_dir: RunDirectory, error: BaseException | str) -> None:
+    """Write the result of a run that failed, as far as the disk has room: its parts are whole where they are, too."""
+    with contextlib.suppress(files.WriteFailed, files.Damaged):
+        run_dir.consolidate()
+        run_dir.write_result({"status": "failed", "error": str(error), "metrics": {}, "totals": {}})
 
 
 def finish(run_dir: RunDirectory, event: Event, *, status: str = "finished") -> Result:
@@ -206,16 +232,30 @@ class RayEngine(Engine):
         for is_last in (False, True):  # a coordinator that dies is replaced once, and goes on after the last round
             coordinator = self._coordinator(execution)
             stream = coordinator.run.options(num_returns="streaming").remote(*call)
+            num_told = 0
             try:
                 for ref in stream:
-                    yield ray.get(ref)
+                    event = ray.get(ref)
+                    num_told = event["round"]
+                    yield event
                 return
+            except (KeyboardInterrupt, GeneratorExit):
+                self._stop(coordinator, run_dir, num_told)
+                raise
             except ray.exceptions.RayTaskError as error:
                 raise error.cause if isinstance(error.cause, Exception) else error from None
             except ray.exceptions.RayActorError as error:
                 self._coordinators.clear()
                 if is_last:
                     raise RunFailed(f"the coordinator died: {' '.join(str(error).split())}") from error
+
+    def _stop(self, coordinator: Any, run_dir: RunDirectory, num_rounds: int) -> None:
+        """End a run that nobody waits for, once the state after so many rounds is written: that goes on beside the next round."""
+        deadline = time.monotonic() + STOP_SECONDS
+        while saved_rounds(run_dir.path / "checkpoint") < num_rounds and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self._coordinators.clear()
+        ray.kill(coordinator)
 
     def _start_hosts(self, execution: ExecutionConfig) -> None:
         if self.cluster.is_up():

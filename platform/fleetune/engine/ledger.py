@@ -1,7 +1,9 @@
 """What is written of a run, and when: a round goes on record once its evaluation is there, which may be a round later.
 
 A round's records are written first and the state that a killed run goes on from last, rounds in their order. While a round
-waits, the next one is already being worked on; a kill then costs both, and both are done again with the same bits.
+waits, the next one is already being worked on; a kill then costs both, and both are done again with the same bits. The
+state is written, and all of the round made to last, beside the next round's work too: fsyncs take one or two hundredths of a
+second, as long as a round of a hundred idle clients. A round waits for those of the one before it, never for its own.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from fleetune import files
 from fleetune.engine.checkpoint import Checkpoint, Progress, Snapshot
 from fleetune.engine.executor import Evaluation
 from fleetune.records.run_directory import RunDirectory
@@ -64,6 +67,7 @@ class Ledger:
         self.baseline: Quality = {}
         self._baseline: Evaluating | None = None
         self._open: deque[FinishedRound] = deque()
+        self._behind = files.Behind()
 
     def expect_baseline(self, evaluation: Evaluating) -> None:
         """The untrained model's quality is on its way. No round waits for it: a run that goes on without it asks again."""
@@ -84,10 +88,17 @@ class Ledger:
                     return
                 first.row.update(first.evaluation.quality())
             first.progress.baseline = self.baseline
-            self.run_dir.append_round(first.row, first.clients)
-            self.checkpoint.save(first.snapshot)
+            self._behind.wait()
+            part = self.run_dir.append_round(first.row, first.clients)
+            self._behind.begin(self.checkpoint.saving(first.snapshot, after=[part]))
             self._open.popleft()
             yield first
+        if everything:
+            self._behind.wait()
+
+    def close(self) -> None:
+        """Nothing is under way any more. What could not be written is no error here: whoever closes early has another."""
+        self._behind.close()
 
     def _settle_baseline(self, *, wait: bool) -> None:
         if self._baseline is not None and (wait or self._baseline.is_done()):

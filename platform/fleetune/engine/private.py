@@ -7,7 +7,9 @@ have the run's folder gets the rows along with its lot, and sends the new ones b
 
 from __future__ import annotations
 
+import functools
 import itertools
+import platform
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fleetune import files
 from fleetune.tensors import Packed, load_header, save
 
 MAX_LOTS = 64
@@ -34,34 +37,53 @@ class PrivateStore:
     folder: str
     token: str
     """What its file ``token`` says, so that a folder of this name on another machine is not taken for it."""
+    kernel: str = ""
+    """Whose page cache the coordinator's fsync empties."""
 
     @classmethod
     def open(cls, folder: Path) -> PrivateStore:
         """The store in a folder, made where there is none."""
         folder.mkdir(parents=True, exist_ok=True)
-        token = folder / "token"
-        if not token.exists():
-            token.write_text(uuid.uuid4().hex)
-        return cls(str(folder.resolve()), token.read_text())
+        token = _token(folder)
+        if token is None:  # a new one is as good as one that was damaged
+            token = uuid.uuid4().hex
+            files.write(folder / "token", token.encode())
+        return cls(str(folder.resolve()), token, _kernel())
 
     @property
     def is_here(self) -> bool:
         """Whether this machine has the folder."""
-        try:
-            return (Path(self.folder) / "token").read_text() == self.token
-        except OSError:
-            return False
+        return _token(Path(self.folder)) == self.token
 
     def write(self, place: int, private: Mapping[int, Packed]) -> None:
-        """Write a lot's clients, at once: the file is there whole or not at all."""
+        """Write a lot's clients, at once: the file is there whole or not at all.
+
+        The coordinator makes it last before it writes a state that points to it (`sync`). Its fsync does nothing for what
+        another machine has still to send to a shared folder, so there the host waits for its own.
+        """
         forms: dict[tuple, list[int]] = {}
         for client, packed in private.items():
             forms.setdefault(packed.layout, []).append(client)
         tensors = {}
-        for n, clients in enumerate(forms.values()):
+        for n, (layout, clients) in enumerate(forms.items()):
             tensors[f"{n}/clients"] = torch.tensor(clients)
             tensors[f"{n}/rows"] = torch.from_numpy(np.stack([private[client].data for client in clients]))
-        save(self._file(place), tensors, {"layouts": list(forms)})
+            sums = [_checksum(layout, client, private[client].data) for client in clients]
+            tensors[f"{n}/checksums"] = torch.tensor(sums)
+        save(self._file(place), tensors, {"layouts": list(forms)}, lasting=self.kernel != _kernel())
+
+    def sync(self, places: Iterable[int]) -> None:
+        """Return once the files of these places are on the disk."""
+        files.sync(self._file(place) for place in places)
+
+    def check(self, places: Iterable[int]) -> None:
+        """Raises `files.Damaged` where a file of these places is damaged or missing."""
+        for place in places:
+            path = self._file(place)
+            try:
+                files.read(path, holds=_held(place), must_be_sealed=True)
+            except FileNotFoundError:
+                raise files.damaged(path, "it is missing", holds=_held(place)) from None
 
     def read(self, places: Mapping[int, int]) -> Iterator[tuple[int, Packed]]:
         """(client, what it kept) for clients at their places, ascending by place and client."""
@@ -70,18 +92,25 @@ class PrivateStore:
             yield from self._read_file(place, [client for _, client in clients])
 
     def _read_file(self, place: int, wanted: Iterable[int]) -> Iterator[tuple[int, Packed]]:
+        """Each row has a checksum of its own, so that a client costs its own bytes and not those of its whole lot."""
         from safetensors import safe_open
 
-        with safe_open(self._file(place), framework="np") as file:
+        path = self._file(place)
+        with files.parsing(path, holds=_held(place)), safe_open(path, framework="np") as file:
             row_of = {}
             for n, layout in enumerate(load_header(file)["layouts"]):
                 form = tuple((name, dtype, tuple(shape)) for name, dtype, shape in layout)
-                rows = file.get_slice(f"{n}/rows")
+                rows, sums = file.get_slice(f"{n}/rows"), file.get_tensor(f"{n}/checksums").tolist()
                 for i, client in enumerate(file.get_tensor(f"{n}/clients").tolist()):
-                    row_of[client] = (form, rows, i)
+                    row_of[client] = (form, rows, i, sums[i])
+            found = []
             for client in wanted:
-                form, rows, i = row_of[client]
-                yield client, Packed(form, rows[i])
+                form, rows, i, expected = row_of[client]
+                row = rows[i]
+                if _checksum(form, client, row) != expected:
+                    raise files.damaged(path, f"the checksum of client {client} does not match", holds=_held(place))
+                found.append((client, Packed(form, row)))
+        yield from found
 
     def forget(self, needed: Iterable[int], *, before_round: int) -> None:
         """Delete the files of rounds that were saved, those before ``before_round``, which hold no place that is needed."""
@@ -94,3 +123,30 @@ class PrivateStore:
     def _file(self, place: int) -> Path:
         round_idx, lot = divmod(place, MAX_LOTS)
         return Path(self.folder) / f"round_{round_idx:06d}_lot_{lot:02d}.safetensors"
+
+
+def _token(folder: Path) -> str | None:
+    """The token in a folder; None where there is none, or what is there is none."""
+    try:
+        text = (folder / "token").read_text()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return text if len(text) == 32 else None
+
+
+@functools.cache
+def _kernel() -> str:
+    """Processes with the same value write through the same page cache, in containers too."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return platform.node()
+
+
+def _checksum(layout: tuple, client: int, row: np.ndarray) -> int:
+    """Of all that a row is read with."""
+    return files.checksum(repr((layout, client)).encode(), memoryview(np.ascontiguousarray(row)))
+
+
+def _held(place: int) -> str:
+    return f"what clients keep since round {place // MAX_LOTS}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from fleetune import files
 from fleetune.cost.forms import POINTS, Point
 from fleetune.cost.trace import Recording, StepTrace, Unequal, at_depth
 from fleetune.cost.tracer import PAYLOAD, WEIGHTS, Tracer
@@ -105,15 +105,13 @@ class Tracing:
             return self._traced(payload, shape)
         path = self.cache_dir / "traces" / f"{key}.json"
         try:
-            return StepTrace.from_json(json.loads(path.read_text()))
-        except (OSError, ValueError, KeyError):
+            content = files.read(path, holds="a cost trace", must_be_sealed=True)
+            return StepTrace.from_json(json.loads(content)["trace"])
+        except (OSError, ValueError, KeyError):  # none there, or one that was damaged
             pass
         trace = self._traced(payload, shape)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = path.with_name(f".{key}.{os.getpid()}.tmp")
-            scratch.write_text(json.dumps(trace.to_json()))
-            os.replace(scratch, path)
+            files.write(path, json.dumps({"trace": trace.to_json(), "checksum": files.BLANK}).encode(), lasting=False)
         except OSError as error:
             log.warning("a cost trace is not cached: %s", error)
         return trace

@@ -14,13 +14,14 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from fleetune import files
 
 FOLDER = Path(__file__).parent
 SOURCES, HEADERS = (FOLDER / "kernels.c", FOLDER / "attention.c"), (FOLDER / "exponential.h",)
@@ -59,7 +60,7 @@ def load(folder: Path) -> ctypes.CDLL:
     key = hashlib.sha256("\n".join([*texts, compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
     path = folder / f"{key}.so"
     try:
-        if not path.exists():
+        if not _is_whole(path):
             _compile(compiler, path)
         library = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
@@ -73,12 +74,19 @@ def load(folder: Path) -> ctypes.CDLL:
 
 def _compile(compiler: str, path: Path) -> None:
     """Beside its place first, as several processes may do this at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        made = Path(scratch) / path.name
-        command = [compiler, *FLAGS, "-o", str(made), *map(str, SOURCES), "-lm"]
+    with files.replacing(path) as scratch:
+        command = [compiler, *FLAGS, "-o", str(scratch), *map(str, SOURCES), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-        made.replace(path)
+        # A loader does not look at what follows the library, and does not notice a library that was cut off.
+        files.write(scratch, scratch.read_bytes() + files.BLANK.encode(), lasting=False)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        files.read(path, holds="a compiled library", must_be_sealed=True)
+    except (FileNotFoundError, files.Damaged):
+        return False
+    return True
 
 
 def _processor() -> str:

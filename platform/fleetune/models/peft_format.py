@@ -9,12 +9,16 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fleetune import files
 from fleetune.models.base import BaseModel
 from fleetune.models.config import LoRAConfig
 from fleetune.tensors import Tensors, save
 
 if TYPE_CHECKING:
     from fleetune.methods.base import GlobalModel
+
+
+CONFIG = "adapter_config.json"
 
 
 def save_adapter(folder: Path, model: GlobalModel, base: BaseModel, lora: LoRAConfig) -> None:
@@ -32,8 +36,11 @@ def save_adapter(folder: Path, model: GlobalModel, base: BaseModel, lora: LoRACo
         "bias": "none",
         "inference_mode": True,
     }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save(folder / "adapter_model.safetensors", to_peft(model.adapter))
+    text = (json.dumps(config, indent=2) + "\n").encode()
+    files.write(folder / CONFIG, text)
+    # PEFT's file has no room for a checksum, so the other one holds it (RunDirectory.check).
+    metadata = {CONFIG: files.checksum(text)}
+    save(folder / "adapter_model.safetensors", to_peft(model.adapter), metadata, lasting=True)
 
 
 def to_peft(adapter: Tensors) -> Tensors:

@@ -6,16 +6,18 @@ Otherwise every example is assumed to have ``data.max_tokens`` tokens, all of th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
-import tempfile
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 import fleetune.data
+from fleetune import files
 from fleetune.data.config import DataConfig
 from fleetune.data.dataset import TokenizedDataset
 from fleetune.data.files import looks_like_a_file
@@ -61,7 +63,7 @@ def load_lengths(spec: RunSpec, base: BaseModel, *, cache_dir: Path | None = Non
     try:
         with np.load(path) as arrays:
             return Lengths(arrays["tokens"], arrays["prompt"], arrays["keys"], spec.data.loss_on)
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):  # a zip has checksums of its own
         pass
     found = _tokenised(spec, base, cache_dir)
     _write(path, found)
@@ -122,15 +124,9 @@ def _key(spec: RunSpec, files: list[Path]) -> str:
 
 
 def _write(path: Path, found: Lengths) -> None:
-    """Beside its place, then renamed; a cache that cannot be written is no reason to stop."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(descriptor, "wb") as file:
-            np.savez(file, tokens=found.tokens, prompt=found.prompt, keys=found.keys)
-        os.replace(temporary, path)
-    except OSError:
-        return
+    """A cache that cannot be written is no reason to stop."""
+    with contextlib.suppress(OSError), files.replacing(path) as scratch, scratch.open("wb") as file:
+        np.savez(file, tokens=found.tokens, prompt=found.prompt, keys=found.keys)
 
 
 def without_partition(spec: RunSpec) -> RunSpec:

@@ -6,9 +6,11 @@ import sys
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from fleetune.errors import printable
 from fleetune.plan.summary import by_stage, comparison, own_columns, takes_part
 from fleetune.plan.walk import Plan, Row
 from fleetune.progress import duration, size
@@ -23,7 +25,7 @@ def show(plans: Sequence[Plan]) -> None:
     spec = plans[0].spec
     costed = f", costed as {spec.cost.model}" if spec.cost.model else ""
     how = f"{spec.rounds.num_rounds} rounds of {spec.rounds.clients_per_round} out of {spec.fleet.num_clients} clients"
-    console.print(f"[bold]{spec.name}[/]: {how}, {spec.model.base}{costed}; per client and round")
+    console.print(f"[bold]{escape(printable(spec.name))}[/]: {how}, {spec.model.base}{costed}; per client and round")
     if len(plans) <= STAGES_IN_FULL:
         for plan in plans:
             console.print(stage_table(plan, title=plan.label if len(plans) > 1 else None))

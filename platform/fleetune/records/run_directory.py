@@ -3,8 +3,8 @@
 ``spec.yaml`` (resolved), ``rounds.parquet``, ``clients.parquet``, ``result.json``, ``trace.json``,
 ``adapter/``, ``figures/`` and ``checkpoint/``. A finished round is one file under ``checkpoint/records/``;
 :meth:`RunDirectory.consolidate` moves these parts into the two Parquet files. Every file is written beside
-its place and renamed into it, so a reader never sees half a file, whenever the writer was killed. One process
-writes, any number read.
+its place and renamed into it, so a reader never sees half a file, whenever the writer was killed; what is read
+back holds a checksum (:mod:`fleetune.files`). One process writes, any number read.
 """
 
 from __future__ import annotations
@@ -19,12 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from fleetune import files
 from fleetune.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
     from typing_extensions import Self
+
+
+CHECKSUM = "checksum"
+"""The last field of a JSON file."""
 
 
 class RunDirectory:
@@ -87,18 +92,22 @@ class RunDirectory:
     @property
     def spec(self) -> dict[str, Any]:
         """The resolved spec as plain data. UserError where somebody broke the file."""
-        try:
-            values = yaml.safe_load((self.path / self.SPEC).read_text())
-        except (yaml.YAMLError, ValueError) as error:
-            raise self._damaged(self.SPEC, error) from None
+        path, holds = self.path / self.SPEC, "what was run"
+        with files.parsing(path, holds=holds):
+            values = yaml.safe_load(files.read(path, holds=holds))
         if not isinstance(values, dict):
-            raise self._damaged(self.SPEC, "it holds no fields")
+            raise files.damaged(path, "it holds no fields", holds=holds)
         return values
 
     @property
     def meta(self) -> dict[str, Any]:
         """What is known of the run besides its spec: git commit, spec hash, sweep, parent, start."""
-        return self._read_json("checkpoint/meta.json") or {}
+        found = self._read_json("checkpoint/meta.json")
+        if found is None:
+            raise files.damaged(
+                self.path / "checkpoint/meta.json", "it is missing", holds=_holds("checkpoint/meta.json")
+            )
+        return found
 
     def update_meta(self, **fields: Any) -> None:
         """Sets fields of :attr:`meta`."""
@@ -111,9 +120,9 @@ class RunDirectory:
 
     # ------------------------------------------------------------------ rounds, written
 
-    def append_round(self, round_row: Mapping[str, Any], clients: Mapping[str, Any]) -> None:
+    def append_round(self, round_row: Mapping[str, Any], clients: Mapping[str, Any]) -> Path:
         """Adds a finished round: its row, and the clients' columns (arrays or lists of N values, or one value
-        for all N).
+        for all N). Returns its file, which is there for readers; it outlasts a power cut once ``files.sync`` was called for it.
 
         ``run_id``, ``round`` and ``stage`` of the clients are taken from the row; columns that are missing
         are null; further ones are kept.
@@ -122,7 +131,9 @@ class RunDirectory:
 
         row = {"run_id": self.run_id, **round_row}
         part = tables.part_bytes(row, clients, recorded_at_ms=time.time_ns() // 1_000_000)
-        self.write(f"checkpoint/records/round_{int(row['round']):08d}.arrow", part)
+        path = self._part(int(row["round"]))
+        files.write(path, part, lasting=False)
+        return path
 
     def consolidate(self) -> None:
         """Moves the parts into ``clients.parquet`` and ``rounds.parquet``. Costs in proportion to the whole
@@ -138,8 +149,7 @@ class RunDirectory:
         from there.
         """
         (self.path / "result.json").unlink(missing_ok=True)
-        for leftover in self._records.glob("*.tmp"):
-            leftover.unlink(missing_ok=True)
+        files.clean(self.path)
         for round_idx, path in self._parts().items():
             if round_idx >= num_rounds:
                 path.unlink(missing_ok=True)
@@ -163,6 +173,51 @@ class RunDirectory:
 
     # ------------------------------------------------------------------ rounds, read
 
+    def check(self) -> None:
+        """Raises `files.Damaged` where a file of a run that is over is not what was written, or a result has no records."""
+        is_over = bool(self.meta) and self.result() is not None
+        for name in self._tables():
+            try:
+                self._read_parquet(name)
+            except FileNotFoundError:
+                if is_over:
+                    raise files.damaged(self.path / name, "it is missing", holds=_holds(name)) from None
+        self._check_adapter()
+
+    def _tables(self) -> tuple[str, ...]:
+        return ("clients.parquet", "rounds.parquet")
+
+    def _check_adapter(self) -> None:
+        """PEFT's own configuration has no room for a checksum: the file of the adapter holds it."""
+        from safetensors import safe_open
+
+        model, config = (self.path / "adapter" / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+        if not model.exists():
+            return
+        files.read(model, holds="the adapter")
+        with files.parsing(model, holds="the adapter"), safe_open(model, framework="np") as file:
+            header = json.loads((file.metadata() or {}).get("fleetune", "{}"))
+        expected = header.get("metadata", {}).get(config.name)
+        if expected is not None and (not config.exists() or files.checksum(config.read_bytes()) != expected):
+            raise files.damaged(config, "its checksum does not match", holds="how the adapter is used")
+
+    def check_rounds(self, num_rounds: int) -> None:
+        """Raises `files.Damaged` unless the records of the first ``num_rounds`` rounds are all there, whole."""
+        parts = {idx: path for idx, path in self._parts().items() if idx < num_rounds}
+        for path in parts.values():
+            files.read(path, holds=_holds(path.name), must_be_sealed=True)
+        stored = set(self._round_rows({})[1])
+        if stored and not (self.path / "clients.parquet").exists():
+            raise files.damaged(self.path / "clients.parquet", "it is missing", holds=_holds("clients.parquet"))
+        self._client_table({})
+        for missing in sorted(set(range(num_rounds)) - parts.keys() - stored)[:1]:
+            path = self._part(missing)
+            raise files.damaged(path, "it is missing", holds=_holds(path.name))
+
+    def num_recorded(self) -> int:
+        """How many rounds there are records of, up to the last one."""
+        return max([*self._parts(), *self._round_rows({})[1]], default=-1) + 1
+
     def rounds(self) -> pd.DataFrame:
         """One row per finished round, in order; null is NaN."""
         from fleetune.records import tables
@@ -181,8 +236,6 @@ class RunDirectory:
 
     def _round_rows(self, parts: dict[int, Path]) -> tuple[list[dict[str, Any]], dict[int, int]]:
         """Parts first, then the Parquet file: a part that vanishes meanwhile has just been moved there."""
-        import pyarrow.parquet as pq
-
         from fleetune.records import tables
 
         found: dict[int, tuple[dict[str, Any], int]] = {}
@@ -190,7 +243,7 @@ class RunDirectory:
             with contextlib.suppress(FileNotFoundError):
                 found[round_idx] = tables.read_part_row(path)
         with contextlib.suppress(FileNotFoundError):
-            table = pq.read_table(self.path / "rounds.parquet")
+            table = self._read_parquet("rounds.parquet")
             times = {
                 int(k): v for k, v in json.loads((table.schema.metadata or {}).get(tables.TIME_KEY, b"{}")).items()
             }
@@ -202,7 +255,6 @@ class RunDirectory:
     def _client_table(self, parts: dict[int, Path]) -> pa.Table:
         import pyarrow as pa
         import pyarrow.compute as pc
-        import pyarrow.parquet as pq
 
         from fleetune.records import tables
 
@@ -211,7 +263,7 @@ class RunDirectory:
             with contextlib.suppress(FileNotFoundError):
                 found.append((round_idx, tables.read_part_clients(path)))
         with contextlib.suppress(FileNotFoundError):
-            table = pq.read_table(self.path / "clients.parquet")
+            table = self._read_parquet("clients.parquet")
             if found:
                 newer = pa.array([round_idx for round_idx, _ in found], type=pa.int32())
                 table = table.filter(pc.invert(pc.is_in(table["round"], value_set=newer)))
@@ -239,43 +291,46 @@ class RunDirectory:
     # ------------------------------------------------------------------ files
 
     def write(self, name: str, content: bytes | memoryview) -> None:
-        """Writes a file of this directory in one step: readers see the old one or the new one."""
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        """Writes a file of this directory in one step, for good: readers see the old one or the new one."""
+        files.write(self.path / name, content)
 
     def _write_parquet(self, name: str, table: pa.Table) -> None:
+        from fleetune.records import tables
+
+        self.write(name, tables.parquet_bytes(table))
+
+    def _read_parquet(self, name: str) -> pa.Table:
+        """A table; FileNotFoundError where it is not there."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
-        self.write(name, memoryview(sink.getvalue()))
+        path, holds = self.path / name, _holds(name)
+        content = files.read(path, holds=holds)
+        with files.parsing(path, holds=holds):
+            return pq.read_table(pa.BufferReader(content))
 
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        self.write(name, json.dumps(_plain(value), indent=2).encode())
+        self.write(name, json.dumps({**_plain(value), CHECKSUM: files.BLANK}, indent=2).encode())
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
+        path, holds = self.path / name, _holds(name)
         try:
-            value = json.loads((self.path / name).read_text())
+            content = files.read(path, holds=holds)
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise self._damaged(name, error) from None
+        with files.parsing(path, holds=holds):
+            value = json.loads(content)
         if not isinstance(value, dict):
-            raise self._damaged(name, "it holds no fields")
+            raise files.damaged(path, "it holds no fields", holds=holds)
+        value.pop(CHECKSUM, None)
         return value
-
-    def _damaged(self, name: str, reason: object) -> UserError:
-        """Every file is written in one step, so this was no kill."""
-        rule = f"its {name} is damaged: {' '.join(str(reason).split())}"
-        return UserError(rule, field="run_dir", value=str(self.path), hint="restore the file, or start a new run")
 
     @property
     def _records(self) -> Path:
         return self.path / "checkpoint" / "records"
+
+    def _part(self, round_idx: int) -> Path:
+        return self._records / f"round_{round_idx:08d}.arrow"
 
     def _parts(self) -> dict[int, Path]:
         """Round -> its part, in order."""
@@ -308,6 +363,20 @@ def _runs_of(path: Path) -> Iterator[RunDirectory]:
         yield from map(RunDirectory, inside)
     elif (path / "spec.yaml").is_file():
         yield RunDirectory(path)
+
+
+def _holds(name: str) -> str:
+    """What is lost with a file."""
+    if name.startswith("round_"):
+        return f"the records of round {int(Path(name).stem.removeprefix('round_'))}"
+    kinds = {
+        "clients.parquet": "the clients' records",
+        "rounds.parquet": "the rounds' records",
+        "trials.parquet": "the sweep's table",
+        "result.json": "the result",
+        "checkpoint/meta.json": "what is known of the run besides its spec",
+    }
+    return kinds[name]
 
 
 def parent_of(run: RunDirectory) -> Path | None:

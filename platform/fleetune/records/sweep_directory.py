@@ -45,10 +45,8 @@ class SweepDirectory(RunDirectory):
 
     def trials(self) -> pd.DataFrame:
         """One row per trial, in order of their numbers; ``run_dir`` is absolute, null is NaN."""
-        import pyarrow.parquet as pq
-
         try:
-            table = pq.read_table(self.path / "trials.parquet").to_pandas()
+            table = self._read_parquet("trials.parquet").to_pandas()
         except FileNotFoundError:
             raise UserError("this sweep has no trials yet", field="sweep_dir", value=str(self.path)) from None
         table["run_dir"] = [self._run_path(place) for place in table["run_dir"]]
@@ -58,6 +56,9 @@ class SweepDirectory(RunDirectory):
         """The trials' runs that have started."""
         places: Iterable[Any] = self.trials()["run_dir"] if (self.path / "trials.parquet").is_file() else []
         return [RunDirectory(Path(p)) for p in places if isinstance(p, str) and (Path(p) / "spec.yaml").is_file()]
+
+    def _tables(self) -> tuple[str, ...]:
+        return ("trials.parquet",)
 
     def _relative(self, run_dir: Any) -> str | None:
         return None if run_dir is None else os.path.relpath(run_dir, self.path)

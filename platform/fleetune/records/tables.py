@@ -14,20 +14,36 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from fleetune import files
 from fleetune.records.schema import CLIENT_COLUMNS, ROUND_COLUMNS, arrow_schema
 
-ROUND_KEY, TIME_KEY = b"fleetune.round", b"fleetune.recorded_at_ms"
+ROUND_KEY, TIME_KEY, CHECKSUM_KEY = b"fleetune.round", b"fleetune.recorded_at_ms", b"fleetune.checksum"
 
 
 def part_bytes(round_row: Mapping[str, Any], clients: Mapping[str, Any], *, recorded_at_ms: int) -> memoryview:
-    """One round as an Arrow IPC file: ``clients`` holds columns of N values, or one value for all N."""
+    """One round as an Arrow IPC file with room for its checksum.
+
+    ``clients`` holds columns of N values, or one value for all N.
+    """
     table = client_table(clients, defaults={k: round_row.get(k) for k in ("run_id", "round", "stage")})
     row = {"peak_memory_bytes_max": largest_peak(table), **round_row}
     text = json.dumps(row, default=_plain).encode()
-    table = table.replace_schema_metadata({ROUND_KEY: text, TIME_KEY: str(recorded_at_ms).encode()})
+    known = {ROUND_KEY: text, TIME_KEY: str(recorded_at_ms).encode(), CHECKSUM_KEY: files.BLANK.encode()}
+    table = table.replace_schema_metadata(known)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
+    return memoryview(sink.getvalue())
+
+
+def parquet_bytes(table: pa.Table) -> memoryview:
+    """A table as a Parquet file with room for its checksum."""
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({CHECKSUM_KEY.decode(): files.BLANK})
     return memoryview(sink.getvalue())
 
 
@@ -70,16 +86,18 @@ def round_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
 
 
 def read_part_row(path: Path) -> tuple[dict[str, Any], int]:
-    """The round's row of one part, and when it was written (ms since 1970); no clients are read."""
-    with pa.memory_map(str(path)) as source:
-        metadata = pa.ipc.open_file(source).schema.metadata
-    return json.loads(metadata[ROUND_KEY]), int(metadata[TIME_KEY])
+    """The round's row of one part, and when it was written (ms since 1970). Raises `files.Damaged`."""
+    content = files.read(path, holds="a round's records", must_be_sealed=True)
+    with files.parsing(path, holds="a round's records"):
+        metadata = pa.ipc.open_file(pa.BufferReader(content)).schema.metadata
+        return json.loads(metadata[ROUND_KEY]), int(metadata[TIME_KEY])
 
 
 def read_part_clients(path: Path) -> pa.Table:
-    """The clients' rows of one part."""
-    with pa.OSFile(str(path)) as source:
-        return pa.ipc.open_file(source).read_all().replace_schema_metadata(None)
+    """The clients' rows of one part. Raises `files.Damaged`."""
+    content = files.read(path, holds="a round's records", must_be_sealed=True)
+    with files.parsing(path, holds="a round's records"):
+        return pa.ipc.open_file(pa.BufferReader(content)).read_all().replace_schema_metadata(None)
 
 
 def _is_column(value: Any) -> bool:

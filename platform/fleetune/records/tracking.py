@@ -100,6 +100,8 @@ def sync(run_dir: str | Path, *, uri: str | None = None) -> SyncReport:
     tracker = Tracker(run, uri=uri)
     check_access(tracker.uri)
     trials = run.runs() if isinstance(run, SweepDirectory) else []
+    for one in (run, *trials):  # what was damaged is not passed on
+        one.check()
     try:
         sent = tracker.push()
         for trial in trials:

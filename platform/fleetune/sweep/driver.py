@@ -108,8 +108,7 @@ class Driver:
         """A trial's process died too often: its directory says so, and the sweep goes on."""
         entry = self.board.entries[number]
         if entry.has_begun:
-            entry.run.consolidate()
-            entry.run.write_result({"status": "failed", "error": reason, "metrics": {}, "totals": {}})
+            launch.conclude(entry.run, reason)
         self._close(entry, reason)
 
     def save(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from fleetune.engine import launch
 from fleetune.engine.directories import git_commit, locked
 from fleetune.engine.problem import Inputs, build_problem, load_inputs
-from fleetune.errors import UserError
+from fleetune.errors import Stopped, UserError
 from fleetune.records.access import check_access
 from fleetune.records.sweep_directory import SweepDirectory
 from fleetune.spec import RunSpec
@@ -95,7 +95,10 @@ def run(
         if not is_complete:
             from fleetune.sweep import tuning
 
-            tuning.run(sweep, driver, shared=shared, num_trials=driver.num_left, known=_known(sweep, board))
+            try:
+                tuning.run(sweep, driver, shared=shared, num_trials=driver.num_left, known=_known(sweep, board))
+            except KeyboardInterrupt:
+                raise Stopped("the same command again") from None
         driver.save()
         result = _summarise(sweep, directory, board)
     if example.tracking.enabled:

@@ -10,6 +10,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
+from fleetune.errors import printable
 from fleetune.progress import duration
 from fleetune.sweep.board import Board, Entry
 from fleetune.sweep.config import SweepSpec
@@ -61,7 +62,7 @@ class Lines:
         """Print the trials that have ended since."""
         over = {n for n, e in board.entries.items() if e.status not in ("missing", "running")}
         if not self.told:
-            print(f"{self.sweep.name}: {headline(board)}", file=sys.stderr, flush=True)
+            print(printable(f"{self.sweep.name}: {headline(board)}"), file=sys.stderr, flush=True)
             self.told = over if board.num_rounds_done == 0 else {-1}
         for number in sorted(over - self.told):
             entry = board.entries[number]
@@ -76,7 +77,7 @@ class LiveTable:
 
     def __init__(self, sweep: SweepSpec):
         self.sweep = sweep
-        self.live = Live(f"{sweep.name} · starting", console=Console(stderr=True), auto_refresh=False)
+        self.live = Live(printable(f"{sweep.name} · starting"), console=Console(stderr=True), auto_refresh=False)
         self.drawn = 0.0
 
     def __enter__(self) -> LiveTable:
@@ -114,7 +115,7 @@ def draw(board: Board) -> Any:
         )
     hidden = len(running) + len(over) - MAX_ROWS
     rest = [f"… and {hidden} more"] if hidden > 0 else []
-    return Group(f"{board.sweep.name} · {headline(board)}", table, *rest)
+    return Group(printable(f"{board.sweep.name} · {headline(board)}"), table, *rest)
 
 
 def _metrics(entry: Entry) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from fleetune.engine.coordinator import Baselines, Coordinator, Event
 from fleetune.engine.directories import locked, run_meta
 from fleetune.engine.executor import Executor, SerialExecutor, placed_base
-from fleetune.engine.launch import base_key, finish
+from fleetune.engine.launch import base_key, conclude, finish
 from fleetune.engine.problem import Inputs, Problem, build_problem, load_inputs, set_threads
 from fleetune.models.base import BaseModel
 from fleetune.records.run_directory import RunDirectory
@@ -79,8 +79,7 @@ class Resident:
         except Exception as error:
             text = str(error) or type(error).__name__
             if run_dir is not None:
-                run_dir.consolidate()
-                run_dir.write_result({"status": "failed", "error": text, "metrics": {}, "totals": {}})
+                conclude(run_dir, text)
             yield {"kind": "end", "over": "failed", "error": text}
 
     def _rounds(self, problem: Problem, run_dir: RunDirectory) -> Iterator[Event]:
