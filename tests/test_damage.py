@@ -197,7 +197,10 @@ def test_what_a_kill_left_half_written_is_gone_when_the_run_goes_on(stopped: Pat
 def test_whichever_write_finds_the_disk_full_the_run_fails_in_one_sentence_and_goes_on(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """From the n-th write on nothing can be written any more, for one n in nine (tests/kill_files.py: all); then there is room again."""
+    """From the n-th write on nothing can be written any more, for one n in nine; then there is room again.
+
+    tests/kill_files.py does it for every n.
+    """
     replace, n = os.replace, 0
     outcome: Any = None
     while not isinstance(outcome, launch.Result):

@@ -6,7 +6,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,8 +120,9 @@ def _execute(
         try:
             with contextlib.closing(eng.events(problem, run_dir)) as events:
                 for event in events:
-                    for note in event.get("notes", ()) if warn is not None else ():
-                        warn(note)
+                    for note in event.get("notes", ()):
+                        if warn is not None:
+                            warn(note)
                     if report is not None:
                         report(event)
             finished = finish(run_dir, event)
@@ -180,7 +181,7 @@ class Engine:
         """Model and data of a run."""
         return load_inputs(spec)
 
-    def events(self, problem: Problem, run_dir: RunDirectory) -> Iterator[Event]:
+    def events(self, problem: Problem, run_dir: RunDirectory) -> Generator[Event, None, None]:
         """Run it."""
         set_threads(int(problem.spec.execution.threads))
         yield from Coordinator(problem, SerialExecutor(problem, debug=self.debug), run_dir).run()
@@ -218,7 +219,7 @@ class RayEngine(Engine):
         loaded = self._bases.get(base_key(spec))
         return load_inputs(spec, base=loaded[0] if loaded else None)
 
-    def events(self, problem: Problem, run_dir: RunDirectory) -> Iterator[Event]:
+    def events(self, problem: Problem, run_dir: RunDirectory) -> Generator[Event, None, None]:
         """Hand the run to the coordinator actor and pass on its events."""
         from fleetune.engine.actors import SharedInputs
 

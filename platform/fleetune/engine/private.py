@@ -145,7 +145,7 @@ def _kernel() -> str:
 
 def _checksum(layout: tuple, client: int, row: np.ndarray) -> int:
     """Of all that a row is read with."""
-    return files.checksum(repr((layout, client)).encode(), memoryview(np.ascontiguousarray(row)))
+    return files.checksum(repr((layout, client)).encode(), np.ascontiguousarray(row).data)
 
 
 def _held(place: int) -> str:
