@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ import commands
 import runs
 import tiny
 from commands import Output
+from fleetune import cli
 from fleetune.catalogue import CATALOGUES
 from fleetune.engine import launch
 from fleetune.engine.ledger import FinishedRound, Ledger
@@ -239,3 +244,33 @@ def test_a_process_of_its_own_feeds_mlflow_and_prints_nothing_but_the_document(t
     assert sent.status == 0, sent.stderr
     assert sent.document["uri"] == f"sqlite:///{tmp_path / 'mlflow.db'}"
     assert (sent.document["num_metrics"], sent.document["num_params"]) == (0, 0)  # all of it had arrived already
+
+
+def test_sigterm_is_ctrl_c_and_what_comes_after_the_first_is_ignored():
+    """Otherwise a second one would break off the ending, and leave Ray's processes behind."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(KeyboardInterrupt), cli._stopped_once():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        for number in before:
+            os.kill(os.getpid(), number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_command_that_is_not_stopped_leaves_signals_as_they_were():
+    before = signal.getsignal(signal.SIGTERM)
+    with cli._stopped_once():
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_disk_that_takes_nothing_is_one_sentence_whoever_writes(number: int, capfd: pytest.CaptureFixture[str]):
+    def command() -> None:
+        raise OSError(number, os.strerror(number), "/x/report.html")
+
+    assert cli._guarded(command) == 1
+    assert capfd.readouterr().err == f"fleetune: /x/report.html cannot be written: {os.strerror(number)}\n"

@@ -22,6 +22,7 @@ import pytest
 import commands
 import tiny
 from fleetune.engine import launch
+from fleetune.engine.checkpoint import saved_rounds
 from fleetune.engine.cluster import connect, names_ray
 from fleetune.engine.config import ExecutionConfig
 from fleetune.engine.resolve import gpu_share, resolve_execution
@@ -280,6 +281,32 @@ def test_a_mistake_that_shows_while_ray_starts_leaves_no_process_behind(tmp_path
     while (left := in_session(process.pid)) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not left, [one.cmdline() for one in left]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_three_signals_end_a_run_on_ray_in_one_sentence_and_leave_no_process(tmp_path: Path):
+    """SIGTERM, then Ctrl-C twice, within 0.3 s: what was done is on record, and how to go on is said once."""
+    overrides = {"rounds.num_rounds": 3000, "evaluation.every": 3000, "execution.kind": "ray", "execution.hosts": 1}
+    process = commands.start("run", commands.job_file(tmp_path, overrides, method="fedsa-lora"), "-w", tmp_path)
+    deadline = time.monotonic() + 150
+    while len(list(tmp_path.glob("runs/*/checkpoint/records/round_*.arrow"))) < 3:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    family = psutil.Process(process.pid).children(recursive=True)
+    began = time.monotonic()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+        process.send_signal(number)
+        time.sleep(0.1)
+    out = commands.finish(process)
+    assert time.monotonic() - began < 10
+    assert not psutil.wait_procs(family, timeout=max(0.0, began + 10 - time.monotonic()))[1]
+    (run_path,) = (tmp_path / "runs").iterdir()
+    assert out.status == 130
+    assert out.stderr.splitlines()[-1] == f"fleetune: stopped; go on with fleetune resume {run_path}"
+    told = max(int(line.split("/")[0].removeprefix("round ")) for line in out.stderr.splitlines() if "/3000 ·" in line)
+    assert saved_rounds(run_path / "checkpoint") >= told
 
 
 def in_session(session_id: int) -> list[psutil.Process]:
