@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -251,10 +250,9 @@ def test_sigterm_is_ctrl_c_and_what_comes_after_the_first_is_ignored():
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with pytest.raises(KeyboardInterrupt), cli._stopped_once():
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(1)
+            signal.raise_signal(signal.SIGTERM)
         for number in before:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

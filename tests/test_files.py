@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import subprocess
 import threading
 from pathlib import Path
@@ -127,6 +128,14 @@ def test_a_caller_is_never_more_than_one_piece_of_work_ahead():
         behind.wait()
     behind.wait()
     behind.close()
+
+
+def test_errors_come_whole_from_another_process():
+    full = pickle.loads(pickle.dumps(WriteFailed(errno.ENOSPC, "No space left on device", "/x")))
+    assert (type(full), full.errno, full.filename) == (WriteFailed, errno.ENOSPC, "/x")
+    found = files.damaged(Path("/x"), "why", holds="all")
+    again = pickle.loads(pickle.dumps(found))
+    assert (type(again), str(again), again.to_dict()) == (Damaged, str(found), found.to_dict())
 
 
 def test_control_characters_are_shown_and_not_obeyed():
