@@ -64,13 +64,13 @@ class PrivateStore:
         forms: dict[tuple, list[int]] = {}
         for client, packed in private.items():
             forms.setdefault(packed.layout, []).append(client)
-        tensors = {}
+        tensors, sums = {}, []
         for n, (layout, clients) in enumerate(forms.items()):
             tensors[f"{n}/clients"] = torch.tensor(clients)
             tensors[f"{n}/rows"] = torch.from_numpy(np.stack([private[client].data for client in clients]))
-            sums = [_checksum(layout, client, private[client].data) for client in clients]
-            tensors[f"{n}/checksums"] = torch.tensor(sums)
-        save(self._file(place), tensors, {"layouts": list(forms)}, lasting=self.kernel != _kernel())
+            sums.append([_checksum(layout, client, private[client].data) for client in clients])
+        metadata = {"layouts": list(forms), "checksums": sums}
+        save(self._file(place), tensors, metadata, lasting=self.kernel != _kernel())
 
     def sync(self, places: Iterable[int]) -> None:
         """Return once the files of these places are on the disk."""
@@ -97,10 +97,10 @@ class PrivateStore:
 
         path = self._file(place)
         with files.parsing(path, holds=_held(place)), safe_open(path, framework="np") as file:
-            row_of = {}
-            for n, layout in enumerate(load_header(file)["layouts"]):
+            row_of, header = {}, load_header(file)
+            for n, (layout, sums) in enumerate(zip(header["layouts"], header["checksums"], strict=True)):
                 form = tuple((name, dtype, tuple(shape)) for name, dtype, shape in layout)
-                rows, sums = file.get_slice(f"{n}/rows"), file.get_tensor(f"{n}/checksums").tolist()
+                rows = file.get_slice(f"{n}/rows")
                 for i, client in enumerate(file.get_tensor(f"{n}/clients").tolist()):
                     row_of[client] = (form, rows, i, sums[i])
             found = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from fleetune.records.run_directory import RunDirectory
@@ -14,7 +13,7 @@ def finished_runs(workspace: Path) -> dict[str, RunDirectory]:
     for path in sorted((workspace / "runs").glob("*/result.json")):
         run = RunDirectory(path.parent)
         try:
-            spec_hash, status = run.meta.get("spec_hash"), json.loads(path.read_text()).get("status")
+            spec_hash, status = run.meta.get("spec_hash"), (run.result() or {}).get("status")
         except (OSError, ValueError):  # somebody else's, or damaged: not one to rely on
             continue
         if spec_hash and status == "finished":
