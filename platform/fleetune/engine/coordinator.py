@@ -103,9 +103,8 @@ class Coordinator:
     # -- start and end ----------------------------------------------------------------------------------------------------
     def _start(self) -> tuple[State, Progress]:
         saved = self.checkpoint.load(self.run_dir.check_rounds)
-        if (
-            saved is None and self.run_dir.num_recorded() > 1
-        ):  # a round is not recorded before the state of the one before is
+        # A round is recorded once the state after the one before is written, so without any state there is one at most.
+        if saved is None and self.run_dir.num_recorded() > 1:
             raise files.damaged(self.checkpoint.state_file, "it is missing", holds="the run's state")
         if saved is not None:
             self.run_dir.truncate(saved[1].next_round)
