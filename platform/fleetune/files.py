@@ -188,7 +188,7 @@ def read(path: Path, *, holds: str, must_be_sealed: bool = False) -> bytes:
     is_right = _is_right(content)
     if is_right is False:
         raise damaged(path, "its checksum does not match", holds=holds)
-    if is_right is None and must_be_sealed:
+    if is_right is None and must_be_sealed and os.environ.get(SWITCH) != "off":
         raise damaged(path, "it has no checksum" if content else "it is empty", holds=holds)
     return content
 
