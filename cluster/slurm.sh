@@ -21,7 +21,8 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN RAY_USAGE_STATS_ENABLED=0
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 address=$(srun --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" hostname --ip-address | awk '{print $1}')
-port=${RAY_PORT:-$((10000 + SLURM_JOB_ID % 20000))}  # jobs that share a node do not meet
+# Jobs that share a node do not meet. Ray keeps 10002 to 19999 for its workers, Linux gives 32768 and above to whoever asks.
+port=${RAY_PORT:-$((20000 + SLURM_JOB_ID % 12000))}
 temp=${SLURM_TMPDIR:-/tmp}/ray-$SLURM_JOB_ID
 cpus=${SLURM_CPUS_PER_TASK:-1}
 one_node=(srun --nodes=1 --ntasks=1 --cpus-per-task="$cpus" --overlap)

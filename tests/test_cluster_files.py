@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -212,6 +213,32 @@ def test_what_the_readme_says_to_type_is_there():
     assert [path for path in named if not (ROOT / path).exists()] == []
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s:]+)\)", text)]
     assert [link for link in links if not (CLUSTER / link).exists()] == []
+
+
+def test_the_slurm_script_s_port_is_one_that_nobody_takes(monkeypatch: pytest.MonkeyPatch):
+    """The script's own line, for job ids of every size: outside of what Ray gives its workers (10002 to 19999 by default, which its
+    head refuses) and of what Linux hands out (32768 to 60999); neighbours in time get different ports; RAY_PORT wins.
+    """
+    (line,) = re.findall(r"^port=.*$", (CLUSTER / "slurm.sh").read_text(), flags=re.M)
+    ids = [1, *range(9_990, 10_020), *range(11_990, 12_010), *range(19_990, 20_010), 31_999, 4_294_967, 2**31 - 1]
+    monkeypatch.delenv("RAY_PORT", raising=False)
+    loop = f"for SLURM_JOB_ID in {' '.join(map(str, ids))}; do {line}; echo $port; done"
+    ports = [int(port) for port in subprocess.check_output(["bash", "-c", loop], text=True).split()]
+    assert len(ports) == len(ids)
+    assert all(19999 < port < 32768 for port in ports)
+    assert all(a != b for a, b in itertools.pairwise(ports))
+    chosen = subprocess.check_output(["bash", "-c", f"RAY_PORT=7000; SLURM_JOB_ID=5; {line}; echo $port"], text=True)
+    assert chosen.strip() == "7000"
+
+
+def test_what_a_quickstart_leaves_behind_is_ignored():
+    """Runs, sweeps, reports and MLflow's files of a workspace in the checkout; jobs/sweeps/ is a part of the sources."""
+    left = ["runs/a/spec.yaml", "sweeps/a/sweep.yaml", "report/report.html", "mlflow.db", "mlartifacts/x", "mlruns/x"]
+    asked = ["git", "-C", str(ROOT), "check-ignore", "--no-index", *left, "jobs/sweeps/growth_rate.yaml"]
+    done = subprocess.run(asked, capture_output=True, text=True)
+    if done.returncode == 128:
+        pytest.skip("not a git checkout")
+    assert done.stdout.split() == left
 
 
 FAKES = {

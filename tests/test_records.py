@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import math
@@ -219,6 +220,20 @@ def test_values_of_several_kinds_share_a_column(tmp_path: Path):
     assert numbers.tolist() == [1.0, 0.5]
     words = make_sweep(tmp_path / "b", {0: 1, 1: "auto"}).trials()["set.method.growth_rate"]
     assert words.tolist() == ["1", "auto"]
+
+
+def test_a_spreadsheet_finds_no_formula_in_the_csv(tmp_path: Path):
+    """Texts that begin like one are quoted, wherever they stand; negative numbers are left alone."""
+    starts = ["=1+2", "+1", "-x", "@a", "\ta", "\ra", "plain", "a=b"]
+    sweep = make_sweep(tmp_path, dict(enumerate(starts)))
+    sweep.write_csv()
+    with (sweep.path / "trials.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["set.method.growth_rate"] for row in rows] == [f"'{text}" for text in starts[:6]] + starts[6:]
+    assert [row["eval_loss"] for row in rows[1:3]] == ["0.5", "1.0"]
+    numbers = make_sweep(tmp_path / "n", {0: -2, 1: -1})
+    numbers.write_csv()
+    assert "'-" not in (numbers.path / "trials.csv").read_text()
 
 
 def test_no_sweep_directory(tmp_path: Path):

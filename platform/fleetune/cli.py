@@ -17,6 +17,7 @@ import typer
 
 from fleetune.errors import RunFailed, Stopped, UserError, printable, unknown_name
 from fleetune.files import NO_ROOM, WriteFailed
+from fleetune.redaction import redacted
 
 app = typer.Typer(
     help="Simulate federated fine-tuning of language models on many small devices, and what it costs each of them.",
@@ -403,13 +404,15 @@ def _print_json(document: Any) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """NaN and infinities are no JSON: null."""
+    """NaN and infinities are no JSON: null. Passwords in addresses are left out."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if isinstance(value, str):
+        return redacted(value)
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _say(text: str) -> None:
-    print(printable(text), file=sys.stderr, flush=True)
+    print(printable(redacted(text)), file=sys.stderr, flush=True)

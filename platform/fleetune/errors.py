@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+from fleetune.redaction import redacted
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: the field, the value, the rule, and the way out. Exit status 2.
@@ -15,9 +17,10 @@ class UserError(ValueError):
     """
 
     def __init__(self, rule: str, *, field: str | None = None, value: Any = None, hint: str | None = None):
-        self.rule, self.field, self.value, self.hint = rule, field, value, hint
+        value = redacted(value) if isinstance(value, str) else value
+        self.rule, self.field, self.value, self.hint = redacted(rule), field, value, hint
         where = f"{field}={value!r}: " if field and value is not None else f"{field}: " if field else ""
-        super().__init__(where + rule + (f" ({hint})" if hint else ""))
+        super().__init__(redacted(where + rule + (f" ({hint})" if hint else "")))
 
     def to_dict(self) -> dict[str, Any]:
         """The error as plain data, for ``--json``."""
@@ -49,7 +52,7 @@ class RunFailed(RuntimeError):
         where = [f"client {shown}"] if self.client_ids else []
         where += [f"round {round_idx}"] if round_idx is not None else []
         where += [f"stage {stage}"] if stage is not None else []
-        super().__init__(f"{', '.join(where)}: {reason}" if where else reason)
+        super().__init__(redacted(f"{', '.join(where)}: {reason}" if where else reason))
 
 
 class Stopped(KeyboardInterrupt):

@@ -24,6 +24,7 @@ from fleetune.methods import METHODS
 from fleetune.methods.fedavg import FedITConfig
 from fleetune.models.config import ModelConfig
 from fleetune.records.tracking import TrackingConfig
+from fleetune.redaction import redacted
 from fleetune.training.config import LocalConfig
 
 if TYPE_CHECKING:
@@ -110,8 +111,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def job_text(path: str | Path, assignments: list[str]) -> str:
-    """A job or sweep file as it was launched: its text, and each ``--set`` as a comment."""
-    return "\n".join([Path(path).read_text(encoding="utf-8").rstrip(), *(f"# --set {each}" for each in assignments)])
+    """A job or sweep file as it was launched: its text, and each ``--set`` as a comment. Passwords in it are left out."""
+    lines = [Path(path).read_text(encoding="utf-8").rstrip(), *(f"# --set {each}" for each in assignments)]
+    return redacted("\n".join(lines))
 
 
 def parse_overrides(assignments: list[str]) -> dict[str, Any]:

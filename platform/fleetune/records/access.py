@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import configparser
 import os
+import re
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from fleetune.errors import UserError
+from fleetune.redaction import without_secrets
 
 TIMEOUT_SECONDS = 5.0
 # Ways of being let in that only MLflow's own client knows (mlflow.environment_variables, mlflow 3.17).
@@ -39,6 +41,16 @@ def check_access(uri: str | None) -> None:
             raise _refused(where, known=proof is not None) from None
     except (OSError, ValueError):
         return
+
+
+def check_no_secret(uri: str | None, *, field: str = "tracking.uri") -> None:
+    """UserError where an address holds a password or a token: it would be noted with the run, and shown to whoever sees it."""
+    shown = without_secrets(uri or "")
+    if shown != re.sub(r"\s", "%20", uri or ""):
+        servers = f"export {USERNAME} and {PASSWORD}, or {TOKEN}"
+        databases = "a database is better reached through an MLflow server, or with ~/.pgpass or PGPASSWORD"
+        hint = servers if str(uri).startswith("http") else databases
+        raise UserError("must hold no password and no token", field=field, value=shown, hint=f"leave it out; {hint}")
 
 
 def without_password(uri: str) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from fleetune.records.sweep_directory import open_directory
+from fleetune.redaction import redacted
 
 if TYPE_CHECKING:
     from fleetune.records.tracking import Tracker
@@ -221,7 +222,7 @@ def _store_of(path: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return redacted((str(error).strip().splitlines() or [type(error).__name__])[0])[:200]
 
 
 def _key(run_dir: str | Path) -> str:

@@ -52,6 +52,17 @@ class SweepDirectory(RunDirectory):
         table["run_dir"] = [self._run_path(place) for place in table["run_dir"]]
         return table
 
+    def write_csv(self) -> None:
+        """Write ``trials.csv``, which MLflow's UI and spreadsheets show as a table. Texts that a spreadsheet would take for a
+        formula get a quote before them (OWASP, CSV injection); numbers stay numbers.
+        """
+        table = self.trials()
+        texts = table.select_dtypes(exclude="number")
+        lines = table.assign(**texts.map(_no_formula)).to_csv(
+            index=False, lineterminator="\r\n"
+        )  # so that a \r is quoted
+        self.write("trials.csv", lines.encode())
+
     def runs(self) -> list[RunDirectory]:
         """The trials' runs that have started."""
         places: Iterable[Any] = self.trials()["run_dir"] if (self.path / "trials.parquet").is_file() else []
@@ -71,6 +82,10 @@ def open_directory(path: str | Path) -> RunDirectory:
     """The run or the sweep in ``path``; UserError where there is neither."""
     is_sweep = (Path(path) / SweepDirectory.SPEC).is_file()
     return SweepDirectory.open(path) if is_sweep else RunDirectory.open(path)
+
+
+def _no_formula(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def _column(values: list[Any]) -> Any:

@@ -21,9 +21,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pydantic import field_validator
+
 from fleetune.config import Config
 from fleetune.errors import UserError
-from fleetune.records.access import check_access, without_password
+from fleetune.records.access import check_access, check_no_secret, without_password
 from fleetune.records.follower import Follower
 from fleetune.records.metrics import RoundMetrics, number
 from fleetune.records.naming import flatten, method_of, run_name, shown
@@ -69,12 +71,18 @@ class TrackingConfig(Config):
     """Whether to send results to MLflow while the run goes on; ``fleetune sync`` can do it later."""
     uri: str | None = None
     """MLflow's tracking URI; null: an SQLite store in the workspace. Credentials belong in
-    MLFLOW_TRACKING_USERNAME/_PASSWORD.
+    MLFLOW_TRACKING_USERNAME/_PASSWORD: an address that holds any is refused.
     """
     experiment: str | None = None
     """MLflow experiment; null: the sweep's name, or the job's."""
     system_metrics: bool = False
     """Whether processor, memory, disk and network of the command's machine are sent along with every round."""
+
+    @field_validator("uri")
+    @classmethod
+    def _no_secret(cls, value: str | None) -> str | None:
+        check_no_secret(value)
+        return value
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,7 @@ class Tracker:
             run.spec.get("tracking") or run.spec.get("base", {}).get("tracking") or {}
         )  # a sweep's are its base's
         self.uri = uri or tracking.get("uri") or default_uri(run.workspace)
+        check_no_secret(self.uri)
         self._experiment = tracking.get("experiment")
         self._system = SystemMetrics() if live and tracking.get("system_metrics") else None
         self._metrics = RoundMetrics()
@@ -236,7 +245,9 @@ class Tracker:
     def _push_params(self, present: Mapping[str, str]) -> int:
         from mlflow.entities import Param
 
-        flat = {k: shown(v) for k, v in flatten(self.run.spec).items() if not k.startswith("tracking.")}
+        flat = {
+            k: shown(v) for k, v in flatten(self.run.spec).items() if not k.startswith(("tracking.", "base.tracking."))
+        }
         params = [Param(k, v if len(v) <= PARAM_LENGTH else v[: PARAM_LENGTH - 1] + "…") for k, v in flat.items()]
         params = [p for p in params if p.key not in present]
         for start in range(0, len(params), PARAMS_PER_CALL):

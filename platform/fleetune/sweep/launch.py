@@ -186,7 +186,7 @@ def _summarise(sweep: SweepSpec, directory: SweepDirectory, board: Board) -> Swe
     has_finished = any(entry.status == "finished" for entry in entries)
     if has_finished:
         sweep_report(directory.path)
-    directory.write("trials.csv", directory.trials().to_csv(index=False).encode())  # MLflow's UI shows it as a table
+    directory.write_csv()
     best = board.best()
     told = None
     if best is not None:
