@@ -216,8 +216,8 @@ def test_what_the_readme_says_to_type_is_there():
 
 
 def test_the_slurm_script_s_port_is_one_that_nobody_takes(monkeypatch: pytest.MonkeyPatch):
-    """The script's own line, for job ids of every size: outside of what Ray gives its workers (10002 to 19999 by default, which its
-    head refuses) and of what Linux hands out (32768 to 60999); neighbours in time get different ports; RAY_PORT wins.
+    """The script's own line, for job ids of every size: outside of what Ray gives its workers (10002 to 19999, which its head
+    refuses) and of what Linux hands out (32768 to 60999); neighbours in time get different ports; RAY_PORT wins.
     """
     (line,) = re.findall(r"^port=.*$", (CLUSTER / "slurm.sh").read_text(), flags=re.M)
     ids = [1, *range(9_990, 10_020), *range(11_990, 12_010), *range(19_990, 20_010), 31_999, 4_294_967, 2**31 - 1]

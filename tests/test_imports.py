@@ -28,7 +28,14 @@ MAY_IMPORT_RAY = {
     "sweep/trainable.py",
     "sweep/tuning.py",
 }
-MAY_IMPORT_MLFLOW = {"records/tracking.py", "records/tracking_models.py", "records/tracking_system.py"}
+MAY_IMPORT_MLFLOW = {
+    "records/tracking.py",
+    "records/tracking_client.py",
+    "records/tracking_models.py",
+    "records/tracking_store.py",
+    "records/tracking_sweep.py",
+    "records/tracking_system.py",
+}
 
 # A program, as the command line is one: it asks the engine for traces, and nothing imports it but its own command.
 ABOVE_ALL = {"cost/validation.py", "cost/__main__.py"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 HIDDEN = "***"
-# ``scheme://user:password@host``. A password may hold what belongs escaped (``p/w``, ``p@ss``), but ``host:5000/a@b`` is a port and
-# a path. A web address has no use for a user alone: what stands there is a token.
+# ``scheme://user:password@host``. A password may hold what belongs escaped (``p/w``, ``p@ss``), but ``host:5000/a@b`` is a port
+# and a path. A web address has no use for a user alone: what stands there is a token.
 USERINFO = re.compile(
     r"""(?<=://)(?!\[)(?:[^\s/?\#@:]*:(?!\d*['"/?\#])\S*@|[^\s/?\#@:]*:[^\s/?\#]*@)|(?<=https://)[^\s/?\#]+@|(?<=http://)[^\s/?\#]+@""",
     re.IGNORECASE,
@@ -20,7 +20,7 @@ QUERY = re.compile(
 
 
 def redacted(text: str) -> str:
-    """The text with three stars for every user with a password in an address, and for every value named like a secret in its query."""
+    """The text with three stars for users with passwords in addresses, and for values in queries that are named like a secret."""
     if "://" not in text:
         return text
     return QUERY.sub(rf"\1{HIDDEN}", USERINFO.sub(f"{HIDDEN}@", text))

@@ -6,8 +6,8 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 Report = Callable[[Event], None]
 STOP_SECONDS = 3.0  # assumed: writing a state takes hundredths, and whoever stops a run wants it gone within ten
+SYNC_SECONDS = 60.0  # how long to wait for a run's last records to arrive in MLflow
+QUIET_SECONDS = 3.0  # before it is said that something is waited for
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Result:
     status: str
     metrics: dict[str, Any] = field(default_factory=dict)
     totals: dict[str, Any] = field(default_factory=dict)
+    synced: bool | None = None
+    """Whether MLflow holds all of it; None where that was not asked."""
 
     def to_dict(self) -> dict[str, Any]:
         """As ``--json`` prints it."""
@@ -137,9 +141,7 @@ def _execute(
         except BaseException as error:
             conclude(run_dir, error)
             raise
-    if tracked:
-        follower(warn).finished(run_dir.path, timeout_seconds=60)
-    return finished
+    return replace(finished, synced=in_mlflow([run_dir.path], warn)) if tracked else finished
 
 
 def conclude(run_dir: RunDirectory, error: BaseException | str) -> None:
@@ -316,6 +318,29 @@ def follower(warn: Callable[[str], None] | None = None) -> Follower:
     if _follower is None:
         _follower = Follower.start(warn=warn or (lambda text: print(text, file=sys.stderr)))
     return _follower
+
+
+def in_mlflow(run_dirs: Sequence[Path], warn: Callable[[str], None] | None = None) -> bool:
+    """Wait until MLflow holds all of these, the last of which stands for them; ``SYNC_SECONDS`` for each at most.
+
+    What is missing then is told with the way to send it: the records themselves are whole.
+    """
+    told = warn or (lambda text: print(text, file=sys.stderr))
+    feeder = follower(warn)
+    is_late = threading.Timer(
+        QUIET_SECONDS, told, [f"waiting for MLflow to take the last records, {SYNC_SECONDS:.0f} s at most"]
+    )
+    is_late.daemon = True
+    is_late.start()
+    try:
+        synced = all(feeder.finished(path, timeout_seconds=SYNC_SECONDS) for path in run_dirs)
+    except KeyboardInterrupt:  # the work is done; only the wait is over
+        synced = False
+    finally:
+        is_late.cancel()
+    if not synced:
+        told(f"MLflow does not hold all records yet; send the rest with: fleetune sync {run_dirs[-1]}")
+    return synced
 
 
 def _check_tracking(spec: RunSpec) -> None:

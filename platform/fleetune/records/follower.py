@@ -128,9 +128,9 @@ class _Watched:
         self.retry_seconds, self.due_at = FIRST_RETRY_SECONDS, 0.0
 
     def state(self) -> tuple[int, ...]:
-        """Changes whenever a round or the result was written."""
+        """Changes whenever a round, a sweep's table or the result was written."""
         stamps = []
-        for name in ("checkpoint/records", "result.json", "rounds.parquet"):
+        for name in ("checkpoint/records", "result.json", "rounds.parquet", "trials.parquet"):
             with contextlib.suppress(OSError):
                 stamps.append(os.stat(os.path.join(self.path, name)).st_mtime_ns)
         return tuple(stamps)
@@ -139,14 +139,14 @@ class _Watched:
         """One pass; True once the run is over and all of it is in the store. Raises where the store cannot be
         used.
         """
-        from fleetune.records.tracking import Tracker
+        from fleetune.records.tracking import tracker_of
 
         state = self.state()
         if state == self.seen and not interrupted:
             return False
         try:
             if self.tracker is None:
-                self.tracker = Tracker(open_directory(self.path), live=True)
+                self.tracker = tracker_of(open_directory(self.path), live=True)
             over = self.tracker.run.result() is not None
             self.tracker.push(interrupted=interrupted)
         except Exception:

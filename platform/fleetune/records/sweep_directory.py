@@ -52,6 +52,22 @@ class SweepDirectory(RunDirectory):
         table["run_dir"] = [self._run_path(place) for place in table["run_dir"]]
         return table
 
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per trial as plain values, in order of their numbers, with ``overrides`` as they were written; null is None."""
+        import pyarrow.parquet as pq
+
+        try:
+            rows = pq.read_table(self.path / "trials.parquet").to_pylist()
+        except FileNotFoundError:
+            return []
+        for row in rows:
+            row["run_dir"] = self._run_path(row["run_dir"])
+            changed = {name: row.pop(name) for name in list(row) if name.startswith(PREFIX)}
+            row["overrides"] = {
+                name.removeprefix(PREFIX): value for name, value in changed.items() if value is not None
+            }
+        return rows
+
     def write_csv(self) -> None:
         """Write ``trials.csv``, which MLflow's UI and spreadsheets show as a table. Texts that a spreadsheet would take for a
         formula get a quote before them (OWASP, CSV injection); numbers stay numbers.

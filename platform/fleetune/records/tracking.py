@@ -9,14 +9,13 @@ that are not finite are not sent at all.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import getpass
 import hashlib
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,13 +25,16 @@ from pydantic import field_validator
 from fleetune.config import Config
 from fleetune.errors import UserError
 from fleetune.records.access import check_access, check_no_secret, without_password
+from fleetune.records.artifacts import files_of
 from fleetune.records.follower import Follower
 from fleetune.records.metrics import RoundMetrics, number
 from fleetune.records.naming import flatten, method_of, run_name, shown
 from fleetune.records.note import note
 from fleetune.records.run_directory import RunDirectory, parent_of
 from fleetune.records.sweep_directory import SweepDirectory, open_directory
+from fleetune.records.tracking_client import QUIET, is_of_the_store, made_once, make_client
 from fleetune.records.tracking_models import log_adapter
+from fleetune.records.tracking_store import ensure_store, locked
 from fleetune.records.tracking_system import SystemMetrics
 
 __all__ = ["Follower", "SyncReport", "Tracker", "TrackingConfig", "default_uri", "open_ui", "sync"]
@@ -61,7 +63,8 @@ EXPERIMENT_TAGS = {
 }
 # A parameter longer than this is of no use in a table; MLflow's own limit is 6,000 (mlflow 3.17).
 PARAM_LENGTH = 500
-SENT = ("num_metrics", "num_params", "num_artifacts")
+# On the copy of a run that a sweep took as it was found: the id of the run.
+REUSED_FROM = "reused_from"
 
 
 class TrackingConfig(Config):
@@ -95,6 +98,15 @@ class SyncReport:
     num_metrics: int
     num_params: int
     num_artifacts: int
+    left_out: tuple[str, ...] = ()
+    """Links among the run's files that lead out of its directory: they are not followed."""
+
+    def with_parts_of(self, other: SyncReport) -> SyncReport:
+        """The same destination, and the sums of what was sent."""
+        counts = {
+            name: getattr(self, name) + getattr(other, name) for name in ("num_metrics", "num_params", "num_artifacts")
+        }
+        return replace(self, **counts, left_out=(*self.left_out, *other.left_out))
 
 
 def default_uri(workspace: str | Path) -> str:
@@ -105,24 +117,41 @@ def default_uri(workspace: str | Path) -> str:
 def sync(run_dir: str | Path, *, uri: str | None = None) -> SyncReport:
     """Sends what the store has not got of a run, or of a sweep and all its trials. UserError where it cannot be used."""
     run = open_directory(run_dir)
-    tracker = Tracker(run, uri=uri)
+    tracker = tracker_of(run, uri=uri)
     check_access(tracker.uri)
-    trials = run.runs() if isinstance(run, SweepDirectory) else []
+    trials = own_trials(run) if isinstance(run, SweepDirectory) else []
     for one in (run, *trials):  # what was damaged is not passed on
         one.check()
     try:
+        reports = [Tracker(trial, uri=uri).push() for trial in trials]
         sent = tracker.push()
-        for trial in trials:
-            more = Tracker(trial, uri=uri).push()
-            sent = replace(sent, **{name: getattr(sent, name) + getattr(more, name) for name in SENT})
+        for report in reports:
+            sent = sent.with_parts_of(report)
         return sent
     except UserError:
         raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if not is_of_the_store(error):
+            hint = "restore the file that is damaged, or run it again"
+            raise UserError(f"cannot be read: {reason}", field="run_dir", value=str(run.path), hint=hint) from error
         hint = f"is the server up? later: fleetune sync {run.path}"
         where = without_password(tracker.uri)
         raise UserError(f"MLflow cannot be reached: {reason}", field="tracking.uri", value=where, hint=hint) from error
+
+
+def tracker_of(run: RunDirectory, *, uri: str | None = None, live: bool = False) -> Tracker:
+    """A run's tracker, or a sweep's."""
+    from fleetune.records.tracking_sweep import SweepTracker
+
+    return (
+        SweepTracker(run, uri=uri, live=live) if isinstance(run, SweepDirectory) else Tracker(run, uri=uri, live=live)
+    )
+
+
+def own_trials(sweep: SweepDirectory) -> list[RunDirectory]:
+    """The trials that this sweep ran itself; others were taken as they were found."""
+    return [run for run in sweep.runs() if parent_of(run) == sweep.path]
 
 
 class Tracker:
@@ -142,17 +171,20 @@ class Tracker:
         self._sent: dict[str, set[int]] | None = None
         self._ids: tuple[str, str] = ("", "")
         self._closed = False
+        self._left_out: list[str] = []
+        self._notes, self._note = run, "checkpoint/mlflow.json"  # where is noted what the store was sent
 
     def push(self, *, interrupted: bool = False) -> SyncReport:
         """One pass: rounds not sent yet; once the run is over (``interrupted``: without a result) also artifacts and status."""
-        with _locked(self.run.path / "checkpoint" / "mlflow.lock"):
+        with locked(self._notes.path / "checkpoint" / "mlflow.lock"):
             num_params = self._connect() if self._sent is None else 0
             result = self.run.result()  # before the rounds: where there is a result, there are no rounds to come
             num_metrics = self._push_rounds()
             num_artifacts = 0
             if (result or interrupted) and not self._closed:
                 num_artifacts = self._close(result)
-        return SyncReport(without_password(self.uri), *self._ids, num_metrics, num_params, num_artifacts)
+        sent = (num_metrics, num_params, num_artifacts)
+        return SyncReport(without_password(self.uri), *self._ids, *sent, left_out=tuple(self._left_out))
 
     # ------------------------------------------------------------------ the run in the store
 
@@ -160,12 +192,13 @@ class Tracker:
         """Finds or makes the experiment and the run, sends params, tags and dataset, and asks which steps are
         there.
         """
-        self._client = _client(self.uri)
+        self._client = make_client(self.uri)
         experiment_id = self._experiment_id()
-        stored = self._find_run(experiment_id) or self._create_run(experiment_id)
+        stored = self._find_run(experiment_id) or made_once(
+            lambda: self._create_run(experiment_id), lambda: self._search_run(experiment_id)
+        )
         self._ids = (stored.info.experiment_id, stored.info.run_id)
-        state = {"uri": without_password(self.uri), "experiment_id": self._ids[0], "run_id": self._ids[1]}
-        self.run.write("checkpoint/mlflow.json", json.dumps({**self._state(), **state}, indent=2).encode())
+        self._write_state(uri=without_password(self.uri), experiment_id=self._ids[0], run_id=self._ids[1])
         num_params = self._push_params(stored.data.params)
         self._push_dataset()
         if self._live and stored.info.status != "RUNNING" and self.run.result() is None:  # resumed
@@ -183,7 +216,9 @@ class Tracker:
         if found is None:
             local = not self.uri.startswith(("http", "databricks"))  # a server keeps artifacts where it was told to
             place = (self.run.workspace / "mlartifacts").as_uri() if local else None
-            with contextlib.suppress(MlflowException):  # another process was faster
+            with contextlib.suppress(
+                MlflowException
+            ):  # another process was faster, or the answer was lost: names are unique
                 return self._client.create_experiment(name, artifact_location=place, tags=EXPERIMENT_TAGS)
             found = self._client.get_experiment_by_name(name)
             if found is None:
@@ -205,9 +240,25 @@ class Tracker:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
+        return self._search_run(experiment_id)
+
+    def _search_run(self, experiment_id: str) -> Any:
+        """The run by its tag; None where there is none. Of several, which a lost answer can make, the one that holds most."""
         query = f"tags.fleetune_run_id = '{self.run.run_id}'"
-        found = self._client.search_runs([experiment_id], filter_string=query, max_results=1)
-        return found[0] if found else None
+        found = [run for run in self._client.search_runs([experiment_id], filter_string=query) if self._is_mine(run)]
+        return max(found, key=lambda run: (len(run.data.metrics), len(run.data.params), run.info.run_id), default=None)
+
+    def _is_mine(self, stored: Any) -> bool:
+        """Whether a run with this one's id is it, and not a copy under a sweep that reused it."""
+        return REUSED_FROM not in stored.data.tags
+
+    def _remove_doubles(self) -> None:
+        """Runs that were made twice because an answer came too late to be waited for: those that hold nothing go to the trash."""
+        query = f"tags.fleetune_run_id = '{self.run.run_id}'"
+        for stored in self._client.search_runs([self._ids[0]], filter_string=query):
+            is_empty = not stored.data.metrics and not stored.data.params
+            if is_empty and stored.info.run_id != self._ids[1] and self._is_mine(stored):
+                self._client.delete_run(stored.info.run_id)
 
     def _create_run(self, experiment_id: str) -> Any:
         started_at_ms = int(self.run.meta.get("started_at", time.time()) * 1000)
@@ -230,14 +281,21 @@ class Tracker:
             "mlflow.source.git.commit": meta.get("git_commit"),
             "mlflow.note.content": note(self.run),
         }
+        return {k: str(v) for k, v in {**tags, **self._parent_tags()}.items() if v is not None}
+
+    def _parent_tags(self) -> dict[str, str]:
         parent = parent_of(self.run)
-        if parent and (parent / SweepDirectory.SPEC).is_file():
-            tags["mlflow.parentRunId"] = Tracker(SweepDirectory.open(parent), uri=self.uri).run_id()
-        return {k: str(v) for k, v in tags.items() if v is not None}
+        if (
+            parent is None
+            or not (parent / SweepDirectory.SPEC).is_file()
+            or not parent.is_relative_to(self.run.workspace)
+        ):
+            return {}
+        return {"mlflow.parentRunId": Tracker(SweepDirectory.open(parent), uri=self.uri).run_id()}
 
     def run_id(self) -> str:
         """The run's id in the store; made now where there is none yet."""
-        with _locked(self.run.path / "checkpoint" / "mlflow.lock"):
+        with locked(self._notes.path / "checkpoint" / "mlflow.lock"):
             if self._sent is None:
                 self._connect()
         return self._ids[1]
@@ -294,9 +352,8 @@ class Tracker:
         """
         if result and not self._metrics.next_round:
             self._push_result(result)
-        num_artifacts = self._push_artifacts()
-        if result and (self.run.path / "adapter").is_dir():
-            log_adapter(self._client, self.run, *self._ids)
+        num_artifacts = self._push_files(result)
+        self._remove_doubles()
         status = str(result.get("status", "finished")) if result else "interrupted"
         self._set_tags({"status": status, "mlflow.note.content": note(self.run)})
         over = {"finished": "FINISHED", "stopped": "FINISHED", "interrupted": "KILLED"}.get(status, "FAILED")
@@ -316,6 +373,13 @@ class Tracker:
         news = [Metric(k, v, now_ms, 0) for k, v in values.items() if v is not None and 0 not in self._sent.get(k, ())]
         self._client.log_batch(self._ids[1], metrics=news)
 
+    def _push_files(self, result: dict[str, Any] | None) -> int:
+        """Artifacts, among them the adapter, which is entered among the experiment's models."""
+        num_artifacts = self._push_artifacts()
+        if result and (self.run.path / "adapter").is_dir():
+            log_adapter(self._client, self.run, *self._ids)
+        return num_artifacts
+
     def _push_artifacts(self) -> int:
         """Uploads files whose content the store does not have; what was sent is noted in
         ``checkpoint/mlflow.json``.
@@ -327,7 +391,8 @@ class Tracker:
         state = self._state()
         sent = state.get("artifacts", {}) if state.get("artifacts_of") == self._ids[1] else {}
         num_sent = 0
-        for path in _files(self.run.path):
+        files, self._left_out = files_of(self.run.path, ARTIFACTS)
+        for path in files:
             name = path.relative_to(self.run.path)
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             if sent.get(str(name)) != digest:
@@ -335,8 +400,7 @@ class Tracker:
                 self._client.log_artifact(self._ids[1], str(path), folder)
                 sent[str(name)] = digest
                 num_sent += 1
-        noted = {**state, "artifacts_of": self._ids[1], "artifacts": sent}
-        self.run.write("checkpoint/mlflow.json", json.dumps(noted, indent=2).encode())
+        self._write_state(artifacts_of=self._ids[1], artifacts=sent)
         return num_sent
 
     def _set_tags(self, tags: Mapping[str, str]) -> None:
@@ -347,8 +411,11 @@ class Tracker:
     def _state(self) -> dict[str, Any]:
         """What was noted of this run in a store."""
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-            return json.loads((self.run.path / "checkpoint" / "mlflow.json").read_text())
+            return json.loads((self._notes.path / self._note).read_text())
         return {}
+
+    def _write_state(self, **fields: Any) -> None:
+        self._notes.write(self._note, json.dumps({**self._state(), **fields}, indent=2).encode())
 
 
 def open_ui(workspace: str | Path, port: int = 5000, *, uri: str | None = None) -> NoReturn:
@@ -358,6 +425,7 @@ def open_ui(workspace: str | Path, port: int = 5000, *, uri: str | None = None) 
     if uri is None and not (workspace / "mlflow.db").exists():
         hint = "run a job here first, or send a run's records: fleetune sync RUN_DIR"
         raise UserError("this workspace has no MLflow store yet", field="workspace", value=str(workspace), hint=hint)
+    ensure_store(store)
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--host", "127.0.0.1"]
     command += [
         "--port",
@@ -369,44 +437,3 @@ def open_ui(workspace: str | Path, port: int = 5000, *, uri: str | None = None) 
     ]
     # In place of this process, so that stopping it stops the server.
     os.execve(sys.executable, command, {**os.environ, **QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
-
-
-# No usage reports, no links printed between our own lines, and a server that is away is noticed within
-# seconds.
-QUIET = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "GIT_PYTHON_REFRESH": "quiet",
-}
-IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-
-
-def _client(uri: str) -> Any:
-    for name, value in {**QUIET, **IMPATIENT}.items():
-        os.environ.setdefault(name, value)
-    import logging
-
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri)
-
-
-def _files(run_path: Path) -> Iterator[Path]:
-    for name in ARTIFACTS:
-        path = run_path / name
-        yield from (
-            sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else ([path] if path.is_file() else [])
-        )
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time sends a run, so that two cannot make it twice."""
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -6,6 +6,7 @@ from typing import Any
 
 from fleetune.records.naming import flatten, method_of, run_name, shown
 from fleetune.records.run_directory import RunDirectory
+from fleetune.records.tracking_client import made_once
 
 TOLD = (
     "model.base",
@@ -26,16 +27,30 @@ def log_adapter(client: Any, run: RunDirectory, experiment_id: str, mlflow_run_i
     if stored.outputs is not None and stored.outputs.model_outputs:
         return
     flat = flatten(run.spec)
-    model = client.create_logged_model(
-        experiment_id,
-        name=_name(run),
-        source_run_id=mlflow_run_id,
-        tags={"files": f"runs:/{mlflow_run_id}/adapter", "method": method_of(run), "fleetune_run_id": run.run_id},
-        params={field: shown(flat[field]) for field in TOLD if field in flat},
-        model_type="peft-adapter",
-    )
+
+    def find() -> Any:
+        query = f"tags.fleetune_run_id = '{run.run_id}'"
+        found = client.search_logged_models([experiment_id], filter_string=query)
+        return next((model for model in found if model.source_run_id == mlflow_run_id), None)
+
+    def make() -> Any:
+        return client.create_logged_model(
+            experiment_id,
+            name=_name(run),
+            source_run_id=mlflow_run_id,
+            tags={"files": f"runs:/{mlflow_run_id}/adapter", "method": method_of(run), "fleetune_run_id": run.run_id},
+            params={field: shown(flat[field]) for field in TOLD if field in flat},
+            model_type="peft-adapter",
+        )
+
+    def outputs() -> Any:
+        told = client.get_run(mlflow_run_id).outputs
+        return told.model_outputs or None if told is not None else None
+
+    model = find() or made_once(make, find)  # found where an earlier pass was cut off between this and what follows
     client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-    client.log_outputs(mlflow_run_id, [LoggedModelOutput(model.model_id, step=int(flat["rounds.num_rounds"]))])
+    output = LoggedModelOutput(model.model_id, step=int(flat["rounds.num_rounds"]))
+    made_once(lambda: client.log_outputs(mlflow_run_id, [output]), outputs)
 
 
 def _name(run: RunDirectory) -> str:

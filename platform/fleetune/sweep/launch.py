@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from fleetune.sweep.resident import inputs_key
 
 Warn = Callable[[str], None]
 MAX_SHARED = 32  # assumed: further seeds and data sets are read by the trials themselves
-SYNC_SECONDS = 60.0  # how long to wait for one more trial to arrive in MLflow
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,8 @@ class SweepResult:
     """Trials by state."""
     best: dict[str, Any] | None
     failures: list[dict[str, Any]]
+    synced: bool | None = None
+    """Whether MLflow holds all of it; None where that was not asked."""
 
     def to_dict(self) -> dict[str, Any]:
         """As ``--json`` prints it."""
@@ -101,9 +102,7 @@ def run(
                 raise Stopped("the same command again") from None
         driver.save()
         result = _summarise(sweep, directory, board)
-    if example.tracking.enabled:
-        _wait_for_mlflow(directory, board, warn)
-    return result
+    return replace(result, synced=_in_mlflow(directory, board, warn)) if example.tracking.enabled else result
 
 
 def _plan(sweep: SweepSpec, path: Path) -> tuple[list[Trial], list[Trial], Any]:
@@ -210,12 +209,8 @@ def _summarise(sweep: SweepSpec, directory: SweepDirectory, board: Board) -> Swe
     return SweepResult(directory.path, status, counts, told, failures)
 
 
-def _wait_for_mlflow(directory: SweepDirectory, board: Board, warn: Warn) -> None:
-    """Until MLflow has all trials, then the sweep itself; not for longer than one of them may take."""
-    follower = launch.follower(warn)
-    own = [
-        e.run.path for e in board.entries.values() if e.has_begun and e.run.path.name.startswith(directory.path.name)
-    ]
-    for path in [*own, directory.path]:
-        if not follower.finished(path, timeout_seconds=SYNC_SECONDS):
-            break
+def _in_mlflow(directory: SweepDirectory, board: Board, warn: Warn) -> bool:
+    """Whether MLflow has all trials that this sweep ran, and then the sweep itself with those that it reused."""
+    own = f"{directory.path.name}-"
+    paths = [e.run.path for e in board.entries.values() if e.has_begun and e.run.path.name.startswith(own)]
+    return launch.in_mlflow([*paths, directory.path], warn)
