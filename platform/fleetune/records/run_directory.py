@@ -115,8 +115,8 @@ class RunDirectory:
 
     @property
     def workspace(self) -> Path:
-        """The workspace the run belongs to; found from the run's place, so a workspace can be moved."""
-        return Path(os.path.normpath(self.path / self.meta.get("workspace", "../..")))
+        """The workspace the run belongs to: two folders up, whatever its files say, as it may come from somebody else."""
+        return self.path.parent.parent
 
     # ------------------------------------------------------------------ rounds, written
 

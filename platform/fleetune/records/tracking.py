@@ -151,7 +151,8 @@ def tracker_of(run: RunDirectory, *, uri: str | None = None, live: bool = False)
 
 def own_trials(sweep: SweepDirectory) -> list[RunDirectory]:
     """The trials that this sweep ran itself; others were taken as they were found."""
-    return [run for run in sweep.runs() if parent_of(run) == sweep.path]
+    runs = [run for run in sweep.runs() if parent_of(run) == sweep.path]
+    return [run for run in runs if run.path.is_relative_to(sweep.workspace)]
 
 
 class Tracker:
