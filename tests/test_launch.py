@@ -247,7 +247,10 @@ def same_records(one: Path, other: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_run_joins_a_cluster_only_where_it_is_told_to(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path):
-    """The same job on a running cluster, beside it on a Ray of its own, and serially: three times the same records."""
+    """The same job on a running cluster, beside it on a Ray of its own, and serially: three times the same records.
+
+    Its own Ray listens on this machine alone, and asks for a token that no file holds.
+    """
     job = commands.job_file(tmp_path, {"execution.hosts": 1, "execution.kind": "ray"})
     access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}  # its own, whatever this machine has
     with cluster(tmp_path_factory.mktemp("r"), access) as address:
@@ -255,8 +258,26 @@ def test_a_run_joins_a_cluster_only_where_it_is_told_to(tmp_path_factory: pytest
         assert joined.status == 0, joined.stderr
         assert joined.document["status"] == "finished"
         # Without --address, Ray would join the cluster that runs here, whoever's it is.
-        beside = commands.finish(commands.start("run", job, "-w", tmp_path, "--json"))
+        home = tmp_path / "home"
+        home.mkdir()
+        process = commands.start("run", job, "-w", tmp_path, "--json", HOME=str(home))
+        seen: set[tuple[str, str]] = set()
+        modes: set[tuple[str | None, int]] = set()
+        while process.poll() is None:
+            for one in in_session(process.pid):
+                with contextlib.suppress(psutil.Error):
+                    seen |= {
+                        (one.name(), c.laddr.ip) for c in one.net_connections("inet") if c.status == psutil.CONN_LISTEN
+                    }
+                    if one.name() == "gcs_server":
+                        modes.add((one.environ().get("RAY_AUTH_MODE"), len(one.environ().get("RAY_AUTH_TOKEN", ""))))
+            time.sleep(0.1)
+        beside = commands.finish(process)
         assert beside.status == 0, beside.stderr
+        assert {"gcs_server", "raylet"} <= {name for name, _ in seen}
+        assert {ip for _, ip in seen} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+        assert modes == {("token", 64)}
+        assert not (home / ".ray" / "auth_token").exists()
     serial = launch.run(quiet(job), workspace=tmp_path)
     for document in (joined.document, beside.document):
         same_records(Path(document["run_dir"]), serial.run_dir)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from fleetune.engine import launch
 from fleetune.errors import UserError
 from fleetune.records import RunDirectory, SweepDirectory
 from fleetune.records.access import without_password
@@ -146,6 +147,88 @@ def test_trials_are_children_of_their_sweep(workspace: Path):
     assert {t.info.experiment_id for t in trials} == {stored.info.experiment_id}
 
 
+def test_no_link_is_followed_out_of_a_run(workspace: Path, tmp_path: Path):
+    """A run from somebody else: links to a file, to a folder and to what is under one lead to our own files. Links within it, and
+    a run directory that is itself a link, are as good as any; what a kill left half written is not sent.
+    """
+    import mlflow
+
+    private = tmp_path / "private"
+    private.mkdir()
+    (private / "key.png").write_text("secret")
+    run = make_run(workspace, "linked", spec=make_spec(num_rounds=1))
+    figures, adapter = run.path / "figures", run.path / "adapter"
+    figures.mkdir()
+    (figures / "x.png").symlink_to(private / "key.png")
+    (figures / "deep").symlink_to(private)
+    (figures / "gone.png").symlink_to(private / "nowhere")
+    (run.path / "trace.json").symlink_to(private / "key.png")
+    (figures / "inside.png").symlink_to(adapter / "adapter_config.json")
+    (adapter / ".adapter_config.json.77.tmp").write_text("half")
+    moved = tmp_path / "elsewhere"
+    run.path.rename(moved)
+    run.path.symlink_to(moved)
+    report = sync(run.path)
+    client = mlflow.MlflowClient(tracking_uri=default_uri(workspace))
+    sent = {
+        a.path for folder in (None, "figures", "adapter") for a in client.list_artifacts(report.mlflow_run_id, folder)
+    }
+    assert sent == {
+        *("spec.yaml", "result.json", "rounds.parquet", "clients.parquet"),
+        *("figures", "adapter", "figures/inside.png", "adapter/adapter_config.json"),
+    }
+    assert sorted(report.left_out) == ["figures/deep", "figures/gone.png", "figures/x.png", "trace.json"]
+
+
+def test_a_run_s_own_files_do_not_say_where_its_workspace_is(workspace: Path, tmp_path: Path):
+    """Nor does it get a parent outside of it: neither a store nor a note comes to be elsewhere."""
+    run = make_run(workspace, "redirected", spec=make_spec(num_rounds=1))
+    (run.path / "figures").mkdir()
+    stranger = SweepDirectory.create(tmp_path / "other", "s", {"name": "s"})
+    run.update_meta(workspace=str(tmp_path), parent_run_dir=str(stranger.path))
+    assert sync(run.path).uri == default_uri(workspace)
+    assert not (tmp_path / "mlflow.db").exists()
+    assert not (stranger.path / "checkpoint" / "mlflow.json").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 and no more", None], ids=["empty", "cut", "one byte"])
+def test_a_damaged_table_is_not_a_server_that_is_down(content: bytes | None, workspace: Path, capsys):
+    """The run is named, and how to go on; nothing is said of servers."""
+    run = make_run(workspace, f"damaged-{len(content or b'x')}", spec=make_spec(num_rounds=1))
+    path = run.path / "rounds.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-6] + b"\xff" + whole[-5:] if content is None else content)
+    with pytest.raises(UserError, match=r"rounds\.parquet|cannot be read|damaged") as caught:
+        sync(run.path)
+    assert str(run.path) in str(caught.value)
+    assert "server" not in str(caught.value)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_records_that_do_not_arrive_in_time_are_told(
+    is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A server that hangs: it is said that something is waited for, then that not all is there and how to send it."""
+
+    class Feeder:
+        def finished(self, path: Path, *, timeout_seconds: float) -> bool:
+            time.sleep(0 if is_there else 0.05)
+            return is_there
+
+    said: list[str] = []
+    monkeypatch.setattr(launch, "follower", lambda warn: Feeder())
+    monkeypatch.setattr(launch, "QUIET_SECONDS", 0.01)
+    assert launch.in_mlflow([tmp_path / "runs" / "a"], said.append) is is_there
+    assert [text.split(",")[0] for text in said] == (
+        []
+        if is_there
+        else [
+            "waiting for MLflow to take the last records",
+            f"MLflow does not hold all records yet; send the rest with: fleetune sync {tmp_path}/runs/a",
+        ]
+    )
+
+
 @pytest.mark.slow
 def test_follower_streams_while_the_run_goes_on(workspace: Path):
     """The first rounds are in the store before the run is over; a run that ends without a result is marked
@@ -163,7 +246,6 @@ def test_follower_streams_while_the_run_goes_on(workspace: Path):
     for row, clients in rounds[:4]:
         run.append_round(row, clients)
         orphan.append_round(row, clients)
-    wait_for((run.path / "checkpoint" / "mlflow.json").is_file)  # two processes must not make one SQLite store at once
     client = mlflow.MlflowClient(tracking_uri=default_uri(workspace))
     stored = wait_for(lambda: find(client, run, "metrics.`train/loss` > 0"))
     assert stored.info.status == "RUNNING"

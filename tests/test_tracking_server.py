@@ -76,10 +76,24 @@ def test_one_lost_answer_of_each_call_makes_nothing_twice(how: str, door: tuple[
     lossy, uri = door
     run = make_run(tmp_path, f"lossy-{how}", spec={**make_spec(num_rounds=3), "name": f"lossy {how}"})
     (run.path / "figures").mkdir()  # drawn already
-    endings = ("experiments/create", "runs/create", "log-inputs", "log-batch", "logged-models", "outputs", "runs/update")
+    endings = (
+        "experiments/create",
+        "runs/create",
+        "log-inputs",
+        "log-batch",
+        "logged-models",
+        "outputs",
+        "runs/update",
+    )
     lossy.lose, lossy.how, lossy.lost = dict.fromkeys(endings, 1), how, []
     report = sync(run.path, uri=uri)
-    assert {path.rpartition("/")[2] for path in lossy.lost} >= {"create", "log-inputs", "log-batch", "logged-models", "outputs"}
+    assert {path.rpartition("/")[2] for path in lossy.lost} >= {
+        "create",
+        "log-inputs",
+        "log-batch",
+        "logged-models",
+        "outputs",
+    }
     assert lossy.lose["runs/create"] == lossy.lose["logged-models"] == 0
     client = make_client(uri)
     (stored,) = client.search_runs([report.experiment_id], filter_string=f"tags.fleetune_run_id = '{run.run_id}'")

@@ -79,7 +79,9 @@ def test_a_kill_while_it_is_made_leaves_none(tmp_path: Path):
     assert not (tmp_path / "mlflow.db").exists()
 
 
-def test_one_that_an_earlier_version_left_half_made_is_made_anew(sent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_one_that_an_earlier_version_left_half_made_is_made_anew(
+    sent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """It held nothing yet. By `sync`; the half stays beside it, in case anybody should miss it."""
     monkeypatch.setattr(tracking_store, "_make", lambda path: shutil.copy(sent / "mlflow.db", path))  # takes seconds
     run = make_run(tmp_path, "a", spec=make_spec(num_rounds=2))
@@ -136,7 +138,9 @@ def is_no_database(path: Path) -> None:
     path.write_bytes(b"no database " * 100)
 
 
-@pytest.mark.parametrize(("spoil", "told"), [(is_of_the_future, "is of another MLflow"), (is_no_database, "is damaged")])
+@pytest.mark.parametrize(
+    ("spoil", "told"), [(is_of_the_future, "is of another MLflow"), (is_no_database, "is damaged")]
+)
 def test_one_that_cannot_be_used_says_so_and_is_left_alone(
     spoil: Callable[[Path], None], told: str, sent: Path, tmp_path: Path
 ):

@@ -41,7 +41,10 @@ def make_trial(sweep: SweepDirectory, number: int, rate: int) -> RunDirectory:
     meta = {"sweep": sweep.spec["name"], "parent_run_dir": f"../../sweeps/{sweep.path.name}"}
     spec = make_spec(seed=rate, num_rounds=3, growth_rate=rate)
     run = make_run(
-        sweep.workspace, f"{sweep.path.name}-{number:03d}", spec=spec, meta={**meta, "overrides": {"method.growth_rate": rate}}
+        sweep.workspace,
+        f"{sweep.path.name}-{number:03d}",
+        spec=spec,
+        meta={**meta, "overrides": {"method.growth_rate": rate}},
     )
     (run.path / "figures").mkdir()  # drawn already
     return run
@@ -130,7 +133,14 @@ def test_the_best_tag_follows_the_trials_as_they_end(workspace: Path):
 
     low = make_sweep(workspace, "low", metric="eval_loss")
     low.write_trials(
-        {"trial": n, "run_id": run.path.name, "run_dir": run.path, "status": "finished", "eval_loss": loss, "overrides": {}}
+        {
+            "trial": n,
+            "run_id": run.path.name,
+            "run_dir": run.path,
+            "status": "finished",
+            "eval_loss": loss,
+            "overrides": {},
+        }
         for n, (run, loss) in enumerate([(a, 2.0), (b, 1.0)])
     )
     assert best_of(children(workspace, sync(low.path).mlflow_run_id)) == [b.run_id]

@@ -227,6 +227,8 @@ def sync(
         _print_json(vars(sent))
     else:
         _say(f"{sent.uri}: sent {sent.num_metrics} metrics, {sent.num_params} params, {sent.num_artifacts} artifacts")
+        for link in sent.left_out:
+            _say(f"{link} is a link that leads out of the run's directory: not sent")
 
 
 @app.command()

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import socket
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from fleetune.errors import UserError
 
 # Set in what Ray's job server starts (ray._private.runtime_env.constants, 2.60).
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
+TOKEN = "RAY_AUTH_TOKEN"
+NO_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+_tokens: list[str] = []  # those that this process made
 
 # Hosts keep the pages of large stacks instead of giving them back and faulting them in again for every cohort.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(2 << 30)}
@@ -121,12 +126,38 @@ def connect(address: str | None) -> None:
         return
     common: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "namespace": "fleetune"}
     if address is None:  # "local", because without it Ray joins whatever cluster runs on this machine
-        ray.init(address="local", num_cpus=max(num_cores(), 1), include_dashboard=False, **common)
+        with _on_loopback():
+            ray.init(address="local", num_cpus=max(num_cores(), 1), include_dashboard=False, **common)
     else:
+        if _tokens and os.environ.get(TOKEN) == _tokens[-1]:  # that of a Ray of our own, which has ended
+            del os.environ[TOKEN]
         _knock(address)
         # A job of the cluster has its code already (fleetune submit), and Ray takes only one of both.
         sent = {} if IN_A_JOB in os.environ else {"py_modules": [str(Path(__file__).parent.parent)]}
         ray.init(address=address, runtime_env=sent, **common)
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that starts meanwhile listens on 127.0.0.1 alone, and asks for a token.
+
+    Ray has no option for the first: it takes the address that others reach this machine by, and binds its ports on all interfaces,
+    but where its clusters are switched off (ray._private.services.get_node_ip_address, 2.60). The token is one that was given, or
+    one of this process alone: in the environment, which other users cannot read, and in no file.
+    """
+    from ray._private import ray_constants
+
+    if not os.environ.get(TOKEN) and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        _tokens.append(secrets.token_hex(32))
+        os.environ[TOKEN] = _tokens[-1]
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    os.environ[NO_CLUSTERS] = "0"  # for the processes that Ray starts
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        del os.environ[NO_CLUSTERS]
 
 
 def num_cores() -> int:
