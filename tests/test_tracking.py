@@ -192,9 +192,9 @@ def test_a_run_s_own_files_do_not_say_where_its_workspace_is(workspace: Path, tm
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 and no more", None], ids=["empty", "cut", "one byte"])
-def test_a_damaged_table_is_not_a_server_that_is_down(content: bytes | None, workspace: Path, capsys):
+def test_a_damaged_table_is_not_a_server_that_is_down(content: bytes | None, workspace: Path):
     """The run is named, and how to go on; nothing is said of servers."""
-    run = make_run(workspace, f"damaged-{len(content or b'x')}", spec=make_spec(num_rounds=1))
+    run = make_run(workspace, f"damaged-{'flipped' if content is None else len(content)}", spec=make_spec(num_rounds=1))
     path = run.path / "rounds.parquet"
     whole = path.read_bytes()
     path.write_bytes(whole[:-6] + b"\xff" + whole[-5:] if content is None else content)

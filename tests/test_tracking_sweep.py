@@ -1,4 +1,4 @@
-"""Sweeps in MLflow that share trials: under each parent every trial once, its best tagged, whatever is interrupted or sent again."""
+"""Sweeps in MLflow that share trials: under each parent every trial once, its best tagged, however often it is sent."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def best_of(found: dict[str, Any]) -> list[str]:
 
 
 def test_two_sweeps_that_share_trials_have_all_of_them_each(workspace: Path):
-    """Growth rates 2 and 4, then 4 and 8, then 4 and a run by itself. Sent again, with and without our notes, nothing is added."""
+    """Growth rates 2 and 4, then 4 and 8, then 4 and a run by itself. Sent again, also without our notes, nothing is added."""
     first, second, third = (make_sweep(workspace, name) for name in ("first", "second", "third"))
     two, four, eight = make_trial(first, 0, 2), make_trial(first, 1, 4), make_trial(second, 1, 8)
     alone = make_run(workspace, "alone", spec=make_spec(seed=9, num_rounds=3))

@@ -141,9 +141,9 @@ def connect(address: str | None) -> None:
 def _on_loopback() -> Iterator[None]:
     """A Ray that starts meanwhile listens on 127.0.0.1 alone, and asks for a token.
 
-    Ray has no option for the first: it takes the address that others reach this machine by, and binds its ports on all interfaces,
-    but where its clusters are switched off (ray._private.services.get_node_ip_address, 2.60). The token is one that was given, or
-    one of this process alone: in the environment, which other users cannot read, and in no file.
+    Ray has no option for the first: it takes the address that others reach this machine by, and binds its ports on all
+    interfaces, but where its clusters are switched off (ray._private.services.get_node_ip_address, 2.60). The token is one that
+    was given, or one of this process alone: in the environment, which other users cannot read, and in no file.
     """
     from ray._private import ray_constants
 
