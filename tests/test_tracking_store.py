@@ -17,7 +17,7 @@ import pytest
 
 from fleetune.errors import UserError
 from fleetune.records import tracking_store
-from fleetune.records.tracking import default_uri, sync
+from fleetune.records.tracking import default_uri, open_ui, sync
 from fleetune.records.tracking_client import make_client
 from fleetune.records.tracking_store import ensure_store, newest_version, read_schema
 from stored import expected_steps, steps
@@ -91,6 +91,18 @@ def test_one_that_an_earlier_version_left_half_made_is_made_anew(
     report = sync(run.path)
     assert steps(report.uri, report.mlflow_run_id) == expected_steps(run)
     assert (tmp_path / "mlflow.db.half-made").exists()
+
+
+def test_the_ui_is_opened_on_a_whole_store(sent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The server would end at the half that a kill left; it listens on this machine alone."""
+    monkeypatch.setattr(tracking_store, "_make", lambda path: shutil.copy(sent / "mlflow.db", path))
+    commands: list[list[str]] = []
+    monkeypatch.setattr(os, "execve", lambda program, command, env: commands.append(command))
+    half_made(tmp_path / "mlflow.db")
+    open_ui(tmp_path)
+    assert read_schema(tmp_path / "mlflow.db").version == newest_version()
+    (command,) = commands
+    assert command[command.index("--host") + 1] == "127.0.0.1"
 
 
 def test_an_older_store_keeps_its_runs(sent: Path, tmp_path: Path):

@@ -232,10 +232,10 @@ class Tracker:
         """The run by the id we noted, or by its tag; None where the store has none, or only a deleted one."""
         from mlflow.exceptions import MlflowException
 
-        state = self._state()
-        if state.get("uri") == without_password(self.uri) and state.get("run_id"):
+        noted = self.noted_id()
+        if noted is not None:
             try:
-                stored = self._client.get_run(state["run_id"])
+                stored = self._client.get_run(noted)
                 if stored.info.lifecycle_stage == "active":
                     return stored
             except MlflowException as error:
@@ -300,6 +300,11 @@ class Tracker:
             if self._sent is None:
                 self._connect()
         return self._ids[1]
+
+    def noted_id(self) -> str | None:
+        """The run's id in this store as it was noted; None where nothing of it was sent there."""
+        state = self._state()
+        return state.get("run_id") if state.get("uri") == without_password(self.uri) else None
 
     def _push_params(self, present: Mapping[str, str]) -> int:
         from mlflow.entities import Param

@@ -65,14 +65,14 @@ class SweepTracker(Tracker):
         super().__init__(run, uri=uri, live=live)
         self._copies: dict[str, str] = {}
         """Trials that were reused, as far as they are in the store: run id -> MLflow's."""
+        self._reused: dict[str, bool] = {}
 
     def push(self, *, interrupted: bool = False) -> SyncReport:
         """One pass over the sweep's own run, and over what it alone knows of its trials."""
         sent = super().push(interrupted=interrupted)
         rows = [row for row in self.run.rows() if self._is_in_workspace(row["run_dir"])]
-        reused = [row for row in rows if parent_of(RunDirectory(Path(row["run_dir"]))) != self.run.path]
-        for row in reused:
-            if row["run_id"] not in self._copies:
+        for row in rows:
+            if row["run_id"] not in self._copies and self._is_reused(row):
                 run = ReusedRun(Path(row["run_dir"]), self.run, row["overrides"])
                 copied = ReusedTracker(run, self.run, self._ids, uri=self.uri).push()
                 self._copies[row["run_id"]] = copied.mlflow_run_id
@@ -81,6 +81,12 @@ class SweepTracker(Tracker):
         if self.run.result() is not None:
             self._release_replaced({row["run_id"] for row in rows})
         return sent
+
+    def _is_reused(self, row: dict[str, Any]) -> bool:
+        """Whether another sweep, or a run by itself, was taken for a trial."""
+        if row["run_id"] not in self._reused:
+            self._reused[row["run_id"]] = parent_of(RunDirectory(Path(row["run_dir"]))) != self.run.path
+        return self._reused[row["run_id"]]
 
     def _is_in_workspace(self, run_dir: str | None) -> bool:
         """Whether a trial has a run, and it lies where a sweep's runs do: the table of a stranger's sweep leads nowhere else."""
@@ -95,11 +101,12 @@ class SweepTracker(Tracker):
         if not scored:
             return
         best = max(scored, key=lambda row: sign * row[metric])
-        run = RunDirectory(Path(best["run_dir"]))
-        mlflow_id = self._copies.get(best["run_id"]) or Tracker(run, uri=self.uri).run_id()
+        mlflow_id = self._copies.get(best["run_id"]) or self._child_id(Path(best["run_dir"]))
         with locked(self.run.path / "checkpoint" / "mlflow.lock"):
             state = self._state()
             before = state.get(BEST, []) if state.get("best_of") == self._ids[1] else []
+            if before == [mlflow_id]:
+                return
             self._write_state(
                 best=[*before, mlflow_id], best_of=self._ids[1]
             )  # all that may have the tag, should a kill come
@@ -108,6 +115,11 @@ class SweepTracker(Tracker):
                     self._delete_tag(other, BEST)
             self._client.set_tag(mlflow_id, BEST, "true")
             self._write_state(best=[mlflow_id])
+
+    def _child_id(self, run_dir: Path) -> str:
+        """A trial's run in the store, as noted with it; made now where there is none yet."""
+        child = Tracker(RunDirectory(run_dir), uri=self.uri)
+        return child.noted_id() or child.run_id()
 
     def _release_replaced(self, run_ids: set[str]) -> None:
         """Trials of this sweep that broke off and were then found finished elsewhere stand under it no longer: the copies do."""
