@@ -136,6 +136,8 @@ def submit(
     command = [sys.executable, "-m", "fleetune", "submit", file, "--address", address, *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
     env = {**os.environ, **access, **variables}
+    if not access:
+        env.pop("RAY_AUTH_TOKEN", None)  # that of a Ray that this process started for another test
     return subprocess.Popen(command, cwd=project, env=env, text=True, start_new_session=True, **pipes)
 
 

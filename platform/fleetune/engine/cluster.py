@@ -24,7 +24,6 @@ IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 TOKEN = "RAY_AUTH_TOKEN"
 NO_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-_tokens: list[str] = []  # those that this process made
 
 # Hosts keep the pages of large stacks instead of giving them back and faulting them in again for every cohort.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(2 << 30)}
@@ -129,8 +128,6 @@ def connect(address: str | None) -> None:
         with _on_loopback():
             ray.init(address="local", num_cpus=max(num_cores(), 1), include_dashboard=False, **common)
     else:
-        if _tokens and os.environ.get(TOKEN) == _tokens[-1]:  # that of a Ray of our own, which has ended
-            del os.environ[TOKEN]
         _knock(address)
         # A job of the cluster has its code already (fleetune submit), and Ray takes only one of both.
         sent = {} if IN_A_JOB in os.environ else {"py_modules": [str(Path(__file__).parent.parent)]}
@@ -148,8 +145,7 @@ def _on_loopback() -> Iterator[None]:
     from ray._private import ray_constants
 
     if not os.environ.get(TOKEN) and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        _tokens.append(secrets.token_hex(32))
-        os.environ[TOKEN] = _tokens[-1]
+        os.environ[TOKEN] = secrets.token_hex(32)
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     os.environ[NO_CLUSTERS] = "0"  # for the processes that Ray starts
