@@ -72,6 +72,15 @@ def same_as(found: SweepDirectory, expected: list[runs.Finished]) -> None:
         assert loss == alone.rounds["eval_loss"].iloc[-1]
 
 
+def children(workspace: Path, sweep_dir: Path) -> list[str]:
+    """fleetune's ids of the runs that stand under a sweep's in MLflow, in order."""
+    own = "select run_uuid from tags where key = 'fleetune_run_id' and value = ?"
+    under = f"select run_uuid from tags where key = 'mlflow.parentRunId' and value in ({own})"
+    with sqlite3.connect(workspace / "mlflow.db") as store:
+        found = f"select value from tags where key = 'fleetune_run_id' and run_uuid in ({under})"
+        return sorted(run_id for (run_id,) in store.execute(found, [sweep_dir.name]))
+
+
 def in_mlflow(workspace: Path) -> dict[str, int]:
     """fleetune's run id -> how many runs MLflow has of it; all but the sweep are children, every step is there once."""
     with sqlite3.connect(workspace / "mlflow.db") as store:

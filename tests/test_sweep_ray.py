@@ -15,7 +15,7 @@ from fleetune.records import SweepDirectory
 from fleetune.sweep import config
 from fleetune.sweep.board import Board
 from fleetune.sweep.expansion import sweep_id
-from sweeping import NUM_ROUNDS, in_mlflow, local_ray, one_by_one, same_as, sweep, sweep_file
+from sweeping import NUM_ROUNDS, children, in_mlflow, local_ray, one_by_one, same_as, sweep, sweep_file
 from test_kill import started
 
 __all__ = ["local_ray"]
@@ -39,8 +39,13 @@ def test_a_sweep_and_what_a_further_launch_finds(tmp_path: Path):
 
     written = {run.path: (run.path / "result.json").stat().st_mtime_ns for run in directory.runs()}
     assert sweep(path, tmp_path) == result
-    other = sweep_file(tmp_path, grid={"method.growth_rate": [2, 3], "seed": [0, 1]})
-    more = SweepDirectory.open(sweep(other, tmp_path).sweep_dir).trials()
+    tracked = {"tracking.enabled": True}
+    other = sweep_file(tmp_path, base=tracked, grid={"method.growth_rate": [2, 3], "seed": [0, 1]})
+    second = sweep(other, tmp_path)
+    more = SweepDirectory.open(second.sweep_dir).trials()
+    assert (result.synced, second.synced) == (True, True)
+    assert children(tmp_path, second.sweep_dir) == sorted(more["run_id"])
+    assert children(tmp_path, result.sweep_dir) == sorted(table["run_id"])
     assert more["run_id"].tolist()[:2] == table["run_id"].tolist()[:2]
     assert not set(more["run_id"][2:]) & set(table["run_id"])
     assert {place: (place / "result.json").stat().st_mtime_ns for place in written} == written

@@ -12,7 +12,6 @@ import pytest
 
 from fleetune.records.tracking import sync
 from fleetune.records.tracking_client import make_client
-from fleetune.records.tracking_store import ensure_store
 from stored import expected_steps, steps
 from synthetic_runs import make_run, make_spec
 
@@ -56,7 +55,6 @@ def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LossyDoor, 
         patch.setenv("_MLFLOW_SERVER_ARTIFACT_ROOT", "mlflow-artifacts:/")
         patch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
         make_client(uri)
-        ensure_store(uri)
         from mlflow.server import app
         from werkzeug.serving import WSGIRequestHandler, make_server
 
