@@ -219,6 +219,9 @@ def test_records_that_do_not_arrive_in_time_are_told(
     monkeypatch.setattr(launch, "follower", lambda warn: Feeder())
     monkeypatch.setattr(launch, "QUIET_SECONDS", 0.01)
     assert launch.in_mlflow([tmp_path / "runs" / "a"], said.append) is is_there
+    document = launch.Result("a", tmp_path, "finished", synced=is_there).to_dict()
+    assert document.get("synced", True) is is_there
+    assert ("synced" in document) is not is_there
     assert [text.split(",")[0] for text in said] == (
         []
         if is_there

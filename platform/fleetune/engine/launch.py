@@ -6,7 +6,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,8 +52,13 @@ class Result:
     """Whether MLflow holds all of it; None where that was not asked."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As ``--json`` prints it."""
-        return {**vars(self), "run_dir": str(self.run_dir)}
+        """As ``--json`` prints it; ``synced`` only where it is false."""
+        return {**told(vars(self)), "run_dir": str(self.run_dir)}
+
+
+def told(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A result's fields, without ``synced`` where there is nothing to be done about it."""
+    return {name: value for name, value in fields.items() if name != "synced" or value is False}
 
 
 def run(
@@ -325,10 +330,10 @@ def in_mlflow(run_dirs: Sequence[Path], warn: Callable[[str], None] | None = Non
 
     What is missing then is told with the way to send it: the records themselves are whole.
     """
-    told = warn or (lambda text: print(text, file=sys.stderr))
+    say = warn or (lambda text: print(text, file=sys.stderr))
     feeder = follower(warn)
     is_late = threading.Timer(
-        QUIET_SECONDS, told, [f"waiting for MLflow to take the last records, {SYNC_SECONDS:.0f} s at most"]
+        QUIET_SECONDS, say, [f"waiting for MLflow to take the last records, {SYNC_SECONDS:.0f} s at most"]
     )
     is_late.daemon = True
     is_late.start()
@@ -339,7 +344,7 @@ def in_mlflow(run_dirs: Sequence[Path], warn: Callable[[str], None] | None = Non
     finally:
         is_late.cancel()
     if not synced:
-        told(f"MLflow does not hold all records yet; send the rest with: fleetune sync {run_dirs[-1]}")
+        say(f"MLflow does not hold all records yet; send the rest with: fleetune sync {run_dirs[-1]}")
     return synced
 
 

@@ -39,8 +39,8 @@ class SweepResult:
     """Whether MLflow holds all of it; None where that was not asked."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As ``--json`` prints it."""
-        return {**vars(self), "sweep_dir": str(self.sweep_dir)}
+        """As ``--json`` prints it; ``synced`` only where it is false."""
+        return {**launch.told(vars(self)), "sweep_dir": str(self.sweep_dir)}
 
     def lines(self) -> list[str]:
         """As a person reads it."""
