@@ -313,6 +313,7 @@ def test_server_killed_in_the_middle_of_a_run(tmp_path: Path):
     with server(tmp_path, port):
         for row, clients in rounds[7:]:
             run.append_round(row, clients)
+        run.consolidate()
         run.write_result({"status": "finished"})
         assert follower.finished(run.path, timeout_seconds=90)
         follower.close()
