@@ -41,6 +41,15 @@ MAX_DEPTH = 50  # assumed: a job file has five levels
 MAX_VALUES = 10_000  # assumed: a job file has a hundred; aliases of aliases double with every line
 MAX_INTEGER = 2**63 - 1
 
+# Fields and parts that change no bit of a result, and why. All others are in the hash.
+NO_RESULT_CHANGES = {
+    "name": "what a run is called",
+    "tracking": "where records are sent",
+    "execution.kind": "serial or Ray: lots, cohorts and the order of sums follow from the job alone",
+    "execution.hosts": "how many processes the same lots go through",
+    "execution.hosts_per_gpu": "which of them share a GPU",
+}
+
 
 class RunSpec(Config):
     """Everything that determines a run."""
@@ -76,11 +85,18 @@ class RunSpec(Config):
 
     @property
     def spec_hash(self) -> str:
-        """Identity of the results: all that can change them, and nothing else."""
-        values = self.to_dict()
-        del values["tracking"], values["name"]
-        values["execution"] = {k: values["execution"][k] for k in ("cohort", "threads", "device", "precision")}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+        """The spec's part of a run's identity: all fields but those that change no result. What is read is the other part
+        (`engine.content`).
+
+        Fields stand in the order of their declaration. A mapping keeps its own: among devices, the first takes ties.
+        """
+        values = {field: value for field, value in flatten(self.to_dict()).items() if changes_results(field)}
+        return hashlib.sha256(json.dumps(list(values.items())).encode()).hexdigest()[:16]
+
+
+def changes_results(field: str) -> bool:
+    """Whether a run's results depend on a dotted field, so that the field is part of the run's identity."""
+    return not any(field == each or field.startswith(f"{each}.") for each in NO_RESULT_CHANGES)
 
 
 def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunSpec:

@@ -44,8 +44,8 @@ class Examples:
         return replace(self, columns=picked)
 
     def digest(self) -> str:
-        """A hash of all text in all columns, for records of what was used."""
-        digest = hashlib.blake2b(digest_size=8)
+        """A hash of all text in all columns: what a run's data are known by. 32 hexadecimal digits."""
+        digest = hashlib.blake2b(digest_size=16)
         for name in sorted(self.columns):
             for text in (name, str(len(self)), *self.columns[name]):
                 data = text.encode("utf-8", "surrogatepass")
@@ -60,6 +60,8 @@ class Records:
     name: str
     train: Examples
     eval: Examples
+    content: dict[str, str]
+    """Field that names a source -> digest of all that it gave, before any of it was drawn."""
 
 
 def to_examples(table: Table, *, config: DataConfig, field: str = "data.dataset") -> Examples:

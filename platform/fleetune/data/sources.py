@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,7 @@ import numpy as np
 from fleetune.data.config import DataConfig
 from fleetune.data.files import Table, looks_like_a_file, read_file
 from fleetune.data.records import Examples, Records, to_examples
+from fleetune.digests import digest_of
 from fleetune.errors import UserError, nearest, unknown_name
 from fleetune.seeds import rng
 
@@ -27,9 +29,10 @@ EVAL_SPLITS = ("test", "validation", "dev", "eval")
 
 def load_records(config: DataConfig, *, seed: int) -> Records:
     """Read the dataset and its held-out examples; ``seed``, the run's, decides what is drawn at random."""
-    train, held_out = _source(config.dataset, config, split=config.split, field="data.dataset")
-    if config.eval_dataset is not None:
-        whole, test = _source(config.eval_dataset, config, split=None, field="data.eval_dataset")
+    sources = _sources(config)
+    train, held_out = sources["data.dataset"]
+    if "data.eval_dataset" in sources:
+        whole, test = sources["data.eval_dataset"]
         held_out = test or whole
     if held_out is None:
         train, held_out = _hold_out(train, config, seed=seed)
@@ -38,7 +41,25 @@ def load_records(config: DataConfig, *, seed: int) -> Records:
     if config.dataset not in DATASETS:
         _tell_unused(train, held_out)
         _tell_shared(train, held_out)
-    return Records(name=config.dataset, train=train, eval=held_out)
+    return Records(name=config.dataset, train=train, eval=held_out, content=_digests(sources))
+
+
+def read_content(config: DataConfig) -> dict[str, str]:
+    """What `load_records` says of its sources, as they are now."""
+    return _digests(_sources(config))
+
+
+def _sources(config: DataConfig) -> dict[str, tuple[Examples, Examples | None]]:
+    """Field that names a source -> its examples and those of its test split."""
+    sources = {"data.dataset": _source(config.dataset, config, split=config.split, field="data.dataset")}
+    if config.eval_dataset is not None:
+        held_out = _source(config.eval_dataset, config, split=None, field="data.eval_dataset")
+        sources["data.eval_dataset"] = held_out
+    return sources
+
+
+def _digests(sources: Mapping[str, tuple[Examples, Examples | None]]) -> dict[str, str]:
+    return {field: digest_of(part.digest() for part in parts if part is not None) for field, parts in sources.items()}
 
 
 def _tell_unused(train: Examples, held_out: Examples) -> None:

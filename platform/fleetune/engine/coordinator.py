@@ -244,10 +244,11 @@ class Coordinator:
         )
         if not is_base:
             return self._evaluate(model)
-        spec = self.spec
+        spec, inputs = self.spec, self.problem.inputs
         data = spec.data.model_dump_json(exclude={"partition"})
-        products = spec.execution.model_dump(include={"threads", "device", "precision"})
-        key = f"{spec.model.base} {spec.model.quantization} {data} {spec.evaluation} {spec.seed} {products}"
+        products = spec.execution.model_dump(include={"threads", "device", "precision", "kernels"})
+        read = sorted(pair for pair in inputs.content.items() if not pair[0].startswith("fleet."))
+        key = f"{inputs.base.key} {read} {data} {spec.evaluation} {spec.seed} {products}"
         if key not in self.baselines or not self.baselines[key].is_done():  # that of a run that failed never comes
             self.baselines[key] = self._evaluate(model)
         return self.baselines[key]

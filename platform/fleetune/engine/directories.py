@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fleetune.engine.content import identity
 from fleetune.engine.problem import Problem
 from fleetune.errors import UserError
 from fleetune.records.run_directory import RunDirectory
@@ -17,21 +18,29 @@ from fleetune.spec import RunSpec
 
 def run_meta(problem: Problem) -> dict[str, Any]:
     """What is known of a run besides its spec: identity, data, version of the code."""
-    spec = problem.spec
+    spec, content = problem.spec, problem.inputs.content
     dataset = {
         "name": problem.inputs.dataset_name,
         "source": spec.data.dataset,
+        "digest": content.get("data.dataset"),
         "num_examples": len(problem.inputs.train),
         "num_eval_examples": len(problem.inputs.evaluation.data),
     }
     model = {"trained": spec.model.base, "costed": spec.cost.model or spec.model.base}
-    return {"spec_hash": spec.spec_hash, "git_commit": git_commit(), "dataset": dataset, "model": model}
+    return {
+        "spec_hash": spec.spec_hash,
+        "identity": identity(spec, content),
+        "content": content,
+        "git_commit": git_commit(),
+        "dataset": dataset,
+        "model": model,
+    }
 
 
 def new_run_directory(spec: RunSpec, problem: Problem, workspace: Path, meta: dict[str, Any]) -> RunDirectory:
     """A directory of a new name. UserError where the workspace cannot be written to."""
     known = {**run_meta(problem), **meta}
-    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{slug(spec.name)}-{spec.spec_hash[:6]}"
+    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{slug(spec.name)}-{known['identity'][:6]}"
     number = 1
     while (workspace / "runs" / run_id).exists():
         number += 1

@@ -18,12 +18,14 @@ from fleetune.engine import cluster
 from fleetune.engine.checkpoint import saved_rounds
 from fleetune.engine.cluster import num_cores
 from fleetune.engine.config import ExecutionConfig
+from fleetune.engine.content import check_content
 from fleetune.engine.coordinator import Coordinator, Event
 from fleetune.engine.directories import locked, new_run_directory
 from fleetune.engine.executor import SerialExecutor
 from fleetune.engine.problem import Inputs, Problem, build_problem, load_inputs, set_threads
 from fleetune.engine.resolve import gpu_share, num_gpus, resolve_execution
 from fleetune.errors import RunFailed, Stopped, UserError
+from fleetune.models.base import base_content
 from fleetune.records.access import check_access
 from fleetune.records.run_directory import RunDirectory
 from fleetune.records.trace import write_trace
@@ -99,7 +101,10 @@ def resume(
         raise
     except UserError as error:
         raise files.damaged(run_dir.path / RunDirectory.SPEC, error, holds="what was run") from None
-    recorded = run_dir.meta.get("spec_hash")
+    meta, result = run_dir.meta, run_dir.result()
+    recorded = meta.get("spec_hash")
+    if meta.get("content") is None:
+        recorded = None  # a version that made another hash: what is finished is shown, what is not is refused below
     if recorded is not None and recorded != spec.spec_hash:
         raise UserError(
             f"its spec.yaml is not the one it was started with (hash {spec.spec_hash}, started with {recorded})",
@@ -107,15 +112,15 @@ def resume(
             value=str(path),
             hint="restore spec.yaml, or start a new run from the job file",
         )
-    result = run_dir.result()
     if result is not None and result.get("status") == "finished":
         run_dir.check()
         return Result(run_dir.run_id, run_dir.path, "finished", result.get("metrics", {}), result.get("totals", {}))
     _check_tracking(spec)
     with engine(spec, address=address, debug=debug) as eng:
         spec = eng.placed(eng.resolve(spec))  # nothing is left to decide, but there may be fewer cores or GPUs here
-        problem = build_problem(spec, eng.inputs(spec))
-        return _execute(eng, problem, run_dir, report=report, warn=warn)
+        inputs = eng.inputs(spec)
+        check_content(spec, meta.get("content"), inputs.content, run=str(path))
+        return _execute(eng, build_problem(spec, inputs), run_dir, report=report, warn=warn)
 
 
 def _execute(
@@ -223,8 +228,10 @@ class RayEngine(Engine):
         """Model and data, while Ray and the hosts start; a base model that is in the object store is not read again."""
         if not self._coordinators:
             threading.Thread(target=self._start_hosts, args=(spec.execution,), daemon=True).start()
-        loaded = self._bases.get(base_key(spec))
-        return load_inputs(spec, base=loaded[0] if loaded else None)
+        base, _ = self._bases.get(base_key(spec), (None, None))
+        if base is not None and base.content != base_content(base.folder):
+            base = None
+        return load_inputs(spec, base=base)
 
     def events(self, problem: Problem, run_dir: RunDirectory) -> Generator[Event, None, None]:
         """Hand the run to the coordinator actor and pass on its events."""
@@ -232,11 +239,11 @@ class RayEngine(Engine):
 
         self.cluster.wait()
         execution = problem.spec.execution
-        key = base_key(problem.spec)
-        known = self._bases.get(key)
-        shared = SharedInputs.put(problem.inputs, base=known[1] if known else None)
-        self._bases[key] = (problem.inputs.base, shared.base)
-        call = (key, problem.spec, shared, str(run_dir.path))
+        base = problem.inputs.base
+        known, ref = self._bases.get(base_key(problem.spec), (None, None))
+        shared = SharedInputs.put(problem.inputs, base=ref if known is not None and known.key == base.key else None)
+        self._bases[base_key(problem.spec)] = (base, shared.base)
+        call = (base.key, problem.spec, shared, str(run_dir.path))
         for is_last in (False, True):  # a coordinator that dies is replaced once, and goes on after the last round
             coordinator = self._coordinator(execution)
             stream = coordinator.run.options(num_returns="streaming").remote(*call)
@@ -354,5 +361,5 @@ def _check_tracking(spec: RunSpec) -> None:
 
 
 def base_key(spec: RunSpec) -> str:
-    """Runs with the same key share a base model."""
+    """Runs with the same key name the same base model. What it holds is `BaseModel.key`."""
     return f"{spec.model.base}/{spec.model.quantization}"

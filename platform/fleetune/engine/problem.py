@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from fleetune.data.dataset import TokenizedDataset
 from fleetune.data.partition import Partition, partition, partition_keys
 from fleetune.data.sources import load_records
 from fleetune.data.tokenize import continuations, tokenize
+from fleetune.engine.content import Content, check_devices, fleet_content, model_content
 from fleetune.engine.fits import check_answers, check_length, within_vocabulary
 from fleetune.engine.shares import check_adapt
 from fleetune.errors import UserError
@@ -23,7 +24,7 @@ from fleetune.fleet.availability_trace import AvailabilityTrace
 from fleetune.fleet.fleet import Fleet, build_fleet, read_availability
 from fleetune.methods import METHODS
 from fleetune.methods.base import Context, Method
-from fleetune.models.base import BaseModel, load_base, load_tokenizer
+from fleetune.models.base import BaseModel, check_unchanged, load_base, load_tokenizer
 from fleetune.models.network import linear_sites
 from fleetune.spec import RunSpec
 
@@ -49,6 +50,8 @@ class Inputs:
     dataset_name: str
     availability: AvailabilityTrace | None = None
     """When clients are available, where the job names a trace file."""
+    content: Content = field(default_factory=dict)
+    """What was read, part -> digest (`engine.content`)."""
     reader: AnswerReader | None = None
     """Reads generated answers as the model's own tokenizer does; nothing else in a worker needs one."""
 
@@ -71,10 +74,15 @@ class Problem:
 
 def load_inputs(spec: RunSpec, *, base: BaseModel | None = None, cache_dir: Path | None = None) -> Inputs:
     """Read model and data; UserError names the field where something is missing. ``base``: one that is loaded already."""
+    of_fleet = fleet_content(spec.fleet)
     availability = read_availability(spec.fleet, spec.seed)
+    if fleet_content(spec.fleet) != of_fleet:
+        path = spec.fleet.availability.path
+        raise UserError("was changed while it was read", field="fleet.availability.path", value=path, hint="try again")
     records = load_records(spec.data, seed=spec.seed)
     base = base or load_base(spec.model)
     tokenizer = load_tokenizer(base.folder)
+    check_unchanged(base)  # the tokenizer was read after the weights, which may have been here for long
     config = spec.data
     train = tokenize(records.train, tokenizer=tokenizer, config=config, cache_dir=cache_dir)
     held_out = tokenize(records.eval, tokenizer=tokenizer, config=config, cache_dir=cache_dir)
@@ -90,6 +98,7 @@ def load_inputs(spec: RunSpec, *, base: BaseModel | None = None, cache_dir: Path
         evaluation=EvalSet(held_out, continuations(records.eval, held_out, tokenizer=tokenizer, config=config)),
         dataset_name=records.name,
         availability=availability,
+        content={**records.content, **model_content(base.content), **of_fleet},
         reader=AnswerReader.of(tokenizer),
     )
 
@@ -113,6 +122,7 @@ def build_problem(spec: RunSpec, inputs: Inputs) -> Problem:
     check_adapt(spec, method)
     dealt = partition(spec.data.partition, num_clients=spec.fleet.num_clients, keys=inputs.keys, seed=spec.seed)
     fleet = build_fleet(spec.fleet, spec.seed, trace=inputs.availability)
+    check_devices(spec.fleet, inputs.content)
     problem = Problem(spec, inputs, fleet, dealt, method)
     if len(problem.eligible) < spec.rounds.clients_per_round:
         raise UserError(
@@ -138,10 +148,11 @@ def base_to_arrays(base: BaseModel) -> dict[str, Any]:
         "weights": arrays,
         "quantization": base.quantization,
         "folder": base.folder,
+        "content": base.content,
     }
 
 
 def base_from_arrays(parts: Mapping[str, Any]) -> BaseModel:
     """The inverse; weights are views into the mapped memory, and nobody writes to them."""
     weights = {name: torch.from_numpy(array) for name, array in parts["weights"].items()}
-    return BaseModel(parts["name"], parts["config"], weights, parts["quantization"], parts["folder"])
+    return BaseModel(parts["name"], parts["config"], weights, parts["quantization"], parts["folder"], parts["content"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fleetune.cost import shapes
+from fleetune.digests import digest_of, file_digests
 from fleetune.errors import UserError
 from fleetune.models.checkpoint import HEAD, read_weights
 from fleetune.models.config import ModelConfig
@@ -40,6 +41,8 @@ class BaseModel:
     quantization: str
     folder: str
     """Where the tokenizer lies: a folder, or a hub id."""
+    content: dict[str, str] = field(default_factory=dict)
+    """File -> digest of all that the model and its tokenizer are read from, as the weights were read."""
 
     def hf_config(self, num_layers: int | None = None) -> PretrainedConfig:
         """The architecture as transformers knows it, for ``num_layers`` blocks (default: all)."""
@@ -60,6 +63,12 @@ class BaseModel:
     def num_layers(self) -> int:
         """Blocks of the whole model."""
         return int(self.config["num_hidden_layers"])
+
+    @property
+    def key(self) -> str:
+        """Bases with the same key hold the same numbers."""
+        content = digest_of(part for pair in sorted(self.content.items()) for part in pair)
+        return f"{self.name}/{self.quantization}/{content}"
 
     @property
     def is_outline(self) -> bool:
@@ -135,14 +144,35 @@ def _check_rotary(values: dict[str, Any], name: str) -> None:
 
 
 def load_base(config: ModelConfig) -> BaseModel:
-    """Read the weights (safetensors only), in fp32 or quantised as the job file says."""
+    """Read the weights (safetensors only), in fp32 or quantised as the job file says. UserError where they change meanwhile."""
     name = config.base
+    load_config(config)  # what is not supported is refused before gigabytes are fetched, or read
+    content = base_content(name)
     values = load_config(config)
     shape = shapes.ModelShape.from_values(values)
     weights = read_weights(base_folder(name), name, shape, config.quantization)
     if HEAD in weights:
         values = {**values, "tie_word_embeddings": False}
-    return BaseModel(name, values, weights, config.quantization, find_base(name))
+    base = BaseModel(name, values, weights, config.quantization, find_base(name), content)
+    check_unchanged(base)
+    return base
+
+
+def base_content(name: str) -> dict[str, str]:
+    """File -> digest of all that a model and its tokenizer are read from. ``name`` as in ``model.base``."""
+    try:
+        return file_digests(base_files(name))
+    except OSError as error:
+        raise refusal(name, f"{error.filename} cannot be read: {error.strerror}") from None
+
+
+def check_unchanged(base: BaseModel) -> None:
+    """UserError where a file is no longer what it was when the weights were read."""
+    now = base_content(base.folder) if base.content else {}
+    changed = sorted(name for name in {*now, *base.content} if now.get(name) != base.content.get(name))
+    if changed:
+        rule = f"{changed[0]} was changed while the model was read"
+        raise refusal(base.name, rule, "try again when nobody writes to the folder")
 
 
 def load_tokenizer(folder: str) -> Any:

@@ -104,7 +104,8 @@ class _Stored:
     def read(self, tensor: str, name: str) -> Tensor:
         path, file = self.files[tensor]
         try:
-            return file.get_tensor(tensor).to(torch.float32)
+            # Copied, because what is read is a view of the file: who writes into that would change a run that goes on.
+            return file.get_tensor(tensor).to(torch.float32, copy=True)
         except Exception as error:
             raise _damaged(path, name, error) from error
 

@@ -23,6 +23,7 @@ from fleetune.data.dataset import TokenizedDataset
 from fleetune.data.files import looks_like_a_file
 from fleetune.data.sources import DATASETS
 from fleetune.data.tokenize import default_cache_dir
+from fleetune.digests import file_digest
 from fleetune.models.base import BaseModel
 from fleetune.spec import RunSpec
 
@@ -115,9 +116,8 @@ def _key(spec: RunSpec, files: list[Path]) -> str:
     partition = [spec.data.partition.kind in ("iid", "quantity"), spec.data.partition.key]
     digest = hashlib.blake2b(json.dumps([data, partition, spec.seed], sort_keys=True).encode(), digest_size=16)
     for path in files:
-        status = path.stat() if path.exists() else None
-        seen = (status.st_size, status.st_mtime_ns) if status else None
-        digest.update(f"{path.resolve()} {seen}".encode())
+        with contextlib.suppress(OSError):  # what cannot be read is told by who reads it
+            digest.update(f"{path.resolve()} {file_digest(path)}".encode())
     for source in sorted(Path(fleetune.data.__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()

@@ -273,6 +273,7 @@ class Tracker:
             "fleetune_run_id": self.run.run_id,
             "method": method_of(self.run) if "method" in self.run.spec else None,
             "spec_hash": meta.get("spec_hash"),
+            "identity": meta.get("identity"),
             "git_commit": meta.get("git_commit"),
             "sweep": meta.get("sweep"),
             "trained_model": meta.get("model", {}).get("trained"),
@@ -325,7 +326,7 @@ class Tracker:
         if not dataset:
             return
         name, source = str(dataset["name"]), str(dataset.get("source") or dataset["name"])
-        digest = str(dataset.get("digest") or hashlib.sha256(source.encode()).hexdigest())[:36]  # MLflow's limit
+        digest = str(dataset.get("digest") or "unknown")[:36]  # MLflow's limit; runs of old did not note one
         profile = {k: v for k, v in dataset.items() if k not in ("name", "digest", "source")}
         kind = "hf" if "/" in source and not Path(source).exists() else "local"
         where = json.dumps({"path": source} if kind == "hf" else {"uri": source})

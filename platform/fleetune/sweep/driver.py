@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fleetune.engine import launch
+from fleetune.engine.content import Contents, identity
 from fleetune.engine.directories import git_commit
+from fleetune.errors import UserError
 from fleetune.records.run_directory import RunDirectory
 from fleetune.records.sweep_directory import SweepDirectory
 from fleetune.sweep.board import OVER, Board, Entry
 from fleetune.sweep.config import SweepSpec
-from fleetune.sweep.expansion import Trial
+from fleetune.sweep.expansion import Trial, in_trial
 from fleetune.sweep.resident import Order
 from fleetune.sweep.store import finished_runs
 
@@ -147,23 +149,44 @@ class Driver:
             self.pending.append(number)
 
 
-def take_stock(board: Board, trials: Sequence[Trial], sweep_path: Path) -> int:
+class Stock(NamedTuple):
+    """What was remarkable about the runs that were there already, in trials."""
+
+    of_other_code: int
+    """Finished by another version of the code, and taken as they are."""
+    outdated: int
+    """This sweep's own, but what they read has changed since, or they are of a version that did not note it."""
+
+
+def take_stock(board: Board, trials: Sequence[Trial], sweep_path: Path) -> Stock:
     """Enter trials with what is there of them: this sweep's own runs, or the same job finished by whoever.
 
-    Returns how many were finished by another version of the code.
+    A run counts where it read what the trial would read now; otherwise it stays as it is, and another begins beside it.
     """
     workspace = sweep_path.parent.parent
-    elsewhere = finished_runs(workspace)
-    commit, others = git_commit(), 0
+    elsewhere, contents = finished_runs(workspace), Contents()
+    commit, others, outdated = git_commit(), 0, 0
     for trial in trials:
-        own = RunDirectory(workspace / "runs" / f"{sweep_path.name}-{trial.number:03d}")
-        entry = Entry(trial, own)
+        entry = Entry(trial, RunDirectory(workspace / "runs" / f"{sweep_path.name}-{trial.number:03d}"))
+        finished = elsewhere.get(trial.spec.spec_hash, [])
+        if entry.has_begun or finished:
+            wanted = _identity(trial, contents)
+            finished = [run for run in finished if run.meta.get("identity") == wanted]
+            if entry.has_begun and entry.run.meta.get("identity") != wanted:
+                entry = Entry(trial, RunDirectory(entry.run.path.with_name(f"{entry.run.path.name}-{wanted[:6]}")))
+                outdated += 1
         if entry.has_begun:
             entry.take_result()
-        other = elsewhere.get(trial.spec.spec_hash)
-        if entry.status not in OVER and other is not None:
-            entry = Entry(trial, other)
+        if entry.status not in OVER and finished:
+            entry = Entry(trial, finished[0])
             entry.take_result()
-            others += other.meta.get("git_commit") != commit
+            others += finished[0].meta.get("git_commit") != commit
         board.entries[trial.number] = entry
-    return others
+    return Stock(others, outdated)
+
+
+def _identity(trial: Trial, contents: Contents) -> str:
+    try:
+        return identity(trial.spec, contents.of(trial.spec))
+    except UserError as error:
+        raise in_trial(error, trial.number, trial.overrides) from None

@@ -14,7 +14,6 @@ from fleetune.engine.problem import Inputs, build_problem, load_inputs
 from fleetune.errors import Stopped, UserError
 from fleetune.records.access import check_access
 from fleetune.records.sweep_directory import SweepDirectory
-from fleetune.spec import RunSpec
 from fleetune.sweep.board import OVER, Board
 from fleetune.sweep.config import SweepSpec
 from fleetune.sweep.driver import Driver, Report, take_stock
@@ -73,9 +72,14 @@ def run(
     if example.tracking.enabled:
         check_access(example.tracking.uri)
     board = Board(sweep, num_trials=sweep.search.num_trials if search and sweep.search else len(trials))
-    others = take_stock(board, trials, path)
-    if others:
-        warn(f"{others} trial(s) were finished by another version of the code; their results are taken as they are")
+    stock = take_stock(board, trials, path)
+    if stock.of_other_code:
+        told = "trial(s) were finished by another version of the code; their results are taken as they are"
+        warn(f"{stock.of_other_code} {told}")
+    if stock.outdated:
+        warn(
+            f"{stock.outdated} trial(s) read data or a model that has changed since; they run again, in runs of their own"
+        )
     missing = [entry.trial for entry in board.entries.values() if entry.status not in OVER]
     is_complete = not missing and len(trials) == board.num_trials
     shared = {} if is_complete else _prepare([*missing, *probes], workspace, address)
@@ -121,7 +125,6 @@ def _prepare(trials: Sequence[Trial], workspace: Path, address: str | None) -> d
     """Join the cluster; meanwhile read model and data, and check every trial with them. Inputs in the object store, by key."""
     engine = launch.ray_engine(address)
     inputs: dict[str, Inputs] = {}
-    examples: dict[str, RunSpec] = {}
     bases: dict[str, Any] = {}
     for trial in trials:
         key, base = inputs_key(trial.spec), launch.base_key(trial.spec)
@@ -132,7 +135,7 @@ def _prepare(trials: Sequence[Trial], workspace: Path, address: str | None) -> d
             raise in_trial(error, trial.number, trial.overrides) from None
         bases[base] = loaded.base
         if len(inputs) < MAX_SHARED:
-            inputs[key], examples[key] = loaded, trial.spec
+            inputs[key] = loaded
     from fleetune.sweep import tuning
 
     specs = [trial.spec for trial in trials]
@@ -144,7 +147,7 @@ def _prepare(trials: Sequence[Trial], workspace: Path, address: str | None) -> d
     with _writable(workspace):
         workspace.mkdir(parents=True, exist_ok=True)
         tuning.check_shared(workspace.absolute())
-    return tuning.put(inputs, examples)
+    return tuning.put(inputs)
 
 
 def _open(sweep: SweepSpec, path: Path, text: str | None) -> SweepDirectory:

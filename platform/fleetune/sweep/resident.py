@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fleetune.engine.content import check_content
 from fleetune.engine.coordinator import Baselines, Coordinator, Event
 from fleetune.engine.directories import locked, run_meta
 from fleetune.engine.executor import Executor, SerialExecutor, placed_base
@@ -46,7 +47,9 @@ def inputs_key(spec: RunSpec) -> str:
     """Runs with the same key share model and data; how data are dealt matters only as far as columns are concerned."""
     data = spec.data.model_dump(exclude={"partition": {"alpha", "shards_per_client", "min_examples"}}, mode="json")
     targets = spec.model.lora.model_dump(mode="json")["targets"]
-    return json.dumps([base_key(spec), targets, data, spec.seed], sort_keys=True)
+    fleet = spec.fleet.model_dump(include={"availability", "device_files", "devices", "num_clients"}, mode="json")
+    reads = spec.fleet.availability.path is not None or spec.fleet.device_files
+    return json.dumps([base_key(spec), targets, data, spec.seed, fleet if reads else None], sort_keys=True)
 
 
 Fetch = Callable[[str], Inputs | None]
@@ -121,7 +124,7 @@ class Resident:
         if problem.spec.execution.kind == "ray" and self._make_hosts is not None:
             return self._make_hosts(problem)
         spec = problem.spec
-        key = (base_key(spec), spec.execution.device, spec.execution.precision)
+        key = (problem.inputs.base.key, spec.execution.device, spec.execution.precision)
         kept = self._placed.pop(key) if key in self._placed else (placed_base(spec, problem.inputs.base), {})
         while len(self._placed) >= MAX_PLACED:
             del self._placed[next(iter(self._placed))]
@@ -132,6 +135,8 @@ class Resident:
 
     def _directory(self, order: Order, problem: Problem) -> RunDirectory:
         if (order.run_path / RunDirectory.SPEC).is_file():
-            return RunDirectory.open(order.run_path)
+            begun = RunDirectory.open(order.run_path)
+            check_content(problem.spec, begun.meta.get("content"), problem.inputs.content, run=str(order.run_path))
+            return begun
         meta = {**run_meta(problem), **order.meta}
         return RunDirectory.create(order.workspace, order.run_id, problem.spec.to_dict(), meta=meta)

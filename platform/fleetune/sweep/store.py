@@ -7,9 +7,9 @@ from pathlib import Path
 from fleetune.records.run_directory import RunDirectory
 
 
-def finished_runs(workspace: Path) -> dict[str, RunDirectory]:
-    """spec_hash -> a finished run; the first by name where there are several."""
-    found: dict[str, RunDirectory] = {}
+def finished_runs(workspace: Path) -> dict[str, list[RunDirectory]]:
+    """spec_hash -> finished runs of that spec, by name. What each of them read is in its ``meta``."""
+    found: dict[str, list[RunDirectory]] = {}
     for path in sorted((workspace / "runs").glob("*/result.json")):
         run = RunDirectory(path.parent)
         try:
@@ -17,5 +17,5 @@ def finished_runs(workspace: Path) -> dict[str, RunDirectory]:
         except (OSError, ValueError):  # somebody else's, or damaged: not one to rely on
             continue
         if spec_hash and status == "finished":
-            found.setdefault(str(spec_hash), run)
+            found.setdefault(str(spec_hash), []).append(run)
     return found

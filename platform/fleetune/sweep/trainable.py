@@ -13,7 +13,6 @@ from ray import tune
 from fleetune.engine.actors import RayExecutor, SharedInputs
 from fleetune.engine.coordinator import Event
 from fleetune.engine.executor import Executor
-from fleetune.engine.launch import base_key
 from fleetune.engine.problem import Inputs, Problem
 from fleetune.engine.resolve import gpu_share
 from fleetune.sweep.resident import Order, Resident, inputs_key
@@ -79,7 +78,7 @@ class TrialProcess(tune.Trainable):
         execution = problem.spec.execution
         if self._hosts is None:
             self._hosts = RayExecutor(int(execution.hosts), int(execution.threads), gpu_share(execution))
-        self._hosts.prepare(base_key(problem.spec), problem.spec, type(problem.method), self._put(problem))
+        self._hosts.prepare(problem.inputs.base.key, problem.spec, type(problem.method), self._put(problem))
         return self._hosts
 
     def _put(self, problem: Problem) -> SharedInputs:

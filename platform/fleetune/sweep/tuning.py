@@ -20,7 +20,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fleetune.engine.actors import SharedInputs
 from fleetune.engine.config import ExecutionConfig
-from fleetune.engine.launch import base_key
 from fleetune.engine.problem import Inputs
 from fleetune.engine.resolve import gpu_share
 from fleetune.errors import UserError
@@ -209,12 +208,12 @@ def check_shared(workspace: Path) -> None:
         )
 
 
-def put(inputs: Mapping[str, Inputs], specs: Mapping[str, RunSpec]) -> dict[str, SharedInputs]:
-    """Inputs in the object store, each base model once. ``specs``: a run of each key."""
+def put(inputs: Mapping[str, Inputs]) -> dict[str, SharedInputs]:
+    """Inputs in the object store, each base model once."""
     bases: dict[str, Any] = {}
     shared: dict[str, SharedInputs] = {}
     for key, loaded in inputs.items():
-        base = base_key(specs[key])
+        base = loaded.base.key
         shared[key] = SharedInputs.put(loaded, base=bases.get(base))
         bases[base] = shared[key].base
     return shared

@@ -1,0 +1,78 @@
+"""What files hold, as digests. A large file is read once: its digest is kept under what the file system says of it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from fleetune.data.tokenize import default_cache_dir
+
+LENGTH = 32  # hexadecimal digits, half of SHA-256
+CHUNK_BYTES = 1 << 20
+KEPT_BYTES = 32 << 20  # assumed: what is smaller is read again in less than a tenth of a second
+# A file that was written so recently may be written again without a visible change: clocks of file systems tick slowly.
+SETTLED_SECONDS = 2.0
+
+_known: dict[str, str] = {}
+
+
+def file_digest(path: Path) -> str:
+    """The digest of a file's bytes, 32 hexadecimal digits. OSError where it cannot be read."""
+    status = path.stat()
+    # ctime too: tools that copy a file's times along set mtime back, and none sets ctime.
+    seen = (path.resolve(), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    key = digest_of(map(str, seen))
+    kept = default_cache_dir() / "digests" / key if status.st_size >= KEPT_BYTES else None
+    if time.time() - max(status.st_mtime, status.st_ctime) < SETTLED_SECONDS:
+        return _read(path)
+    if key not in _known:
+        _known[key] = (_recall(kept) if kept else None) or _read(path)
+        if kept:
+            _keep(kept, _known[key])
+    return _known[key]
+
+
+def file_digests(paths: Sequence[Path]) -> dict[str, str]:
+    """Name -> digest of files of one folder, read side by side."""
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing lets other threads run
+        return dict(zip((path.name for path in paths), pool.map(file_digest, paths), strict=True))
+
+
+def digest_of(parts: Iterable[str]) -> str:
+    """One digest of several texts, in their order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass")
+        digest.update(f"{len(data)}:".encode() + data)
+    return digest.hexdigest()[:LENGTH]
+
+
+def _read(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()[:LENGTH]
+
+
+def _recall(kept: Path) -> str | None:
+    with contextlib.suppress(OSError, ValueError):
+        text = kept.read_text(encoding="ascii")
+        return text if len(text) == LENGTH else None
+    return None
+
+
+def _keep(kept: Path, digest: str) -> None:
+    """Beside its place, then renamed; a cache that cannot be written is no reason to stop."""
+    with contextlib.suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=kept.parent, suffix=".tmp")
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(digest)
+        os.replace(temporary, kept)

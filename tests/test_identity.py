@@ -1,0 +1,380 @@
+"""A run is its spec and all that it reads: a file that changes makes another run, on resume, in a sweep, in MLflow's data set."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+import tiny
+from fleetune.engine import launch
+from fleetune.errors import UserError
+from fleetune.methods import METHODS
+from fleetune.records.run_directory import RunDirectory
+from fleetune.spec import RunSpec, from_dict
+
+# -- the spec's part: every field of it ---------------------------------------------------------------------------------
+NO_RESULT_CHANGES = {
+    "name": "a label",
+    "tracking.enabled": "records are sent, or not",
+    "tracking.uri": "where to",
+    "tracking.experiment": "under which name",
+    "tracking.system_metrics": "with the machine's load beside them",
+    "execution.kind": "serial and Ray give the same bits: tests/test_ray.py",
+    "execution.hosts": "as many as there are give the same bits: tests/test_ray.py",
+    "execution.hosts_per_gpu": "likewise",
+}
+
+
+def fields_of(config: BaseModel, prefix: str = "") -> list[str]:
+    """Dotted fields, whatever their type; a part of the spec is walked, anything else is one field."""
+    found = []
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        found += fields_of(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else [prefix + name]
+    return found
+
+
+def with_another(config: BaseModel, path: str) -> BaseModel:
+    """A copy in which one field holds something else; what may stand there is not asked."""
+    name, _, rest = path.partition(".")
+    value = getattr(config, name)
+    return config.model_copy(update={name: with_another(value, rest) if rest else f"not {value}"})
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+@pytest.mark.parametrize("method", METHODS)
+def test_every_field_changes_the_hash_or_is_on_the_list(method: str):
+    """A new field is in the hash without anybody's doing. One that is not stands on the list, with the reason."""
+    spec = from_dict({"method": {"name": method}})
+    walked = fields_of(spec)
+    assert {path.partition(".")[0] for path in walked} == set(RunSpec.model_fields)
+    assert {path for path in walked if path.startswith("method.")} == {
+        f"method.{n}" for n in type(spec.method).model_fields
+    }
+    same = {path for path in walked if with_another(spec, path).spec_hash == spec.spec_hash}  # type: ignore[attr-defined]
+    assert same == NO_RESULT_CHANGES.keys()
+
+
+@pytest.mark.parametrize("field", ["execution.kernels", "execution.cohort", "execution.threads", "execution.precision"])
+def test_what_rounds_differently_is_another_run(field: str):
+    """Compiled kernels and PyTorch's differ in 1e-3 of an adapter; a sweep over both has two trials."""
+    values = {"execution.kernels": ["torch", "compiled"], "execution.precision": ["fp32", "bf16"]}.get(field, [1, 2])
+    one, other = (tiny.spec({field: value}).spec_hash for value in values)
+    assert one != other
+
+
+def test_the_order_of_devices_is_part_of_the_hash():
+    """Of three clients on two kinds of devices, the kind that is named first gets two."""
+    devices = {"jetson-nano": 0.5, "server-a100": 0.5}
+    one = from_dict({"fleet": {"devices": devices}})
+    other = from_dict({"fleet": {"devices": dict(reversed(devices.items()))}})
+    assert one.spec_hash != other.spec_hash
+    assert from_dict(json.loads(json.dumps(one.to_dict()))).spec_hash == one.spec_hash
+
+
+# -- what is read -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class World:
+    """A run that was stopped after its first round, and the files that it read, which are its own."""
+
+    folder: Path
+    run_dir: RunDirectory
+
+    @property
+    def spec(self) -> RunSpec:
+        return from_dict(self.run_dir.spec)
+
+
+def files_in(folder: Path) -> dict[str, Any]:
+    """Copies of all that a run can read, and the fields that name them."""
+    shutil.copytree(tiny.model_folder(), folder / "model")
+    shutil.copy(tiny.data_file(), folder / "train.jsonl")
+    shutil.copy(tiny.data_file(30), folder / "test.jsonl")
+    rows = [f"{client},0,1e9" for client in range(6)]
+    (folder / "trace.csv").write_text("\n".join(["client_id,start_seconds,end_seconds", *rows]))
+    return {
+        "model.base": str(folder / "model"),
+        "data.dataset": str(folder / "train.jsonl"),
+        "data.eval_dataset": str(folder / "test.jsonl"),
+        "fleet.availability": {"kind": "trace", "path": str(folder / "trace.csv")},
+        "evaluation.generate": False,
+    }
+
+
+def stopped_run(folder: Path, overrides: dict[str, Any]) -> RunDirectory:
+    """A run that Ctrl-C ends when its first round is on record."""
+
+    def report(event: dict[str, Any]) -> None:
+        if event["kind"] == "round":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        launch.run(tiny.spec(overrides), workspace=folder, debug=True, report=report)
+    (path,) = (folder / "runs").iterdir()
+    return RunDirectory.open(path)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("identity")
+    return World(folder, stopped_run(folder, files_in(folder)))
+
+
+def flipped(path: Path) -> None:
+    """Another bit in the last byte: same name, same size."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def other_answers(path: Path) -> None:
+    path.write_text(path.read_text().replace("#### 1", "#### 2"))
+
+
+def a_blank_more(path: Path) -> None:
+    path.write_text(path.read_text() + "\n")
+
+
+def made(path: Path) -> None:
+    path.write_text("{}")
+
+
+CHANGES: dict[str, tuple[str, Callable[[Path], None], str, str]] = {
+    "training data": ("train.jsonl", other_answers, "data.dataset", "has changed"),
+    "evaluation data": ("test.jsonl", other_answers, "data.eval_dataset", "has changed"),
+    "weights": ("model/model.safetensors", flipped, "model.base", "its model.safetensors has changed"),
+    "tokenizer": ("model/tokenizer.json", a_blank_more, "model.base", "its tokenizer.json has changed"),
+    "generation": (
+        "model/generation_config.json",
+        a_blank_more,
+        "model.base",
+        "its generation_config.json has changed",
+    ),
+    "template": ("model/chat_template.jinja", made, "model.base", "its chat_template.jinja is new"),
+    "index": ("model/model.safetensors.index.json", made, "model.base", "its model.safetensors.index.json is new"),
+    "missing": ("model/generation_config.json", Path.unlink, "model.base", "its generation_config.json is gone"),
+    "trace": ("trace.csv", a_blank_more, "fleet.availability.path", "its content has changed"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_file_that_changed_is_named_on_resume(world: World, what: str):
+    """Same name, other content: the run would go on with numbers that are no run's. Times do not count, content does."""
+    name, change, field, told = CHANGES[what]
+    path = world.folder / name
+    before, status = (path.read_bytes(), path.stat()) if path.exists() else (None, None)
+    change(path)
+    if status is not None and path.exists():
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    try:
+        with pytest.raises(UserError, match=told) as error:
+            launch.resume(world.run_dir.path, debug=True)
+    finally:
+        path.unlink(missing_ok=True)
+        if before is not None:
+            path.write_bytes(before)
+    assert error.value.field == field
+    assert str(error.value.value) in str(path)
+    assert "restore it and resume again" in str(error.value.hint)
+    assert world.run_dir.result() is None
+
+
+def test_what_was_restored_goes_on(world: World, tmp_path: Path):
+    """The files were written again, with other times; moved along with the run's records, it would go on too."""
+    copy = tmp_path / "runs" / "copy"
+    shutil.copytree(world.run_dir.path, copy)
+    assert launch.resume(copy, debug=True).status == "finished"
+
+
+def test_a_run_that_did_not_note_what_it_read_is_refused(world: World, tmp_path: Path):
+    """As those of earlier versions; a finished one shows its result."""
+    old = RunDirectory(tmp_path / "old")
+    shutil.copytree(world.run_dir.path, old.path)
+    meta = {key: value for key, value in old.meta.items() if key not in ("content", "identity")}
+    old._write_json("checkpoint/meta.json", {**meta, "spec_hash": "0123456789abcdef"})
+    with pytest.raises(UserError, match=r"earlier version .* did not note what it read.*start a new run"):
+        launch.resume(old.path, debug=True)
+    old.write_result({"status": "finished", "metrics": {"eval_loss": 1.0}})
+    assert launch.resume(old.path, debug=True).metrics == {"eval_loss": 1.0}
+
+
+def test_content_is_part_of_the_identity_and_of_the_name(world: World, tmp_path: Path):
+    """Two runs of one job file over other answers: one spec hash, two identities, and other last digits of the folders."""
+    data = tmp_path / "train.jsonl"
+    shutil.copy(tiny.data_file(), data)
+    spec = tiny.spec({"data.dataset": str(data), "rounds.num_rounds": 1, "evaluation.generate": False})
+    one = RunDirectory.open(launch.run(spec, workspace=tmp_path, debug=True).run_dir)
+    other_answers(data)
+    other = RunDirectory.open(launch.run(spec, workspace=tmp_path, debug=True).run_dir)
+    assert one.meta["spec_hash"] == other.meta["spec_hash"] == spec.spec_hash
+    assert one.meta["identity"] != other.meta["identity"]
+    assert [run.run_id[-6:] for run in (one, other)] == [run.meta["identity"][:6] for run in (one, other)]
+    assert one.meta["dataset"]["digest"] != other.meta["dataset"]["digest"]
+    assert world.run_dir.meta["content"].keys() >= {
+        "data.dataset",
+        "data.eval_dataset",
+        "fleet.availability.path",
+        "model.base/model.safetensors",
+        "model.base/tokenizer.json",
+    }
+
+
+def test_what_a_run_notes_is_what_can_be_asked_of_the_disk(world: World):
+    """A sweep asks before it reads, a run notes what it has read; both mean the same."""
+    from fleetune.engine.content import Contents
+
+    assert Contents().of(world.spec) == world.run_dir.meta["content"]
+
+
+def test_generated_data_are_known_by_what_the_generator_gives():
+    from fleetune.engine.content import Contents
+
+    asked = {"data": {"num_examples": 20, "num_eval_examples": 5}}
+    one, same, other = (
+        Contents().of(from_dict({**asked, "seed": seed}, more))["data.dataset"]
+        for seed, more in ((0, {}), (1, {}), (0, {"data.num_examples": 21}))
+    )
+    assert one == same != other
+
+
+def test_weights_are_copied_when_they_are_read(tmp_path: Path):
+    """Who writes into a checkpoint changes no run that goes on with it."""
+    from fleetune.models.base import load_base
+    from fleetune.models.config import ModelConfig
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.model_folder(), folder)
+    base = load_base(ModelConfig(base=str(folder)))
+    before = {name: weight.clone() for name, weight in base.weights.items()}
+    file = folder / "model.safetensors"
+    with file.open("r+b") as writer:
+        writer.seek(file.stat().st_size // 2)
+        writer.write(b"\x01" * (file.stat().st_size // 2))
+    assert all(weight.equal(before[name]) for name, weight in base.weights.items())
+
+
+def test_a_model_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its digest would be that of neither."""
+    from fleetune.models import base
+    from fleetune.models.config import ModelConfig
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.model_folder(), folder)
+    read = base._read_weights
+
+    def slowly(*arguments: Any) -> Any:
+        weights = read(*arguments)
+        flipped(folder / "model.safetensors")
+        return weights
+
+    monkeypatch.setattr(base, "_read_weights", slowly)
+    with pytest.raises(UserError, match=r"model\.safetensors was changed while the model was read"):
+        base.load_base(ModelConfig(base=str(folder)))
+
+
+def test_the_untrained_model_s_quality_is_shared_by_runs_that_read_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Not by those with other kernels, or with other answers in the same file."""
+    import contextlib
+
+    import runs
+    from fleetune.engine.coordinator import Coordinator
+    from fleetune.engine.executor import SerialExecutor
+
+    data = tmp_path / "train.jsonl"
+    shutil.copy(tiny.data_file(), data)
+    shared: dict[str, Any] = {}
+
+    def start(number: int, overrides: dict[str, Any]) -> int:
+        """How many untrained models are known once this run has begun."""
+        made = runs.problem(tiny.spec({"data.dataset": str(data), "evaluation.generate": False, **overrides}))
+        run_dir = RunDirectory.create(tmp_path, f"run-{number}", made.spec.to_dict())
+        events = Coordinator(made, SerialExecutor(made), run_dir, baselines=shared).run()
+        with contextlib.closing(events) as stream:
+            next(stream)
+        return len(shared)
+
+    assert start(0, {}) == 1
+    assert start(1, {"local.steps": 1, "execution.cohort": 1}) == 1
+    monkeypatch.setattr("fleetune.engine.executor.set_up", lambda device, kernels: None)  # no compiler is needed here
+    assert start(2, {"execution.kernels": "compiled"}) == 2
+    other_answers(data)
+    assert start(3, {}) == 3
+
+
+# -- large files --------------------------------------------------------------------------------------------------------
+def test_a_large_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By the next process, too; a file that was only just written is read again, for it may be written again unseen."""
+    from fleetune import digests
+
+    reads: list[Path] = []
+    read = digests._read
+    monkeypatch.setattr(digests, "_read", lambda path: reads.append(path) or read(path))
+    monkeypatch.setattr(digests, "KEPT_BYTES", 4)
+    monkeypatch.setenv("FLEETUNE_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "weights"
+    file.write_bytes(b"12345")
+    fresh = digests.file_digest(file)
+    assert digests.file_digest(file) == fresh
+    assert len(reads) == 2
+    monkeypatch.setattr(digests, "SETTLED_SECONDS", -60.0)
+    assert digests.file_digest(file) == fresh
+    digests._known.clear()  # as in another process
+    assert digests.file_digest(file) == fresh
+    assert len(reads) == 3
+    file.write_bytes(b"12346")
+    assert digests.file_digest(file) != fresh
+
+
+# -- sweeps -------------------------------------------------------------------------------------------------------------
+def test_a_trial_whose_data_changed_is_not_finished(tmp_path: Path):
+    """It runs again beside the former run, which stays; one whose data are as they were is taken as it is."""
+    from fleetune.sweep.board import Board
+    from fleetune.sweep.config import SweepSpec
+    from fleetune.sweep.driver import take_stock
+    from fleetune.sweep.expansion import sweep_id, trials_of
+    from fleetune.sweep.resident import Order, Resident
+
+    data = tmp_path / "train.jsonl"
+    shutil.copy(tiny.data_file(), data)
+    base = tiny.spec({"data.dataset": str(data), "rounds.num_rounds": 1, "evaluation.generate": False}).to_dict()
+    sweep = SweepSpec.model_validate({"name": "s", "base": base, "seeds": [0]})
+    trials, place = trials_of(sweep), tmp_path / "sweeps" / sweep_id(sweep)
+
+    def stock() -> tuple[Any, Any]:
+        board = Board(sweep, num_trials=1)
+        return board, take_stock(board, trials, place)
+
+    def work(board: Any) -> dict[str, Any]:
+        entry = board.entries[0]
+        order = Order(0, entry.trial.spec.to_dict(), str(tmp_path), entry.run.path.name, {})
+        return list(Resident().run(order))[-1]
+
+    first, _ = stock()
+    assert first.entries[0].status == "missing"
+    assert work(first)["over"] == "finished"
+    again, told = stock()
+    assert (again.entries[0].status, told.outdated) == ("finished", 0)
+
+    other_answers(data)
+    changed, told = stock()
+    assert (changed.entries[0].status, told.outdated) == ("missing", 1)
+    assert changed.entries[0].run.path != first.entries[0].run.path
+    failed = work(first)  # as if the file had changed between the launch and the trial's turn
+    assert (failed["over"], "has changed since the run was started" in failed["error"]) == ("failed", True)
+    assert first.entries[0].run.result()["status"] == "finished"  # type: ignore[index]
+    assert work(changed)["over"] == "finished"
+    losses = [b.entries[0].run.result()["metrics"]["eval_loss"] for b in (first, changed)]
+    assert losses[0] != losses[1]
+    assert stock()[0].entries[0].run.path == changed.entries[0].run.path
+    shutil.copy(tiny.data_file(), data)
+    assert stock()[0].entries[0].run.path == first.entries[0].run.path
