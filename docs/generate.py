@@ -34,12 +34,15 @@ and numbers are checked before anything starts. `fleetune schema` prints the JSO
 ```
 
 On the command line every field has its dotted path: `fleetune run JOB.yaml --set local.batch_size=4 --set method.name=fedprox`.
-Values are YAML too (`--set 'model.lora.targets=[q_proj, v_proj]'`). Another `method.name` starts from that method's defaults,
+Values are YAML too (`--set 'model.lora.targets=[q_proj, v_proj]'`), but fields of text take what was typed as it is, with
+blanks, quotes and `#` (`--set 'data.template=Ask {{prompt}} ### Answer'`); of those that may be left out, `null` or nothing means
+none. A key that stands twice in one mapping is an error. Another `method.name` starts from that method's defaults,
 and the other `--set method.…` apply to it. `spec.yaml` in the run directory is the job with every default filled in and every
 `auto` decided; it is a job file again.
 
 `execution` and `tracking` say where work is done and where results go. Of all their fields only `execution.cohort`,
-`execution.threads`, `execution.device` and `execution.precision` can change a result, the first three in its last digits
+`execution.threads`, `execution.device`, `execution.kernels` and `execution.precision` can change a result, the first four in its
+last digits
 ([reproducibility](reproducibility.md)).
 """
 
@@ -115,6 +118,8 @@ def _name(annotation: Any) -> str:
     if annotation in plain:
         return plain[annotation]
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _name(arguments[0])
     if origin is Literal:
         return " | ".join(f"`{value}`" for value in arguments)
     if origin in (typing.Union, types.UnionType):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pydantic import BaseModel
 import tiny
 from fleetune.engine import launch
 from fleetune.errors import UserError
+from fleetune.fleet.fleet import build_fleet
 from fleetune.methods import METHODS
 from fleetune.records.run_directory import RunDirectory
 from fleetune.spec import RunSpec, from_dict
@@ -71,13 +71,17 @@ def test_what_rounds_differently_is_another_run(field: str):
     assert one != other
 
 
-def test_the_order_of_devices_is_part_of_the_hash():
-    """Of three clients on two kinds of devices, the kind that is named first gets two."""
-    devices = {"jetson-nano": 0.5, "server-a100": 0.5}
-    one = from_dict({"fleet": {"devices": devices}})
-    other = from_dict({"fleet": {"devices": dict(reversed(devices.items()))}})
-    assert one.spec_hash != other.spec_hash
-    assert from_dict(json.loads(json.dumps(one.to_dict()))).spec_hash == one.spec_hash
+def test_the_order_of_a_mapping_decides_nothing():
+    """Of three clients on two kinds of devices, one kind gets two: the same one, whichever is written first."""
+    parts: dict[str, Any] = {"devices": {"server-a100": 0.5, "jetson-nano": 0.5}, "network": {"lte": 0.5, "wifi": 0.5}}
+    turned = {name: dict(reversed(part.items())) for name, part in parts.items()}
+    one, other = (
+        from_dict({"fleet": {"num_clients": 3, **p}, "rounds": {"clients_per_round": 3}}) for p in (parts, turned)
+    )
+    assert one.spec_hash == other.spec_hash
+    fleets = [build_fleet(spec.fleet, 0) for spec in (one, other)]
+    names = [([f.profile(c).name for c in range(3)], [f.network(c).name for c in range(3)]) for f in fleets]
+    assert names[0] == names[1]
 
 
 # -- what is read -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 
 import commands
 import runs
@@ -311,7 +311,7 @@ def test_what_cannot_be_planned_is_said(
 ):
     job = commands.job_file(tmp_path)
     sets = [
-        f"--set={path}={yaml.safe_dump(value, default_flow_style=True).strip()}" for path, value in overrides.items()
+        f"--set={path}={value if isinstance(value, str) else json.dumps(value)}" for path, value in overrides.items()
     ]
     out = fleetune("plan", job, *sets, "--json")
     assert out.status == 2

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
 
+import runs
+import tiny
 from fleetune.errors import UserError
 from fleetune.methods import METHODS
 from fleetune.spec import (
@@ -76,6 +79,62 @@ def test_assignments_are_yaml():
         "k": "1e-3",  # YAML 1.1 wants a dot; the field takes the text for a number all the same
     }
     assert from_dict({}, {"local.learning_rate": parsed["k"]}).local.learning_rate == 0.001
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ("data.template", "Ask {prompt} ### Answer"),
+        ("data.template", "{prompt}"),
+        ("data.template", "Q: {prompt}\nA:"),
+        ("data.template", "- {prompt}"),
+        ("name", "exp #3"),
+        ("name", "007"),
+        ("name", "null"),
+        ("name", "2024-01-01"),
+        ("name", "yes"),
+        ("name", '"quoted"'),
+        ("name", "a=b: [c"),
+        ("data.separator", " "),
+        ("data.separator", ""),
+        ("data.separator", "\n\t"),
+        ("data.separator", " # "),
+        ("data.separator", "~"),
+        ("data.columns.prompt", "12"),
+        ("data.columns.prompt", "a #b"),
+        ("data.eval_dataset", "~/held #out.jsonl"),
+        ("data.answer_pattern", "# (.*)"),
+        ("data.partition.key", "true"),
+        ("tracking.uri", "http://host/#x"),
+        ("tracking.experiment", "1e3"),
+        ("model.base", "0x10"),
+    ],
+)
+def test_a_field_of_text_takes_what_was_typed(field: str, text: str):
+    """Whatever YAML would make of it: a comment, a number, a date, a mapping, nothing."""
+    assert flatten(from_dict({}, parse_overrides([f"{field}={text}"])).to_dict())[field] == text
+
+
+@pytest.mark.parametrize(
+    ("assignment", "value"),
+    [
+        ("data.eval_dataset=null", None),
+        ("cost.model=", None),
+        ("data.eval_dataset=None", "None"),
+        ("fleet.network=wifi", "wifi"),
+        ("fleet.network={wifi: 0.5, lte: 0.5}", {"wifi": 0.5, "lte": 0.5}),
+        ("fleet.network.wifi=1", 1),
+        ("execution.hosts=auto", "auto"),
+        ("execution.hosts=3", 3),
+        ("model.lora.targets=[q_proj, v_proj]", ["q_proj", "v_proj"]),
+        ("model.lora.targets=q_proj # one", "q_proj"),
+        ("local.max_grad_norm=null", None),
+        ("fleet.budgets.memory_bytes={jetson-nano: 1.0e+9}", {"jetson-nano": 1e9}),
+        ("tracking={uri: x #y}", "{uri: x #y}"),  # a part of the job is YAML, and this is none
+    ],
+)
+def test_other_fields_take_yaml_and_null_stands_for_none(assignment: str, value: Any):
+    assert list(parse_overrides([assignment]).values()) == [value]
 
 
 @pytest.mark.parametrize("assignment", ["", "=", "= 3", "rounds.num_rounds", "rounds.num_rounds 3"])
@@ -215,6 +274,144 @@ def test_several_mistakes_are_counted():
     """The first is explained, and one knows that it is not the last."""
     error = complaint({"seed": -1, "rounds": {"num_rounds": 0, "clients_per_round": 0}})
     assert (error.field, error.hint) == ("seed", "and 2 more")
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "lines"),
+    [
+        ("rounds: {num_rounds: 1}\nseed: 1\nrounds: {num_rounds: 2}\n", "rounds", (1, 3)),
+        ("rounds:\n  num_rounds: 1\n  close: all\n  num_rounds: 2\n", "num_rounds", (2, 4)),
+        ("seed: 1\n'seed': 2\n", "seed", (1, 2)),
+        ("fleet: {devices: {jetson-nano: 0.5,\n jetson-nano: 0.5}}", "jetson-nano", (1, 2)),
+        ("a: &a {seed: 1}\nb:\n  <<: *a\n  <<: *a\n", "<<", (3, 4)),
+        ("x: [{a: 1, b: 2, a: 3}]", "a", (1, 1)),
+        ("1: a\n'1': b\n", "1", (1, 2)),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused_with_both_lines(
+    tmp_path: Path, text: str, name: str, lines: tuple[int, int]
+):
+    """PyYAML alone keeps the last one."""
+    (tmp_path / "job.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        load(tmp_path / "job.yaml")
+    assert f"{name!r} is given twice, in line {lines[0]} and in line {lines[1]}" in caught.value.rule
+
+
+def test_a_key_that_stands_twice_in_an_override_is_refused():
+    with pytest.raises(UserError, match="'lte' is given twice") as caught:
+        parse_overrides(["fleet.network={lte: 0.5, lte: 0.5}"])
+    assert caught.value.field == "fleet.network"
+
+
+def test_merged_keys_may_be_given_again(tmp_path: Path):
+    """That is what ``<<`` is for: the mapping's own keys win, and an alias is the same mapping once more."""
+    text = """
+rounds: &few {num_rounds: 2, clients_per_round: 2}
+other: {<<: *few, num_rounds: 3}
+third: {<<: [*few, {close: all}], close: first_k}
+same: *few
+"""
+    (tmp_path / "job.yaml").write_text(text)
+    values = read_yaml(tmp_path / "job.yaml")
+    assert values["other"] == {"num_rounds": 3, "clients_per_round": 2}
+    assert values["third"] == {"num_rounds": 2, "clients_per_round": 2, "close": "first_k"}
+    assert values["same"] == values["rounds"]
+
+
+# -- bounds -------------------------------------------------------------------------------------------------------------------
+UNBOUNDED = {
+    "seed": "any integer of 64 bits names a run",
+    "fleet.budgets.memory_bytes": "compared with what a turn needs, whatever it is",
+    "fleet.budgets.seconds_per_round": "likewise",
+    "fleet.budgets.joules_per_round": "likewise",
+    "fleet.budgets.bytes_per_round": "likewise",
+}
+
+
+def numeric_fields(config: Any, prefix: str = "") -> list[str]:
+    """Dotted fields that take a number."""
+    found: list[str] = []
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if hasattr(type(value), "model_fields"):
+            found += numeric_fields(value, f"{prefix}{name}.")
+        elif {int, float} & {field.annotation, *get_args(field.annotation)}:
+            found.append(prefix + name)
+    return found
+
+
+NUMERIC = sorted({f"{m} {f}" for m in METHODS for f in numeric_fields(from_dict({"method": {"name": m}}))})
+
+
+@pytest.mark.parametrize("where", NUMERIC)
+def test_every_number_has_an_end(where: str):
+    """Beyond it, something overflows, fills the memory or goes on for ever; infinity and NaN are no numbers."""
+    method, field = where.split()
+    for value in (2**40, 2**62, 1e300, 1e308, float("inf"), float("-inf"), float("nan"), -1e300):
+        if field in UNBOUNDED and value in (2**40, 2**62, 1e300, 1e308):
+            continue
+        with pytest.raises(UserError) as caught:
+            from_dict({"method": {"name": method}}, {field: value})
+        assert caught.value.field == field
+    assert {"local.steps", "model.lora.rank", "method.mu"} <= {name.split()[1] for name in NUMERIC}
+
+
+def test_products_and_the_model_have_bounds_too():
+    """A million steps of 65,536 examples are 6.5e10 draws; a rank of 1,000 has no place in layers of 32 x 48."""
+    assert complaint({"local": {"steps": 1_000_000, "batch_size": 65_536}}).field == "local"
+    spec = tiny.spec({"model.lora.rank": 1000})
+    with pytest.raises(UserError, match="exceeds 48") as caught:
+        runs.problem(spec)
+    assert caught.value.field == "model.lora.rank"
+
+
+LONG = "x" * 3_000_000
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"name": LONG},
+        {"model": {"base": LONG}},
+        {"data": {"dataset": LONG}},
+        {"data": {"template": LONG}},
+        {"data": {"separator": "x" * 50_000}},
+        {"method": {"name": LONG}},
+        {"local": {"steps": LONG}},
+        {"rounds": {"close": "x" * 90_000}},
+        {"fleet": {"devices": {LONG: 1}}},
+        {"fleet": {"devices": {"x" * 90_000: 1}}},
+        {"fleet": {"network": "x" * 90_000}},
+        {"model": {"lora": {"targets": ["x" * 90_000] * 3}}},
+        {LONG: 1},
+        {"x" * 90_000: 1},
+        {"rounds": {"x" * 90_000: 1}},
+        {"fleet": {"availability": {"kind": "trace", "path": LONG}}},
+    ],
+    ids=range(16),
+)
+def test_a_message_is_short_whatever_was_given(values: dict[str, Any]):
+    """Some hundreds of characters, as text and as the document of ``--json``."""
+    error = complaint(values)
+    assert len(str(error)) < 1000
+    assert len(json.dumps(error.to_dict())) < 1500
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000, "a\0b", "\ud800"])
+@pytest.mark.parametrize("field", ["model.base", "data.dataset", "data.eval_dataset"])
+def test_what_can_name_no_file_is_refused(field: str, name: str):
+    with pytest.raises(UserError) as caught:
+        from_dict({}, {field: name})
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("text", ["name: !!binary aGk=", "name: !!set {a, b}"])
+def test_types_that_no_field_takes(tmp_path: Path, text: str):
+    """``b'hi'`` as text would be a name that nobody gave."""
+    (tmp_path / "job.yaml").write_text(text)
+    with pytest.raises(UserError, match="which no field takes"):
+        load(tmp_path / "job.yaml")
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,33 @@ def test_a_search_is_checked_at_its_ends():
         ({"grid": {"execution.kind": ["ray"], "execution.hosts": [99]}}, "execution.hosts", "needs 99 hosts"),
         ({"grid": {"execution.threads": [999]}}, "execution.threads", "999 cores on one node"),
         ({"grid": {"method.initial_capacity": [1, 40]}}, "method.initial_capacity", "trial 1"),
+        ({"search": {"num_trials": 2**40, "space": SPACE}}, "search.num_trials", "less than or equal to 100000"),
+        ({"search": {"num_trials": 60_000, "space": SPACE}, "seeds": [0, 1]}, "search.num_trials", "times 2 seeds"),
+        (
+            {"search": {"num_trials": 2, "space": {"seed": {"randint": [0, 2**62]}}}},
+            "search.space.seed.randint.1",
+            "less than",
+        ),
+        (
+            {"search": {"num_trials": 2, "space": {"seed": {"randint": [0, 2**70]}}}},
+            "search.space.seed.randint",
+            "too large",
+        ),
+        (
+            {"search": {"num_trials": 2, "space": {"local.learning_rate": {"uniform": [-1e308, 1e308]}}}},
+            "search.space.local.learning_rate.uniform.0",
+            "greater than or equal to",
+        ),
+        (
+            {"search": {"num_trials": 2, "space": {"local.learning_rate": {"uniform": [0, float("inf")]}}}},
+            "search.space.local.learning_rate.uniform.1",
+            "finite",
+        ),
+        ({"grid": {"name": [b"hi"]}}, "grid.name", "type bytes, which no field takes"),
+        ({"grid": {"name": ["x" * 200_000]}}, "grid.name", "longer than 100000 characters"),
+        ({"grid": {"seed": [2**70]}}, "grid.seed", "too large"),
+        ({"seeds": [0], "max_concurrent": 2**40}, "max_concurrent", "less than or equal to"),
+        ({"seeds": [0], "early_stopping": {"grace_rounds": 2**40}}, "early_stopping.grace_rounds", "less than"),
     ],
 )
 def test_a_mistake_is_told_before_anything_starts(
@@ -231,6 +258,28 @@ def test_a_mistake_is_told_before_anything_starts(
     assert out.document["field"] == field
     assert told in out.stderr
     assert not (tmp_path / "ws").exists()
+
+
+def test_a_key_that_stands_twice_in_a_sweep_file_is_refused(tmp_path: Path):
+    """One of two lists of seeds would be lost."""
+    path = tmp_path / "growth.yaml"
+    path.write_text("base: {}\nseeds: [0]\nseeds: [1, 2]\n")
+    with pytest.raises(UserError, match="'seeds' is given twice, in line 2 and in line 3"):
+        config.load(path)
+
+
+def test_set_gives_the_base_text_as_it_was_typed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """As with ``run``: the comment sign is part of the template."""
+    seen: list[SweepSpec] = []
+    monkeypatch.setattr("fleetune.sweep.launch.run", lambda spec, **_: seen.append(spec) or stop())
+
+    def stop() -> Any:
+        raise UserError("seen")
+
+    fleetune(capfd, monkeypatch, "sweep", file_of(tmp_path, seeds=[0]), "--set", "data.template=Ask {prompt} ### A")
+    assert expansion.trials_of(seen[0])[0].spec.data.template == "Ask {prompt} ### A"
 
 
 def test_set_changes_the_base(tmp_path: Path):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import os
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 class Config(BaseModel):
@@ -11,3 +14,18 @@ class Config(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def _may_be_a_path(text: str) -> str:
+    """ValueError for a text that no file system takes as a path: asking for it would raise, not say that nothing is there."""
+    try:
+        parts = os.fsencode(text).split(b"/")
+    except UnicodeEncodeError:
+        raise ValueError("holds characters that no file's name can hold") from None
+    if "\0" in text or max(map(len, parts)) > 255:
+        raise ValueError("names no file: a part of it is longer than 255 bytes, or holds a zero byte")
+    return text
+
+
+Place = Annotated[str, Field(min_length=1, max_length=4000), AfterValidator(_may_be_a_path)]
+"""A field that can name a file or a folder; a hub id and the like are short enough, too."""

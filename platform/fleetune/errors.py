@@ -8,19 +8,22 @@ from typing import Any
 
 from fleetune.redaction import redacted
 
+MAX_VALUE, MAX_FIELD, MAX_WORDS = 300, 150, 500  # characters of a message's parts; assumed: nobody reads on
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: the field, the value, the rule, and the way out. Exit status 2.
 
     ``rule`` says what must hold, ``hint`` what to do; ``field`` is the dotted path of the job file
-    (``rounds.clients_per_round``) or the argument on the command line.
+    (``rounds.clients_per_round``) or the argument on the command line. What is very long is shown by its beginning.
     """
 
     def __init__(self, rule: str, *, field: str | None = None, value: Any = None, hint: str | None = None):
-        value = redacted(value) if isinstance(value, str) else value
-        self.rule, self.field, self.value, self.hint = redacted(rule), field, value, hint
-        where = f"{field}={value!r}: " if field and value is not None else f"{field}: " if field else ""
-        super().__init__(redacted(where + rule + (f" ({hint})" if hint else "")))
+        self.rule, self.value = shortened(redacted(rule), MAX_WORDS), _short_value(value)
+        self.field = field and shortened(field, MAX_FIELD)
+        self.hint = hint and shortened(redacted(hint), MAX_WORDS)
+        where = f"{self.field}={self.value!r}: " if field and value is not None else f"{self.field}: " if field else ""
+        super().__init__(redacted(where + self.rule + (f" ({self.hint})" if hint else "")))
 
     def to_dict(self) -> dict[str, Any]:
         """The error as plain data, for ``--json``."""
@@ -64,9 +67,25 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
+def shortened(text: str, most: int) -> str:
+    """A text, or its beginning and how long it is."""
+    return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
+
+
+def _short_value(value: Any) -> Any:
+    """A value that can be shown; what is long becomes text."""
+    if isinstance(value, str):
+        return shortened(redacted(value), MAX_VALUE)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return "a number of thousands of digits"
+    return value if len(text) <= MAX_VALUE else shortened(redacted(text), MAX_VALUE)
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that is nearest to a misspelt one, or None where nothing is near."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(name[:MAX_VALUE], list(known), n=1, cutoff=0.5)
     return matches[0] if matches else None
 
 

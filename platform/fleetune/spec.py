@@ -10,9 +10,9 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
-import yaml
 from pydantic import Field, ValidationError
 
 from fleetune.config import Config
@@ -26,6 +26,8 @@ from fleetune.models.config import ModelConfig
 from fleetune.records.tracking import TrackingConfig
 from fleetune.redaction import redacted
 from fleetune.training.config import LocalConfig
+from fleetune.yaml_text import NOT_YAML, DuplicateKey
+from fleetune.yaml_text import load as load_yaml
 
 if TYPE_CHECKING:
     from fleetune.methods.base import MethodConfig as AnyMethodConfig
@@ -34,11 +36,10 @@ else:
     AnyMethodConfig = Annotated[_configs, Field(discriminator="name")]
 
 
-# What PyYAML raises on text that it cannot make a value of: 2001-13-45, !!bool maybe, !!timestamp x, [[[[…
-NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
 TRIED_TYPE = re.compile(r"(int|str|float|bool|(literal|dict|tuple|list)\[.*)$")  # in pydantic's error locations
 MAX_DEPTH = 50  # assumed: a job file has five levels
 MAX_VALUES = 10_000  # assumed: a job file has a hundred; aliases of aliases double with every line
+MAX_TEXT = 100_000  # assumed, in characters: a template of many pages
 MAX_INTEGER = 2**63 - 1
 
 # Fields and parts that change no bit of a result, and why. All others are in the hash.
@@ -56,7 +57,7 @@ class RunSpec(Config):
 
     name: str = Field("run", min_length=1, max_length=100)
     """Name of the job; runs of one name share an MLflow experiment."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=MAX_INTEGER)
     """Every random draw of the run is derived from it."""
     model: ModelConfig = ModelConfig()
     """The base model and its adapter."""
@@ -87,11 +88,9 @@ class RunSpec(Config):
     def spec_hash(self) -> str:
         """The spec's part of a run's identity: all fields but those that change no result. What is read is the other part
         (`engine.content`).
-
-        Fields stand in the order of their declaration. A mapping keeps its own: among devices, the first takes ties.
         """
         values = {field: value for field, value in flatten(self.to_dict()).items() if changes_results(field)}
-        return hashlib.sha256(json.dumps(list(values.items())).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def changes_results(field: str) -> bool:
@@ -115,7 +114,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         hint = f"did you mean {path.parent / guess}?" if guess else "give the path of a .yaml job file"
         raise UserError(f"the job file cannot be read: {error}", field="JOB", value=str(path), hint=hint) from None
     try:
-        values = yaml.safe_load(text)
+        values = load_yaml(text)
     except NOT_YAML as error:
         reason = " ".join(str(error).split())
         raise UserError(f"not valid YAML: {reason}", field="JOB", value=str(path)) from None
@@ -133,22 +132,70 @@ def job_text(path: str | Path, assignments: list[str]) -> str:
 
 
 def parse_overrides(assignments: list[str]) -> dict[str, Any]:
-    """``["method.growth_rate=4"]`` -> ``{"method.growth_rate": 4}``; values are YAML."""
-    out: dict[str, Any] = {}
-    for assignment in assignments:
-        path, equals, text = assignment.partition("=")
-        if not equals or not path.strip():
-            raise UserError(
-                "must have the form path.to.field=value",
-                field="--set",
-                value=assignment,
-                hint="for example --set method.growth_rate=4",
-            )
-        try:
-            out[path.strip()] = yaml.safe_load(text)
-        except NOT_YAML:
-            out[path.strip()] = text
-    return out
+    """``["method.growth_rate=4"]`` -> ``{"method.growth_rate": 4}``; each value as its field takes it (`value_of`)."""
+    return {field: value_of(field, text) for field, text in map(split_assignment, assignments)}
+
+
+def split_assignment(assignment: str) -> tuple[str, str]:
+    """``"method.growth_rate=4"`` -> ``("method.growth_rate", "4")``; the value's text as it was typed."""
+    path, equals, text = assignment.partition("=")
+    if not equals or not path.strip():
+        raise UserError(
+            "must have the form path.to.field=value",
+            field="--set",
+            value=assignment,
+            hint="for example --set method.growth_rate=4",
+        )
+    return path.strip(), text
+
+
+def value_of(field: str, text: str) -> Any:
+    """What a text on the command line means for a field of the job file.
+
+    A field of text takes it as it was typed, blanks, ``#`` and quotes included. Where text is one possibility among others,
+    ``null`` or nothing at all stands for none, and a mapping or list is read as YAML. Every other field takes YAML.
+    """
+    kinds = _kinds(_annotation(field))
+    if "text" not in kinds:
+        return yaml_value(field, text)
+    if "none" in kinds and text in ("", "null"):
+        return None
+    value = yaml_value(field, text) if "other" in kinds else text
+    return value if isinstance(value, (dict, list)) else text
+
+
+def yaml_value(field: str, text: str) -> Any:
+    """A text as YAML, or itself where it is none. UserError where a mapping in it names a key twice."""
+    try:
+        return load_yaml(text)
+    except DuplicateKey as error:
+        raise UserError(str(error), field=field, value=text) from None
+    except NOT_YAML:
+        return text
+
+
+def _annotation(path: str) -> Any:
+    """The type of a dotted field; None for one that there is not. A method's setting: of any method that has it."""
+    place: Any = RunSpec
+    for name in path.split("."):
+        if dict in [get_origin(kind) for kind in (place, *get_args(place))]:
+            place = float  # fractions and limits by device or network are the only mappings
+            continue
+        parts = [method.Config for method in METHODS.values()] if place == "method" else [place]
+        fields = [part.model_fields[name] for part in parts if name in getattr(part, "model_fields", {})]
+        if not fields:
+            return None
+        place = "method" if name == "method" and place is RunSpec else fields[0].annotation
+    return place
+
+
+def _kinds(annotation: Any) -> set[str]:
+    """Of what a type is: text, none, other. A choice of given words is other: YAML reads them."""
+    if get_origin(annotation) is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return {kind for part in get_args(annotation) for kind in _kinds(part)}
+    return {"text" if annotation is str else "none" if annotation is NoneType else "other"}
 
 
 def from_dict(values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> RunSpec:
@@ -164,8 +211,8 @@ def from_dict(values: Mapping[str, Any], overrides: Mapping[str, Any] | None = N
 
 def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Lay dotted fields over nested data. Another ``method.name`` starts from that method's defaults."""
-    out = _plain(values)
-    overrides = {path: _plain(value, path) for path, value in overrides.items()}
+    out = plain(values)
+    overrides = {path: plain(value, path) for path, value in overrides.items()}
     name = overrides.get("method.name")
     if name is not None and isinstance(out.get("method"), dict) and out["method"].get("name") != name:
         out["method"] = {"name": name}
@@ -180,19 +227,25 @@ def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
     return out
 
 
-def _plain(value: Any, field: str = "", depth: int = 0, budget: Iterator[int] | None = None) -> Any:
-    """A copy of what YAML gave, in JSON's types. UserError for what has no end, or what 64 bits cannot hold."""
+def plain(value: Any, field: str = "", depth: int = 0, budget: Iterator[int] | None = None) -> Any:
+    """A copy of what YAML gave, in JSON's types, dates as text. UserError for what has no end, what 64 bits cannot hold, and
+    types that no field takes.
+    """
     budget = iter(range(MAX_VALUES)) if budget is None else budget
     if depth > MAX_DEPTH or next(budget, None) is None:
         rule = "is nested too deeply, or holds itself" if depth > MAX_DEPTH else f"holds more than {MAX_VALUES} values"
         raise UserError(rule, field=field.partition(".")[0] or "JOB")
     if isinstance(value, Mapping):
-        named = {str(_plain(key, field, depth + 1, budget)): part for key, part in value.items()}
-        return {name: _plain(part, f"{field}.{name}".lstrip("."), depth + 1, budget) for name, part in named.items()}
+        named = {str(plain(key, field, depth + 1, budget)): part for key, part in value.items()}
+        return {name: plain(part, f"{field}.{name}".lstrip("."), depth + 1, budget) for name, part in named.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(part, field, depth + 1, budget) for part in value]
+        return [plain(part, field, depth + 1, budget) for part in value]
     if isinstance(value, int) and abs(value) > MAX_INTEGER:
         raise UserError("is too large a number", field=field or "JOB", hint="integers have 64 bits")
+    if isinstance(value, str) and len(value) > MAX_TEXT:
+        raise UserError(f"is longer than {MAX_TEXT} characters", field=field or "JOB", value=value)
+    if isinstance(value, (bytes, set, frozenset)):
+        raise UserError(f"is of YAML's type {type(value).__name__}, which no field takes", field=field or "JOB")
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 

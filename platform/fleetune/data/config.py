@@ -7,8 +7,10 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fleetune.config import Config
+from fleetune.config import Config, Place
 from fleetune.data.template import column_names
+
+MAX_EXAMPLES = 100_000_000  # assumed: more are not dealt out in one process
 
 
 class ColumnMapping(Config):
@@ -28,13 +30,13 @@ class PartitionConfig(Config):
     kind: Literal["iid", "dirichlet", "shards", "by_key", "quantity"] = "iid"
     """iid: equal sizes at random. dirichlet: label skew. shards: each client sees a few categories.
     by_key: every key's examples stay on one client. quantity: same mixture, unequal sizes."""
-    alpha: float = Field(default=0.5, gt=0)
+    alpha: float = Field(default=0.5, ge=1e-6, le=1e6)
     """Concentration of the Dirichlet draws (dirichlet, quantity): small is skewed, large is even."""
-    shards_per_client: int = Field(default=2, gt=0)
+    shards_per_client: int = Field(default=2, gt=0, le=1_000_000)
     """Pieces of the category-sorted examples that each client gets (shards); 2 in McMahan et al. 2017."""
     key: str = "category"
     """Column that dirichlet, shards and by_key go by; any column of the source."""
-    min_examples: int = Field(default=0, ge=0)
+    min_examples: int = Field(default=0, ge=0, le=MAX_EXAMPLES)
     """Examples that every client has at least, filled up from the largest. 0 allows empty clients."""
 
     @model_validator(mode="after")
@@ -47,7 +49,7 @@ class PartitionConfig(Config):
 class DataConfig(Config):
     """The dataset, its prompt template, its length limit and its partition."""
 
-    dataset: str = Field(default="micro-reasoning", min_length=1)
+    dataset: Place = "micro-reasoning"
     """Built-in name, local .jsonl, .json, .csv, .tsv or .parquet file, or hub id (`owner/name[:config]`)."""
     split: str = "train"
     """Split to train on (built-in and hub datasets)."""
@@ -55,21 +57,21 @@ class DataConfig(Config):
     """Which columns hold the prompt, the response and the category."""
     template: str = "{prompt}"
     """The prompt's text, with the source's columns in braces; `{{` is a brace."""
-    separator: str = " "
+    separator: str = Field(default=" ", max_length=1000)
     """Text between prompt and response. It is learnt and generated with the response."""
     add_bos: bool | Literal["auto"] = "auto"
     """Begin every text with the tokenizer's bos, once: auto as the tokenizer does by itself, true always, false never."""
     add_eos: bool = True
     """End every text with the tokenizer's eos, once; false: only where the text has it."""
-    eval_dataset: str | None = None
+    eval_dataset: Place | None = None
     """Held-out examples from another source (as `dataset`). Default: the source's own test split."""
     eval_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Fraction of the training examples to hold out where there is no test split."""
-    num_examples: int | None = Field(default=None, gt=0)
+    num_examples: int | None = Field(default=None, gt=0, le=MAX_EXAMPLES)
     """Training examples to use, drawn at random; all by default (micro-reasoning: 4,000)."""
-    num_eval_examples: int = Field(default=256, gt=0)
+    num_eval_examples: int = Field(default=256, gt=0, le=MAX_EXAMPLES)
     """Held-out examples to use at most, drawn at random."""
-    max_tokens: int = Field(default=128, ge=4)
+    max_tokens: int = Field(default=128, ge=4, le=1_048_576)
     """Longest example, prompt and response together. Longer prompts lose their beginning."""
     loss_on: Literal["response", "all"] = "response"
     """Tokens that are learnt: those of the response and its end, or all."""

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 DATASETS = {"micro-reasoning": "generated word problems with worked chains, in several skills"}
 """The built-in datasets, with a line on each."""
 DEFAULT_NUM_EXAMPLES = 4_000  # assumed: 200 for each of 20 clients
+MAX_GENERATED = 1_000_000  # assumed: more take minutes, and repeat themselves
 GENERATOR_SEED = 0  # the generated dataset is the same for every run seed, as a published one is
 
 MAX_SHOWN = 12  # column names in a message
@@ -101,6 +102,11 @@ def _source(name: str, config: DataConfig, *, split: str | None, field: str) -> 
 
 def _generate(config: DataConfig, *, split: Literal["train", "test"]) -> tuple[Table, Table]:
     from fleetune.data.micro_reasoning import micro_reasoning
+
+    for name in ("num_examples", "num_eval_examples"):
+        if (getattr(config, name) or 0) > MAX_GENERATED:
+            rule = f"exceeds the {MAX_GENERATED} examples that are generated at most"
+            raise UserError(rule, field=f"data.{name}", value=getattr(config, name), hint="lower it")
 
     def table(side: Literal["train", "test"], num_examples: int) -> Table:
         rows = micro_reasoning(split=side, num_examples=num_examples, seed=GENERATOR_SEED)

@@ -8,32 +8,34 @@ from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, field
 
 from fleetune.config import Config
 
+MAX_PARTS = 100_000  # assumed: of hosts, of their threads, and of clients that are stacked
+
 
 class RoundsConfig(Config):
     """How many rounds, how many clients in each, and which replies count."""
 
-    num_rounds: int = Field(20, ge=1)
+    num_rounds: int = Field(20, ge=1, le=1_000_000)
     """Rounds of the run."""
-    clients_per_round: int = Field(5, ge=1)
+    clients_per_round: int = Field(5, ge=1, le=10_000_000)
     """Clients sampled each round, without replacement, among those that hold examples."""
     close: Literal["all", "deadline", "first_k"] = "all"
     """When a round ends on the virtual clock: after all replies, at a deadline, or after the first k replies."""
-    deadline_seconds: float | None = Field(None, gt=0)
+    deadline_seconds: float | None = Field(None, gt=0, le=1e9)
     """Virtual seconds after which replies are late (close: deadline)."""
-    first_k: int | None = Field(None, ge=1)
+    first_k: int | None = Field(None, ge=1, le=10_000_000)
     """Replies after which the others are late (close: first_k)."""
 
 
 class EvaluationConfig(Config):
     """When and how the global model is evaluated on the held-out examples."""
 
-    every: int = Field(5, ge=1)
+    every: int = Field(5, ge=1, le=1_000_000_000)
     """Rounds between evaluations; the last round is always evaluated, and so is the untrained model."""
     generate: bool = True
     """Generate answers and count exact matches (eval_accuracy); off: loss only."""
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int = Field(64, ge=1, le=1_048_576)
     """Longest generated answer."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=1, le=1_000_000)
     """Examples that are evaluated together."""
 
 
@@ -71,8 +73,8 @@ class ExecutionConfig(Config):
             number = handler(value)
         except ValidationError:
             number = 0
-        if number != "auto" and number < 1:
-            raise ValueError("must be auto or a whole number from 1")
+        if number != "auto" and not 1 <= number <= MAX_PARTS:
+            raise ValueError(f"must be auto or a whole number from 1 to {MAX_PARTS}")
         return number
 
 

@@ -107,6 +107,10 @@ def build_problem(spec: RunSpec, inputs: Inputs) -> Problem:
     """Fleet, partition and method, and the checks that need them all."""
     if not inputs.sites:
         raise UserError("adapts no layer of this model", field="model.lora.targets", value=spec.model.lora.targets)
+    widest = max(max(sizes) for sizes in inputs.sites.values())
+    if spec.model.lora.rank > widest:
+        rule = f"exceeds {widest}, the larger side of the model's largest adapted layer"
+        raise UserError(rule, field="model.lora.rank", value=spec.model.lora.rank, hint="lower it")
     if spec.cost.model:
         costed = architecture(spec.cost.model)
         if spec.data.max_tokens > costed.max_positions:

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 from pydantic import Field, model_validator
 
-from fleetune.config import Config
+from fleetune.config import Config, Place
 from fleetune.errors import UserError
 from fleetune.fleet.availability_trace import AvailabilityTrace
 from fleetune.seeds import rng
@@ -27,11 +27,11 @@ class AvailabilityConfig(Config):
     trace: the intervals of a file."""
     probability: float = Field(default=0.8, gt=0, le=1)
     """Chance that a client is available in a round (bernoulli)."""
-    mean_on_seconds: float = Field(default=3600.0, ge=1)
+    mean_on_seconds: float = Field(default=3600.0, ge=1, le=1e9)
     """Mean virtual time that a client stays available (markov)."""
-    mean_off_seconds: float = Field(default=1800.0, ge=1)
+    mean_off_seconds: float = Field(default=1800.0, ge=1, le=1e9)
     """Mean virtual time that it stays away (markov)."""
-    path: str | None = None
+    path: Place | None = None
     """File of intervals (trace), .csv or .parquet: columns client_id or device, start_seconds, end_seconds in virtual time.
     A client without an interval is never available."""
 

@@ -299,12 +299,12 @@ class _Loader(_SafeLoader):
     """Safe, and a name that stands twice in one mapping is an error, where YAML would keep the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
+        seen: dict[str, int] = {}
         for key, _ in node.value:
+            line = key.start_mark.line + 1
             if key.value in seen:
-                line = key.start_mark.line + 1
-                raise ValueError(f"line {line}: {key.value!r} stands twice")
-            seen.add(key.value)
+                raise ValueError(f"line {line}: {key.value!r} stands twice, first in line {seen[key.value]}")
+            seen[key.value] = line
         return super().construct_mapping(node, deep=deep)
 
 

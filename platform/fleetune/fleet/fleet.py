@@ -6,14 +6,14 @@ then indexed, so that what happens to a client in a round does not depend on who
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from fleetune.config import Config
+from fleetune.config import Config, Place
 from fleetune.errors import UserError, unknown_name
 from fleetune.fleet.availability import Availability, AvailabilityConfig, build_availability
 from fleetune.fleet.availability_trace import AvailabilityTrace, read_trace
@@ -31,7 +31,7 @@ class FleetConfig(Config):
 
     num_clients: int = Field(default=20, gt=0, le=10_000_000)
     """Registered clients."""
-    device_files: tuple[str, ...] = ()
+    device_files: tuple[Place, ...] = ()
     """Files with devices and links of your own (docs/adding_a_device.md), which can then be named below."""
     devices: dict[str, float] = Field(default_factory=lambda: dict(DEFAULT_DEVICES))
     """Fraction of the clients on each device, summing to 1.
@@ -64,7 +64,7 @@ class FleetConfig(Config):
         known = catalogue(info.data.get("device_files", ()))
         for name in devices:
             known.device(name)
-        return _checked_fractions(devices, field="fleet.devices")
+        return _in_order_of(known.devices, _checked_fractions(devices, field="fleet.devices"))
 
     @field_validator("server")
     @classmethod
@@ -79,7 +79,7 @@ class FleetConfig(Config):
             return known.network(networks).name
         for name in networks:
             known.network(name)
-        return _checked_fractions(networks, field="fleet.network")
+        return _in_order_of(known.networks, _checked_fractions(networks, field="fleet.network"))
 
     def catalogue(self) -> Catalogue:
         """The devices and links that this job can name."""
@@ -210,7 +210,7 @@ def _device_index(config: FleetConfig, seed: int) -> np.ndarray:
 
 
 def counts_of(fractions: Mapping[str, float], total: int) -> list[int]:
-    """Whole counts that sum to ``total``, by largest remainder; ties go to the kind that is named first."""
+    """Whole counts that sum to ``total``, by largest remainder; ties go to the kind that stands first."""
     shares = [total * fraction for fraction in fractions.values()]
     counts = [int(share + 1e-9) for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda kind: (round(counts[kind] - shares[kind], 9), kind))
@@ -222,6 +222,12 @@ def counts_of(fractions: Mapping[str, float], total: int) -> list[int]:
 def _dealt(fractions: Mapping[str, float], total: int, generator: np.random.Generator) -> np.ndarray:
     counts = counts_of(fractions, total)
     return generator.permutation(np.repeat(np.arange(len(counts), dtype=np.int16), counts))
+
+
+def _in_order_of(catalogue: Iterable[str], fractions: Mapping[str, float]) -> dict[str, float]:
+    """In the catalogue's order, power modes by name: a mapping's own order means nothing, and must decide nothing."""
+    place = {name: i for i, name in enumerate(catalogue)}
+    return {name: fractions[name] for name in sorted(fractions, key=lambda name: (place[name.partition("@")[0]], name))}
 
 
 def _checked_fractions(fractions: dict[str, float], *, field: str) -> dict[str, float]:

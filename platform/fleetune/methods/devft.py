@@ -53,9 +53,9 @@ class DevFTConfig(MethodConfig):
     counts_blocks: ClassVar[tuple[str, ...]] = ("initial_capacity",)
 
     name: Literal["devft"] = "devft"
-    initial_capacity: int = Field(4, ge=1)
+    initial_capacity: int = Field(4, ge=1, le=10_000)
     """Blocks of the first stage's submodel."""
-    growth_rate: int = Field(2, ge=2)
+    growth_rate: int = Field(2, ge=2, le=10_000)
     """Factor by which the submodel grows from stage to stage."""
     grouping: Literal["dglg", "random", "even"] = "dglg"
     """How blocks are grouped: by similarity (the paper), at random, or into equal runs."""

@@ -22,7 +22,7 @@ class FedProxConfig(MethodConfig):
     """Settings of FedProx."""
 
     name: Literal["fedprox"] = "fedprox"
-    mu: float = Field(0.01, ge=0)
+    mu: float = Field(0.01, ge=0, le=1e6)
     """Weight of the proximal term."""
 
 

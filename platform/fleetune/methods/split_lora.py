@@ -44,7 +44,7 @@ class SplitLoRAConfig(MethodConfig):
     counts_blocks: ClassVar[tuple[str, ...]] = ("split_point",)
 
     name: Literal["split-lora"] = "split-lora"
-    split_point: int = Field(4, ge=1)
+    split_point: int = Field(4, ge=1, le=10_000)
     """Blocks on the client; the cut is after them. The paper takes a quarter of the model."""
     server: Literal["concatenated", "in_turn", "per_client"] = "concatenated"
     """How the server's half learns from several clients."""

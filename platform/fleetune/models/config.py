@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from fleetune.config import Config
+from fleetune.config import Config, Place
 
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -14,9 +14,9 @@ LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 class LoRAConfig(Config):
     """Low-rank adapters (Hu et al. 2022, arXiv 2106.09685): dW = (alpha / rank) B A."""
 
-    rank: int = Field(8, ge=1)
+    rank: int = Field(8, ge=1, le=16_384)
     """Rows of A and columns of B."""
-    alpha: float = Field(16.0, gt=0)
+    alpha: float = Field(16.0, gt=0, le=1e6)
     """Scaling numerator: the product is scaled by alpha / rank."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Linear layers that get an adapter: all-linear, or names such as [q_proj, v_proj]."""
@@ -47,7 +47,7 @@ class LoRAConfig(Config):
 class ModelConfig(Config):
     """The frozen base model and the adapter that is trained on it."""
 
-    base: str = "micro-llama"
+    base: Place = "micro-llama"
     """Built-in name (micro-llama), a local folder with config.json and safetensors, or a hub id (`owner/name`)."""
     quantization: Literal["none", "int8", "nf4"] = "none"
     """Storage of the frozen linear layers, through bitsandbytes."""

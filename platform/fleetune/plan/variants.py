@@ -9,7 +9,7 @@ from typing import Any
 
 from fleetune.errors import UserError, unknown_name
 from fleetune.methods import METHODS
-from fleetune.spec import RunSpec, from_dict, parse_overrides, read_yaml
+from fleetune.spec import RunSpec, from_dict, parse_overrides, read_yaml, split_assignment, value_of, yaml_value
 
 MAX_VARIANTS = 200  # assumed: a table that is still read
 
@@ -19,7 +19,7 @@ def variants(
 ) -> list[tuple[str, RunSpec]]:
     """(label, spec) of every plan: methods times the product of the varied fields' values."""
     values, overrides = read_yaml(job), parse_overrides(list(assignments))
-    axes = {field: _listed(field, choice) for field, choice in parse_overrides(list(vary)).items()}
+    axes = {field: _listed(field, text) for field, text in map(split_assignment, vary)}
     own = from_dict(values, overrides).method.name if not compare else ""
     names = [name.strip() for name in compare.split(",")] if compare else [own]
     chosen = list(itertools.product(names, *axes.values()))
@@ -53,9 +53,18 @@ def _field(path: str) -> str | None:
     return path.split(".")[1] if path.startswith("method.") else None
 
 
-def _listed(field: str, choice: Any) -> list[Any]:
-    if isinstance(choice, str) and "," in choice:
-        choice = parse_overrides([f"{field}=[{choice}]"])[field]
+def _listed(field: str, text: str) -> list[Any]:
+    """The values to try: a YAML list, or what stands between commas, each as ``--set`` would take it."""
+    choice = yaml_value(field, text)
+    if not isinstance(choice, list) and "," in text:
+        choice = (
+            [value_of(field, part) for part in text.split(",")] if _is_flat(text) else yaml_value(field, f"[{text}]")
+        )
     if not isinstance(choice, list) or not choice:
-        raise UserError("must list the values to try", field="--vary", value=f"{field}={choice}", hint=f"{field}=1,2,4")
+        raise UserError("must list the values to try", field="--vary", value=f"{field}={text}", hint=f"{field}=1,2,4")
     return choice
+
+
+def _is_flat(text: str) -> bool:
+    """Whether every comma parts two values, and none stands in a mapping or a list."""
+    return not any(bracket in text for bracket in "[]{}")

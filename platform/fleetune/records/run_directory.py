@@ -21,6 +21,7 @@ import yaml
 
 from fleetune import files
 from fleetune.errors import UserError
+from fleetune.yaml_text import load as load_yaml
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -94,7 +95,7 @@ class RunDirectory:
         """The resolved spec as plain data. UserError where somebody broke the file."""
         path, holds = self.path / self.SPEC, "what was run"
         with files.parsing(path, holds=holds):
-            values = yaml.safe_load(files.read(path, holds=holds))
+            values = load_yaml(files.read(path, holds=holds))
         if not isinstance(values, dict):
             raise files.damaged(path, "it holds no fields", holds=holds)
         return values

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fleetune.config import Config
 from fleetune.errors import UserError
-from fleetune.spec import apply_overrides, as_user_error, read_yaml
+from fleetune.spec import MAX_INTEGER, apply_overrides, as_user_error, plain, read_yaml
 
 Metric = Literal["eval_accuracy", "eval_loss", "train_loss", "sim_seconds", "uplink_bytes", "energy_joules"]
+
+MAX_TRIALS = 100_000  # assumed: more are a mistake
+Bounded = Annotated[float, Field(ge=-1e30, le=1e30)]  # the width of a range is a number too
+Whole = Annotated[int, Field(ge=-(2**53), le=2**53)]  # Optuna counts in floats, which hold no larger ones exactly
 
 
 class Distribution(Config):
     """From what a searched field is drawn; exactly one of these."""
 
-    uniform: tuple[float, float] | None = None
+    uniform: tuple[Bounded, Bounded] | None = None
     """Any number between two."""
-    loguniform: tuple[float, float] | None = None
+    loguniform: tuple[Bounded, Bounded] | None = None
     """Any number between two positive ones, its logarithm uniform."""
-    randint: tuple[int, int] | None = None
+    randint: tuple[Whole, Whole] | None = None
     """A whole number between two, both included."""
     choice: tuple[Any, ...] | None = Field(None, min_length=1)
     """One of these values."""
@@ -54,11 +58,11 @@ class SearchConfig(Config):
 
     kind: Literal["random", "optuna"] = "random"
     """random: drawn independently, all known beforehand; optuna: each from the results so far (TPE)."""
-    num_trials: int = Field(ge=1)
+    num_trials: int = Field(ge=1, le=MAX_TRIALS)
     """Trials, before they are repeated for every seed of ``seeds``."""
     space: dict[str, Distribution] = Field(min_length=1)
     """Dotted field -> distribution, e.g. ``{local.learning_rate: {loguniform: [1.0e-4, 1.0e-2]}}``."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=MAX_INTEGER)
     """What is drawn follows from it."""
 
 
@@ -67,9 +71,9 @@ class EarlyStopping(Config):
 
     kind: Literal["asha"] = "asha"
     """The rule."""
-    grace_rounds: int = Field(1, ge=1)
+    grace_rounds: int = Field(1, ge=1, le=1_000_000)
     """Rounds that every trial gets; the first rung. Each further rung is ``reduction_factor`` times as far."""
-    reduction_factor: float = Field(3.0, gt=1.0)
+    reduction_factor: float = Field(3.0, gt=1.0, le=1e6)
     """One of so many trials goes on after a rung."""
 
 
@@ -90,7 +94,7 @@ class SweepSpec(Config):
     """What the best trial is best in, and what search and early stopping go by. Accuracy should be high, the others low."""
     early_stopping: EarlyStopping | None = None
     """Stop trials that fall behind; null: every trial runs to its end."""
-    max_concurrent: int | None = Field(None, ge=1)
+    max_concurrent: int | None = Field(None, ge=1, le=MAX_TRIALS)
     """Trials at a time; null: as many as the cores hold."""
 
     @field_validator("base", mode="before")
@@ -136,6 +140,7 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> SweepS
         raise UserError("a sweep needs a base", field="base", hint="base: jobs/quickstart.yaml")
     if isinstance(values["base"], dict):
         values["base"] = apply_overrides(values["base"], overrides or {})
+    values = plain(values)
     values.setdefault("name", path.stem)
     try:
         return SweepSpec.model_validate(values)

@@ -18,9 +18,7 @@ from fleetune.errors import UserError
 from fleetune.records.naming import flatten, shown
 from fleetune.seeds import rng
 from fleetune.spec import RunSpec, from_dict
-from fleetune.sweep.config import Distribution, SweepSpec
-
-MAX_TRIALS = 100_000  # assumed: a larger grid is a mistake
+from fleetune.sweep.config import MAX_TRIALS, Distribution, SweepSpec
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,9 @@ def label(overrides: Mapping[str, Any]) -> str:
 def _combinations(sweep: SweepSpec) -> Iterator[dict[str, Any]]:
     seeds: list[dict[str, Any]] = [{"seed": seed} for seed in sweep.seeds] if sweep.seeds else [{}]
     if sweep.search is not None:
+        if sweep.search.num_trials * len(seeds) > MAX_TRIALS:
+            rule = f"times {len(seeds)} seeds are more than {MAX_TRIALS} trials"
+            raise UserError(rule, field="search.num_trials", value=sweep.search.num_trials, hint="lower it")
         for index in range(sweep.search.num_trials):
             generator = rng(sweep.search.seed, "search", index)
             drawn = {field: draw(space, generator) for field, space in sweep.search.space.items()}

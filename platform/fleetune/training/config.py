@@ -5,35 +5,43 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fleetune.config import Config
+
+MAX_DRAWN = 100_000_000  # assumed: their places in a client's data are drawn at once
 
 
 class LocalConfig(Config):
     """The optimizer steps of one client in one round."""
 
-    steps: int = Field(8, ge=1)
+    steps: int = Field(8, ge=1, le=1_000_000)
     """Optimizer steps per round; ignored where epochs is given."""
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0, le=10_000)
     """Passes over the client's own examples per round: clients with more examples take more steps."""
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(8, ge=1, le=65_536)
     """Examples per step."""
-    learning_rate: float = Field(1.0e-3, ge=0)
+    learning_rate: float = Field(1.0e-3, ge=0, le=1e6)
     """Step size of the first round."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate over the rounds (constant inside a round): constant, or cosine down to min_learning_rate."""
-    min_learning_rate: float = Field(1.0e-6, ge=0)
+    min_learning_rate: float = Field(1.0e-6, ge=0, le=1e6)
     """Where the cosine schedule ends."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW starts each round with fresh moments, as the published federated baselines do; SGD is without momentum."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, le=1e6)
     """Decoupled weight decay of AdamW."""
-    max_grad_norm: float | None = Field(1.0, gt=0)
+    max_grad_norm: float | None = Field(1.0, gt=0, le=1e12)
     """Each client's gradient is scaled down to this norm; null: never."""
 
     checkpointing: bool = False
     """Blocks keep only their input and are computed again in the backward pass: less memory, more FLOPs, the same result."""
+
+    @model_validator(mode="after")
+    def _examples_fit(self) -> LocalConfig:
+        if self.steps * self.batch_size > MAX_DRAWN:
+            raise ValueError(f"steps times batch_size is more than {MAX_DRAWN} examples a round")
+        return self
 
     def learning_rate_at(self, round_idx: int, num_rounds: int) -> float:
         """The step size of a round: lr_min + (lr_0 - lr_min) (1 + cos(pi t / T)) / 2 for cosine."""
