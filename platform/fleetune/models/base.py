@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fleetune.cost import shapes
-from fleetune.digests import digest_of, file_digests
+from fleetune.digests import digest_of, file_digest, file_digests
 from fleetune.errors import UserError
 from fleetune.models.checkpoint import HEAD, read_weights
 from fleetune.models.config import ModelConfig
@@ -146,9 +146,10 @@ def _check_rotary(values: dict[str, Any], name: str) -> None:
 def load_base(config: ModelConfig) -> BaseModel:
     """Read the weights (safetensors only), in fp32 or quantised as the job file says. UserError where they change meanwhile."""
     name = config.base
-    load_config(config)  # what is not supported is refused before gigabytes are fetched, or read
-    content = base_content(name)
-    values = load_config(config)
+    settings = base_folder(name, with_weights=False) / "config.json"
+    first = {settings.name: file_digest(settings)}
+    values = load_config(config)  # what is not supported is refused before gigabytes are fetched, or read
+    content = {**base_content(name), **first}
     shape = shapes.ModelShape.from_values(values)
     weights = read_weights(base_folder(name), name, shape, config.quantization)
     if HEAD in weights:
