@@ -341,7 +341,9 @@ def numeric_fields(config: Any, prefix: str = "") -> list[str]:
     return found
 
 
-NUMERIC = sorted({f"{m} {f}" for m in METHODS for f in numeric_fields(from_dict({"method": {"name": m}}))})
+OF_JOBS = [f"fedit {field}" for field in numeric_fields(from_dict({}))]
+OF_METHODS = [f"{m} method.{f}" for m in METHODS for f in numeric_fields(from_dict({"method": {"name": m}}).method)]
+NUMERIC = [*OF_JOBS, *OF_METHODS]
 
 
 @pytest.mark.parametrize("where", NUMERIC)
