@@ -382,3 +382,20 @@ def test_a_trial_whose_data_changed_is_not_finished(tmp_path: Path):
     assert stock()[0].entries[0].run.path == changed.entries[0].run.path
     shutil.copy(tiny.data_file(), data)
     assert stock()[0].entries[0].run.path == first.entries[0].run.path
+
+
+def test_a_base_model_that_was_kept_is_read_again_once_its_files_change(tmp_path: Path):
+    """A process keeps what it has put into the object store for the next run, as long as the files are as they were."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.model_folder(), folder)
+    spec = tiny.spec({"model.base": str(folder)})
+    engine = launch.RayEngine.__new__(launch.RayEngine)
+    engine._coordinators, engine._bases = {(1, 1, 0.0): None}, {}
+    first = engine.inputs(spec).base
+    engine._bases[launch.base_key(spec)] = (first, None)
+    assert engine.inputs(spec).base is first
+    flipped(folder / "model.safetensors")
+    second = engine.inputs(spec)
+    assert second.base is not first
+    assert second.base.key != first.key
+    assert second.content["model.base/model.safetensors"] != first.content["model.safetensors"]
