@@ -104,11 +104,16 @@ def files_in(folder: Path) -> dict[str, Any]:
     shutil.copy(tiny.data_file(30), folder / "test.jsonl")
     rows = [f"{client},0,1e9" for client in range(6)]
     (folder / "trace.csv").write_text("\n".join(["client_id,start_seconds,end_seconds", *rows]))
+    (folder / "model" / "chat_template.jinja").write_text("{{ messages }}")
+    link = "{down: 10 Mbit/s, up: 5 Mbit/s, latency: 10 ms, source: a test}"
+    (folder / "links.yaml").write_text(f"networks: {{my-link: {link}}}\n")
     return {
         "model.base": str(folder / "model"),
         "data.dataset": str(folder / "train.jsonl"),
         "data.eval_dataset": str(folder / "test.jsonl"),
         "fleet.availability": {"kind": "trace", "path": str(folder / "trace.csv")},
+        "fleet.device_files": [str(folder / "links.yaml")],
+        "fleet.network": "my-link",
         "evaluation.generate": False,
     }
 
@@ -147,6 +152,10 @@ def a_blank_more(path: Path) -> None:
     path.write_text(path.read_text() + "\n")
 
 
+def a_faster_link(path: Path) -> None:
+    path.write_text(path.read_text().replace("10 Mbit/s", "20 Mbit/s"))
+
+
 def made(path: Path) -> None:
     path.write_text("{}")
 
@@ -156,15 +165,11 @@ CHANGES: dict[str, tuple[str, Callable[[Path], None], str, str]] = {
     "evaluation data": ("test.jsonl", other_answers, "data.eval_dataset", "has changed"),
     "weights": ("model/model.safetensors", flipped, "model.base", "its model.safetensors has changed"),
     "tokenizer": ("model/tokenizer.json", a_blank_more, "model.base", "its tokenizer.json has changed"),
-    "generation": (
-        "model/generation_config.json",
-        a_blank_more,
-        "model.base",
-        "its generation_config.json has changed",
-    ),
-    "template": ("model/chat_template.jinja", made, "model.base", "its chat_template.jinja is new"),
-    "index": ("model/model.safetensors.index.json", made, "model.base", "its model.safetensors.index.json is new"),
-    "missing": ("model/generation_config.json", Path.unlink, "model.base", "its generation_config.json is gone"),
+    "configuration": ("model/config.json", a_blank_more, "model.base", "its config.json has changed"),
+    "template": ("model/chat_template.jinja", a_blank_more, "model.base", "its chat_template.jinja has changed"),
+    "new file": ("model/special_tokens_map.json", made, "model.base", "its special_tokens_map.json is new"),
+    "missing": ("model/chat_template.jinja", Path.unlink, "model.base", "its chat_template.jinja is gone"),
+    "devices": ("links.yaml", a_faster_link, "fleet.device_files", "links.yaml has changed"),
     "trace": ("trace.csv", a_blank_more, "fleet.availability.path", "its content has changed"),
 }
 
@@ -186,7 +191,7 @@ def test_a_file_that_changed_is_named_on_resume(world: World, what: str):
         if before is not None:
             path.write_bytes(before)
     assert error.value.field == field
-    assert str(error.value.value) in str(path)
+    assert "links.yaml" in str(error.value) or str(error.value.value) in str(path)
     assert "restore it and resume again" in str(error.value.hint)
     assert world.run_dir.result() is None
 
@@ -272,14 +277,14 @@ def test_a_model_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkey
 
     folder = tmp_path / "model"
     shutil.copytree(tiny.model_folder(), folder)
-    read = base._read_weights
+    read = base.read_weights
 
     def slowly(*arguments: Any) -> Any:
         weights = read(*arguments)
         flipped(folder / "model.safetensors")
         return weights
 
-    monkeypatch.setattr(base, "_read_weights", slowly)
+    monkeypatch.setattr(base, "read_weights", slowly)
     with pytest.raises(UserError, match=r"model\.safetensors was changed while the model was read"):
         base.load_base(ModelConfig(base=str(folder)))
 
@@ -382,6 +387,21 @@ def test_a_trial_whose_data_changed_is_not_finished(tmp_path: Path):
     assert stock()[0].entries[0].run.path == changed.entries[0].run.path
     shutil.copy(tiny.data_file(), data)
     assert stock()[0].entries[0].run.path == first.entries[0].run.path
+
+
+def test_trials_over_other_traces_share_no_inputs(tmp_path: Path):
+    """A process keeps what it has read for the next trial; intervals are part of that."""
+    from fleetune.sweep.resident import Resident, inputs_key
+
+    specs = []
+    for name, clients in (("one", (0, 1, 2)), ("two", (3, 4, 5))):
+        file = tmp_path / f"{name}.csv"
+        file.write_text("\n".join(["client_id,start_seconds,end_seconds", *(f"{c},0,1e9" for c in clients)]))
+        specs.append(tiny.spec({"fleet.availability": {"kind": "trace", "path": str(file)}}))
+    assert len({inputs_key(spec) for spec in (*specs, tiny.spec(), tiny.spec({"fleet.dropout": 0.5}))}) == 3
+    resident = Resident()
+    traces = [resident.inputs(spec).availability for spec in specs]
+    assert [trace.client_ids.tolist() for trace in traces if trace is not None] == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_a_base_model_that_was_kept_is_read_again_once_its_files_change(tmp_path: Path):
