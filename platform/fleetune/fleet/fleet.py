@@ -6,7 +6,7 @@ then indexed, so that what happens to a client in a round does not depend on who
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,7 @@ from fleetune.errors import UserError, unknown_name
 from fleetune.fleet.availability import Availability, AvailabilityConfig, build_availability
 from fleetune.fleet.availability_trace import AvailabilityTrace, read_trace
 from fleetune.fleet.budgets import Budgets, BudgetsConfig, build_budgets
-from fleetune.fleet.device_file import Catalogue, catalogue
+from fleetune.fleet.device_file import Catalogue, built_in, catalogue
 from fleetune.fleet.links import NetworkProfile, RadioEnergy
 from fleetune.fleet.profile import DeviceProfile
 from fleetune.seeds import rng
@@ -64,7 +64,7 @@ class FleetConfig(Config):
         known = catalogue(info.data.get("device_files", ()))
         for name in devices:
             known.device(name)
-        return _in_order_of(known.devices, _checked_fractions(devices, field="fleet.devices"))
+        return _in_order(known.devices, built_in().devices, _checked_fractions(devices, field="fleet.devices"))
 
     @field_validator("server")
     @classmethod
@@ -79,7 +79,7 @@ class FleetConfig(Config):
             return known.network(networks).name
         for name in networks:
             known.network(name)
-        return _in_order_of(known.networks, _checked_fractions(networks, field="fleet.network"))
+        return _in_order(known.networks, built_in().networks, _checked_fractions(networks, field="fleet.network"))
 
     def catalogue(self) -> Catalogue:
         """The devices and links that this job can name."""
@@ -224,9 +224,12 @@ def _dealt(fractions: Mapping[str, float], total: int, generator: np.random.Gene
     return generator.permutation(np.repeat(np.arange(len(counts), dtype=np.int16), counts))
 
 
-def _in_order_of(catalogue: Iterable[str], fractions: Mapping[str, float]) -> dict[str, float]:
-    """In the catalogue's order, power modes by name: a mapping's own order means nothing, and must decide nothing."""
-    place = {name: i for i, name in enumerate(catalogue)}
+def _in_order(known: Iterable[str], built_in: Container[str], fractions: Mapping[str, float]) -> dict[str, float]:
+    """A job's own first, then as the catalogue has them, power modes by name.
+
+    A mapping's own order means nothing, and must decide nothing: ties among clients go to the kind that stands first.
+    """
+    place = {name: (name in built_in, i) for i, name in enumerate(known)}
     return {name: fractions[name] for name in sorted(fractions, key=lambda name: (place[name.partition("@")[0]], name))}
 
 
