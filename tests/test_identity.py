@@ -205,14 +205,16 @@ def test_what_was_restored_goes_on(world: World, tmp_path: Path):
 
 def test_a_run_that_did_not_note_what_it_read_is_refused(world: World, tmp_path: Path):
     """As those of earlier versions; a finished one shows its result."""
-    old = RunDirectory(tmp_path / "old")
-    shutil.copytree(world.run_dir.path, old.path)
-    meta = {key: value for key, value in old.meta.items() if key not in ("content", "identity")}
-    old._write_json("checkpoint/meta.json", {**meta, "spec_hash": "0123456789abcdef"})
+    old, over = RunDirectory(tmp_path / "old"), RunDirectory(tmp_path / "over")
+    for run in (old, over):
+        shutil.copytree(world.run_dir.path, run.path)
+    result = launch.resume(over.path, debug=True)
+    for run in (old, over):
+        meta = {key: value for key, value in run.meta.items() if key not in ("content", "identity")}
+        run._write_json("checkpoint/meta.json", {**meta, "spec_hash": "0123456789abcdef"})
     with pytest.raises(UserError, match=r"earlier version .* did not note what it read.*start a new run"):
         launch.resume(old.path, debug=True)
-    old.write_result({"status": "finished", "metrics": {"eval_loss": 1.0}})
-    assert launch.resume(old.path, debug=True).metrics == {"eval_loss": 1.0}
+    assert launch.resume(over.path, debug=True).metrics == result.metrics
 
 
 def test_content_is_part_of_the_identity_and_of_the_name(world: World, tmp_path: Path):

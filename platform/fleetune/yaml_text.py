@@ -35,6 +35,6 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def load(text: str) -> Any:
+def load(text: str | bytes) -> Any:
     """The value that a text holds, None for an empty one. Raises one of NOT_YAML."""
     return yaml.load(text, Loader=_Loader)
