@@ -165,11 +165,29 @@ def test_a_wrong_availability_is_refused(fields: dict[str, Any], rule: str):
 def test_where_nobody_is_there_the_server_waits_for_the_first(tmp_path: Path):
     """Nobody from 0 to 8, client 3 from 8, client 1 from 20; client 3 holds no examples, so 20 it is. Then nobody comes."""
     read = from_trace(tmp_path, "client_id,start_seconds,end_seconds\n3,8,50\n1,20,30\n")
-    opening = open_round(read, np.array([0, 1, 2]), round_idx=0, sim_seconds=2.0)
+    free = np.zeros(6)
+    opening = open_round(read, np.array([0, 1, 2]), free, round_idx=0, sim_seconds=2.0)
     assert (opening.available.tolist(), opening.start_seconds) == ([1], 20.0)
-    opening = open_round(read, np.array([0, 1, 2]), round_idx=1, sim_seconds=40.0)
+    opening = open_round(read, np.array([0, 1, 2]), free, round_idx=1, sim_seconds=40.0)
     assert (opening.available.tolist(), opening.start_seconds) == ([], 40.0)
     assert sample_clients(opening.available, 3, run_seed=0, round_idx=1).tolist() == []
+
+
+def test_who_is_still_at_work_is_waited_for_like_who_is_away(tmp_path: Path):
+    """Client 0 is there until 30 and at work until 9; client 1 comes at 5 and is at work until 7; client 2 comes at 8."""
+    read = from_trace(tmp_path, "client_id,start_seconds,end_seconds\n0,0,30\n1,5,6\n1,20,40\n2,8,50\n")
+
+    def opened(ids: list[int], busy: list[float], at: float) -> tuple[list[int], float]:
+        found = open_round(read, np.array(ids), np.array(busy), round_idx=0, sim_seconds=at)
+        return found.available.tolist(), found.start_seconds
+
+    assert opened([0, 1, 2], [9, 7, 0], 2.0) == ([2], 8.0)
+    assert opened([0, 1], [9, 7], 2.0) == ([0], 9.0)
+    assert opened([1], [9, 7], 2.0) == ([1], 20.0), "done at 7, when it is away"
+    assert opened([0], [35, 7], 2.0) == ([], 2.0), "away for good before it is done"
+    always = build_fleet(FleetConfig(num_clients=2), 0).availability
+    found = open_round(always, np.arange(2), np.array([4.0, 3.0]), round_idx=0, sim_seconds=3.0)
+    assert (found.available.tolist(), found.start_seconds) == ([1], 3.0), "done at the very moment"
 
 
 def test_with_too_few_the_round_goes_on_with_those_there_are():

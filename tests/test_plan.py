@@ -114,8 +114,8 @@ def test_expected_lengths_are_near_those_drawn(tmp_path: Path):
     padded: list[float] = []
     learnt: list[float] = []
     for round_idx in range(60):
-        ours = drawn.round(state, round_idx, {}, sim_seconds=0)
-        theirs = expected.round(state, round_idx, {}, sim_seconds=0)
+        ours = drawn.round(state, round_idx, {}, np.zeros(6), sim_seconds=0)
+        theirs = expected.round(state, round_idx, {}, np.zeros(6), sim_seconds=0)
         assert ours.client_ids.tolist() == theirs.client_ids.tolist()
         a, b = drawn.load(ours.work, ours.client_ids), expected.load(theirs.work, theirs.client_ids)
         assert a.num_steps.tolist() == b.num_steps.tolist()

@@ -39,6 +39,7 @@ class Snapshot:
     state: State
     progress: Progress
     places: np.ndarray
+    busy_until: np.ndarray
     provisioned: dict[int, str]
 
 
@@ -50,6 +51,8 @@ class Checkpoint:
         self.store = PrivateStore.open(folder / "clients")
         self.places = np.full(num_clients, -1, np.int32)
         """Where each client's private tensors lie in the store; -1: it has none."""
+        self.busy_until = np.zeros(num_clients)
+        """The virtual time at which each client's last turn ends."""
         self.provisioned: dict[int, str] = {}
         """Client -> key of the weights that it was sent last."""
         self.notes: list[str] = []
@@ -73,7 +76,7 @@ class Checkpoint:
     def snapshot(self, state: State, progress: Progress) -> Snapshot:
         """The run as it stands now; `save` writes it, now or when later rounds have changed what is here."""
         copied = replace(progress, totals=dict(progress.totals))
-        made = Snapshot(state, copied, self.places.copy(), dict(self.provisioned))
+        made = Snapshot(state, copied, self.places.copy(), self.busy_until.copy(), dict(self.provisioned))
         self._unwritten.append(made)
         return made
 
@@ -112,12 +115,12 @@ class Checkpoint:
         problems: list[files.Damaged] = []
         for path in (self.state_file, self.former_file):
             try:
-                state, progress, places, provisioned = _read(path)
-                if len(places) != len(self.places):
-                    raise files.damaged(path, f"it is of {len(places)} clients", holds="the run's state")
-                self.store.check(_places(places))
+                found = _read(path)
+                if len(found.places) != len(self.places):
+                    raise files.damaged(path, f"it is of {len(found.places)} clients", holds="the run's state")
+                self.store.check(_places(found.places))
                 if check is not None:
-                    check(progress.next_round)
+                    check(found.progress.next_round)
             except FileNotFoundError:
                 continue
             except files.Damaged as error:
@@ -126,9 +129,9 @@ class Checkpoint:
             if path == self.former_file:  # otherwise the next save would put the damaged one in its place
                 os.replace(path, self.state_file)
                 self.notes += [f"{error}; going on from the round before" for error in problems[:1]]
-            self.places, self.provisioned = places, provisioned
-            self._written, self._lasting = places.copy(), {*_places(places)}
-            return state, progress
+            self.places, self.busy_until, self.provisioned = found.places, found.busy_until, found.provisioned
+            self._written, self._lasting = found.places.copy(), {*_places(found.places)}
+            return found.state, found.progress
         if problems:
             raise problems[0]
         return None
@@ -152,7 +155,7 @@ class Checkpoint:
 def saved_rounds(folder: Path) -> int:
     """How many rounds the state in a checkpoint folder counts; 0 where there is none that can be read."""
     try:
-        return _read(folder / "state.safetensors")[1].next_round
+        return _read(folder / "state.safetensors").progress.next_round
     except (OSError, UserError):
         return 0
 
@@ -160,23 +163,24 @@ def saved_rounds(folder: Path) -> int:
 def _content(snapshot: Snapshot) -> bytes:
     meta = {"values": snapshot.state.values, "provisioned": snapshot.provisioned, **vars(snapshot.progress)}
     tensors = {f"state/{name}": tensor for name, tensor in snapshot.state.tensors.items()}
-    return to_bytes({**tensors, "places": torch.from_numpy(snapshot.places)}, meta)
+    clients = {"places": torch.from_numpy(snapshot.places), "busy_until": torch.from_numpy(snapshot.busy_until)}
+    return to_bytes({**tensors, **clients}, meta)
 
 
-def _read(path: Path) -> tuple[State, Progress, np.ndarray, dict[int, str]]:
-    """(state, progress, places (num_clients,), provisioned) of a state file."""
+def _read(path: Path) -> Snapshot:
+    """The run as it stands in a state file."""
     tensors, meta = load(path, holds="the run's state")
-    if "places" not in tensors:
+    if not {"places", "busy_until"} <= tensors.keys():
         raise UserError(
             "was written by an earlier version of fleetune",
             field="checkpoint",
             value=str(path),
             hint="go on with that version, or begin the run anew",
         )
-    places = tensors.pop("places").numpy().copy()
+    places, busy_until = (tensors.pop(name).numpy().copy() for name in ("places", "busy_until"))
     provisioned = {int(k): v for k, v in meta.pop("provisioned").items()}
     state = State({n.removeprefix("state/"): t for n, t in tensors.items()}, meta.pop("values"))
-    return state, Progress(**meta), places, provisioned
+    return Snapshot(state, Progress(**meta), places, busy_until, provisioned)
 
 
 def _places(*arrays: np.ndarray) -> list[int]:

@@ -19,7 +19,8 @@ class RoundsConfig(Config):
     clients_per_round: int = Field(5, ge=1, le=10_000_000)
     """Clients sampled each round, without replacement, among those that hold examples."""
     close: Literal["all", "deadline", "first_k"] = "all"
-    """When a round ends on the virtual clock: after all replies, at a deadline, or after the first k replies."""
+    """When a round ends on the virtual clock: after all replies, at a deadline, or after the first k replies. Who is still
+    at work then cannot be sampled before it is done; where nobody is free, the next round waits for the first."""
     deadline_seconds: float | None = Field(None, gt=0, le=1e9)
     """Virtual seconds after which replies are late (close: deadline)."""
     first_k: int | None = Field(None, ge=1, le=10_000_000)

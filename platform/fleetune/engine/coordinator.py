@@ -19,7 +19,7 @@ from fleetune.engine.private import place_of
 from fleetune.engine.problem import Problem
 from fleetune.engine.ranks import filled, shares_per_row
 from fleetune.engine.rounds import LATE, OK, Outcome
-from fleetune.engine.schedule import Schedule
+from fleetune.engine.schedule import Schedule, Scheduled
 from fleetune.engine.work import Work
 from fleetune.errors import RunFailed
 from fleetune.methods.base import GlobalModel, State, Update
@@ -65,7 +65,11 @@ class Coordinator:
                 # What the server sends, to whom, and what it costs each of them; so who is refused, leaves, or comes too late.
                 state = self.method.begin_round(state, round_idx)
                 now = self.schedule.round(
-                    state, round_idx, self.checkpoint.provisioned, sim_seconds=progress.sim_seconds
+                    state,
+                    round_idx,
+                    self.checkpoint.provisioned,
+                    self.checkpoint.busy_until,
+                    sim_seconds=progress.sim_seconds,
                 )
                 client_ids, work, outcome = now.client_ids, now.work, now.outcome
                 progress.sim_seconds = now.start_seconds + outcome.sim_seconds
@@ -74,8 +78,8 @@ class Coordinator:
                 replies: list[LotReply] = []
                 updates = self._begin(client_ids, work, outcome, replies)
                 yield from self._written()
-                self.schedule.draw_ahead(round_idx + 1, sim_seconds=progress.sim_seconds)
-                state = self._aggregate(state, updates, round_idx)
+                self.schedule.draw_ahead(round_idx + 1, self.checkpoint.busy_until, sim_seconds=progress.sim_seconds)
+                state = self._aggregate(state, now, updates)
 
                 # What there is to record, and the evaluation, which goes on beside the next round's work.
                 clients = client_columns(self.problem, now, replies)
@@ -138,11 +142,11 @@ class Coordinator:
         """Begin the work of the clients that count (late ones too, where they keep something); None where none does."""
         keeps = self._keeps(work)
         active = np.flatnonzero((outcome.status == OK) | ((outcome.status == LATE) & keeps))
-        if not (outcome.status == OK).any():
+        if not len(active):
             return None
         sizes = self.sizes[client_ids].astype(float)
         counted = sizes * (outcome.status == OK)
-        weights = counted / counted.sum()
+        weights = counted / (counted.sum() or 1.0)
         ids = client_ids[active]
         lots = make_lots(
             round_idx=work.round_idx,
@@ -162,11 +166,12 @@ class Coordinator:
         run = self.executor.run(lots, dict(enumerate(work.payloads)))
         return self._updates(run, work, weights, client_ids, replies)
 
-    def _aggregate(self, state: State, updates: Iterator[Update] | None, round_idx: int) -> State:
-        """The next state from the updates as they come."""
+    def _aggregate(self, state: State, now: Scheduled, updates: Iterator[Update] | None) -> State:
+        """The next state from the updates as they come; the same where nobody counts."""
         if updates is None:
             return state
-        state = self.method.aggregate(state, updates, round_idx)
+        if (now.outcome.status == OK).any():
+            state = self.method.aggregate(state, updates, now.work.round_idx)
         for _ in updates:  # a method that does not look at every update still needs every client's record
             pass
         return state

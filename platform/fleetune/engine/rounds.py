@@ -11,7 +11,7 @@ from fleetune.fleet.availability import Availability
 from fleetune.fleet.budgets import MEMORY
 from fleetune.seeds import rng
 
-OK, OOM, REFUSED, DROPPED, LATE = "ok", "oom", "refused", "dropped", "late"
+OK, OOM, REFUSED, DROPPED, LATE, FAILED = "ok", "oom", "refused", "dropped", "late", "failed"
 
 
 def sample_clients(eligible: np.ndarray, num_clients: int, *, run_seed: int, round_idx: int) -> np.ndarray:
@@ -34,16 +34,30 @@ class Opening:
     """Virtual time at which it begins: at once, or when the first of them came."""
 
 
-def open_round(availability: Availability, eligible: np.ndarray, *, round_idx: int, sim_seconds: float) -> Opening:
-    """Who can be sampled at this virtual time. Where nobody can, the server waits for the first to come.
+def open_round(
+    availability: Availability, eligible: np.ndarray, busy_until: np.ndarray, *, round_idx: int, sim_seconds: float
+) -> Opening:
+    """Who can be sampled at this virtual time: those that are there and are not at work for a round that closed without them.
 
-    Nobody ever comes, or comes by waiting (``bernoulli``): the round is empty.
+    ``busy_until``: the virtual time at which each client's last turn ends, (num_clients,). Where nobody can be sampled, the
+    server waits for the first to come or to be done. Nobody ever comes, or comes by waiting (``bernoulli``): the round is
+    empty.
     """
-    available = eligible[availability.at(round_idx, sim_seconds)[eligible]]
-    start = None if len(available) else availability.next_change(sim_seconds, eligible)
-    if start is None:
-        return Opening(available, sim_seconds)
-    return Opening(eligible[availability.at(round_idx, start)[eligible]], start)
+    start: float | None = sim_seconds
+    while start is not None:
+        there = availability.at(round_idx, start)[eligible]
+        available = eligible[there & (busy_until[eligible] <= start)]
+        if len(available):
+            return Opening(available, start)
+        start = _next_change(availability, eligible[~there], busy_until[eligible[there]], start)
+    return Opening(np.zeros(0, eligible.dtype), sim_seconds)
+
+
+def _next_change(availability: Availability, away: np.ndarray, busy_until: np.ndarray, seconds: float) -> float | None:
+    """The next virtual time at which one of the clients that are away comes, or one of those that are there is done."""
+    comes = availability.next_change(seconds, away) if len(away) else None
+    known = [*([] if comes is None else [comes]), *([float(busy_until.min())] if len(busy_until) else [])]
+    return min(known, default=None)
 
 
 @dataclass(frozen=True)

@@ -55,14 +55,21 @@ class Schedule:
         self._ahead: dict[int, list[np.ndarray]] = {}
 
     def round(
-        self, state: State, round_idx: int, provisioned: MutableMapping[int, str], *, sim_seconds: float
+        self,
+        state: State,
+        round_idx: int,
+        provisioned: MutableMapping[int, str],
+        busy_until: np.ndarray,
+        *,
+        sim_seconds: float,
     ) -> Scheduled:
         """The round that starts from ``state``, the one before having ended at virtual time ``sim_seconds``.
 
-        ``provisioned``, what each client was sent along last, is brought up to date.
+        ``provisioned``, what each client was sent along last, and ``busy_until (num_clients,)``, the virtual time at which
+        the last turn of each ends, are brought up to date.
         """
         fleet = self.problem.fleet
-        opening = self._opening(round_idx, sim_seconds)
+        opening = self._opening(round_idx, busy_until, sim_seconds)
         client_ids = self.clients(round_idx, opening.available)
         fitting = Fitting(
             self.method,
@@ -84,6 +91,8 @@ class Schedule:
             provision = work.payloads[work.group_of[i]].provision
             if provision is not None:
                 provisioned[int(client_ids[i])] = provision.key
+        # Where a round does not wait for everybody, some are still at work when the next one begins.
+        busy_until[client_ids[outcome.started]] = opening.start_seconds + busy_seconds[outcome.started]
         return Scheduled(
             client_ids=client_ids,
             work=work,
@@ -97,9 +106,9 @@ class Schedule:
             busy_seconds=busy_seconds,
         )
 
-    def _opening(self, round_idx: int, sim_seconds: float) -> Opening:
-        fleet = self.problem.fleet
-        return open_round(fleet.availability, self.problem.eligible, round_idx=round_idx, sim_seconds=sim_seconds)
+    def _opening(self, round_idx: int, busy_until: np.ndarray, sim_seconds: float) -> Opening:
+        availability, eligible = self.problem.fleet.availability, self.problem.eligible
+        return open_round(availability, eligible, busy_until, round_idx=round_idx, sim_seconds=sim_seconds)
 
     def clients(self, round_idx: int, available: np.ndarray) -> np.ndarray:
         """Who is sampled of those that are there, in ascending order."""
@@ -110,10 +119,10 @@ class Schedule:
             round_idx=round_idx,
         )
 
-    def draw_ahead(self, round_idx: int, *, sim_seconds: float) -> None:
+    def draw_ahead(self, round_idx: int, busy_until: np.ndarray, *, sim_seconds: float) -> None:
         """Draw the batches of a round to come, while hosts work: they depend on nothing that is still being worked out."""
         if round_idx < self.spec.rounds.num_rounds:
-            available = self._opening(round_idx, sim_seconds).available
+            available = self._opening(round_idx, busy_until, sim_seconds).available
             self._ahead = {round_idx: self.batches(round_idx, self.clients(round_idx, available))}
 
     def tells_what_fits(self, round_idx: int) -> bool:

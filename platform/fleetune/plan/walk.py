@@ -103,12 +103,13 @@ def walk(problem: Problem, schedule: Schedule) -> Iterator[tuple[Row, dict[str, 
     """Each round's row and its clients' columns, as a run would record them, less what only training shows."""
     method, sim_seconds = problem.method, 0.0
     provisioned: dict[int, str] = {}
+    busy_until = np.zeros(problem.fleet.num_clients)
     with torch.device("meta"):
         state = method.start()
     for round_idx in range(problem.spec.rounds.num_rounds):
         with torch.device("meta"):
             state = method.begin_round(state, round_idx)
-        now = schedule.round(state, round_idx, provisioned, sim_seconds=sim_seconds)
+        now = schedule.round(state, round_idx, provisioned, busy_until, sim_seconds=sim_seconds)
         sim_seconds = now.start_seconds + now.outcome.sim_seconds
         clients = costed_columns(problem, now)
         untrained = {**clients, "train_loss": np.full(len(now.client_ids), np.nan)}
