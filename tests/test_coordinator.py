@@ -352,13 +352,19 @@ def test_another_architecture_is_costed_with_its_own_sizes():
 
 
 def test_epochs_give_clients_steps_by_their_examples():
-    """Two passes over n examples in batches of 2 are n steps, each of 2 examples."""
-    done, passed = runs.recorded(tiny.spec({**FAST, "local.epochs": 2.0, "rounds.num_rounds": 1}))
-    sizes = done.clients.set_index("client_id")["num_examples"]
+    """Two passes over n examples in batches of 4 are 2 ceil(n / 4) steps, 2 n examples and their tokens."""
+    more = {"local.epochs": 2.0, "local.batch_size": 4, "rounds.num_rounds": 1}
+    done, passed = runs.recorded(tiny.spec({**FAST, **more}))
+    part, lengths = done.problem.partition, done.problem.inputs.train.lengths
+    tokens = done.clients.set_index("client_id")["num_tokens"]
+    assert {int(n) % 4 for n in np.diff(part.offsets)} != {0}
     for one in passed:
         steps = np.diff(one.lot.row_offsets)
-        assert steps.tolist() == [sizes[c] for c in one.lot.client_ids]
-    assert sizes.nunique() > 1
+        assert steps.tolist() == [2 * -(-len(part.shard(c)) // 4) for c in one.lot.client_ids.tolist()]
+        for i, c in enumerate(one.lot.client_ids.tolist()):
+            rows = one.lot.rows[one.lot.row_offsets[i] : one.lot.row_offsets[i + 1]]
+            assert sorted(rows[rows >= 0].tolist()) == sorted([*part.shard(c).tolist()] * 2)
+            assert tokens[c] == 2 * lengths[part.shard(c)].sum() == one.reply.num_tokens[i]
 
 
 def test_the_result_of_an_update_is_not_written_through():

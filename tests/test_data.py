@@ -12,12 +12,13 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from fleetune.data import tokenize as tokenize_module
-from fleetune.data.batches import IGNORED, collate, draw_batches, eval_prompts
+from fleetune.data.batches import IGNORED, NO_EXAMPLE, collate, draw_batches, draw_epochs, eval_prompts, num_tokens
 from fleetune.data.config import ColumnMapping, DataConfig
 from fleetune.data.records import Examples
 from fleetune.data.sources import load_records
 from fleetune.data.template import exact_match, extract_answer, render_prompts
 from fleetune.data.tokenize import tokenize
+from fleetune.training.config import LocalConfig
 
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", "a", "b", "c", "d", "x", "y", "z"]
 PAD, BOS, EOS = 0, 1, 2
@@ -209,8 +210,45 @@ def test_a_shard_smaller_than_a_batch_fills_it_by_repeating():
 
 
 def test_no_batches_come_from_an_empty_shard():
+    empty = np.array([], dtype=np.int64)
     with pytest.raises(ValueError, match="empty shard"):
-        draw_batches(np.array([], dtype=np.int64), num_steps=1, batch_size=1, seed=0)
+        draw_batches(empty, num_steps=1, batch_size=1, seed=0)
+    with pytest.raises(ValueError, match="empty shard"):
+        draw_epochs(empty, [(0, 1)], batch_size=1, seed=0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("epochs", [0.3, 1.0, 2.0, 2.5])
+def test_every_pass_sees_each_example_once(batch_size: int, epochs: float):
+    """Shards of 1 to 40 examples: whole passes see each example once, one in part sees different ones; only the last batch
+    of a pass is short, and what fills it up stands at its end."""
+    local = LocalConfig(epochs=epochs, batch_size=batch_size)
+    for n in range(1, 41):
+        shard = np.random.default_rng(n).permutation(1000)[:n]
+        rows = draw_epochs(shard, local.passes(n), batch_size=batch_size, seed=n)
+        sizes = (rows != NO_EXAMPLE).sum(axis=1)
+        assert rows.shape == (sum(times for _, times in local.batches(n)), batch_size)
+        assert sorted(sizes) == sorted(size for size, times in local.batches(n) for _ in range(times))
+        assert all((row[size:] == NO_EXAMPLE).all() for row, size in zip(rows, sizes, strict=True))
+        for size, times in local.passes(n):
+            for _ in range(times):
+                seen, rows = rows[: -(-size // batch_size)], rows[-(-size // batch_size) :]
+                examples = seen[seen != NO_EXAMPLE].tolist()
+                assert len(set(examples)) == len(examples) == size
+                assert set(examples) <= set(shard.tolist())
+        assert not len(rows)
+        again = [draw_epochs(shard, local.passes(n), batch_size=batch_size, seed=s) for s in (n, n, n + 1)]
+        assert np.array_equal(again[0], again[1])
+    assert not np.array_equal(again[1], again[2])
+
+
+def test_what_fills_up_a_batch_is_padding_and_is_not_learnt(three):
+    ids, labels = collate(three, np.array([1, NO_EXAMPLE]))
+    alone, _ = collate(three, np.array([1]))
+    assert np.array_equal(ids[:1], alone)
+    assert (ids[1] == three.pad_token_id).all()
+    assert (labels[1] == IGNORED).all()
+    assert num_tokens(three, np.array([NO_EXAMPLE, 1, NO_EXAMPLE])).tolist() == [0, three.lengths[1], 0]
 
 
 def test_a_template_is_filled_from_any_column():

@@ -87,8 +87,24 @@ def test_cosine_learning_rate():
     assert LocalConfig(learning_rate=0.3).learning_rate_at(3, 4) == 0.3
 
 
-def test_steps_of_a_client():
-    """Two passes over 10 examples by 4 are 5 steps; never less than one; without epochs the number given."""
-    assert LocalConfig(epochs=2, batch_size=4).num_steps(10) == 5
-    assert LocalConfig(epochs=0.1, batch_size=4).num_steps(1) == 1
-    assert LocalConfig(steps=3).num_steps(10) == 3
+@pytest.mark.parametrize(
+    ("epochs", "num_examples", "batches"),
+    [
+        (1, 20, [(8, 2), (4, 1)]),
+        (1, 60, [(8, 7), (4, 1)]),
+        (1, 64, [(8, 8)]),
+        (1, 5, [(5, 1)]),
+        (2, 20, [(8, 4), (4, 2)]),
+        (0.5, 20, [(8, 1), (2, 1)]),
+        (2.5, 20, [(8, 4), (4, 2), (8, 1), (2, 1)]),
+        (0.01, 20, [(1, 1)]),
+        (1.01, 20, [(8, 2), (4, 1)]),
+    ],
+)
+def test_batches_of_a_client_in_epochs(epochs: float, num_examples: int, batches: list[tuple[int, int]]):
+    """A pass is in batches of 8 and one of what is left; one in part has as many examples, rounded; one example at least."""
+    assert LocalConfig(epochs=epochs, batch_size=8).batches(num_examples) == batches
+
+
+def test_batches_of_a_client_in_steps_are_full():
+    assert LocalConfig(steps=3, batch_size=8).batches(5) == [(8, 3)]

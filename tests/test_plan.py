@@ -43,6 +43,9 @@ COMING_AND_GOING = {
 }
 
 
+SHORT_BATCHES = {"local.epochs": 0.6, "local.batch_size": 4}
+
+
 @pytest.fixture
 def fleetune(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
     """A command of this process."""
@@ -63,7 +66,9 @@ def plain(column: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("costs", [{}, {**COSTED, **COMING_AND_GOING}], ids=["as trained", "as llama2-7b"])
+@pytest.mark.parametrize(
+    "costs", [{}, {**COSTED, **COMING_AND_GOING, **SHORT_BATCHES}], ids=["as trained", "as llama2-7b"]
+)
 def test_a_plan_is_what_the_run_records(method: str, costs: dict[str, Any], tmp_path: Path):
     """Every column of rounds.parquet that needs no training, and every client's costs, to the last bit."""
     spec = tiny.spec({"evaluation.generate": False, **costs}, method=method)

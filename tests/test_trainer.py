@@ -11,7 +11,7 @@ import torch
 import models
 import runs
 import tiny
-from fleetune.data.batches import IGNORED, collate
+from fleetune.data.batches import IGNORED, NO_EXAMPLE, collate
 from fleetune.engine.problem import Problem
 from fleetune.methods.base import is_lora_a, is_lora_b
 from fleetune.models.config import LoRAConfig
@@ -123,6 +123,21 @@ def test_clients_with_different_steps_and_rates_agree_with_each_alone(optimizer:
         runs.close_tensors(upload_of(together, k), upload_of(alone), rtol=1e-4, atol=1e-5)
         assert together.losses[k] == pytest.approx(alone.losses[0], rel=1e-5)
         assert together.num_tokens[k] == alone.num_tokens[0]
+
+
+def test_a_short_batch_is_a_batch_of_fewer_examples():
+    """Clients of 2 + 1, 1 and 2 + 2 examples in one stack, filled up: each comes to what plain batches alone give."""
+    problem, start = world()
+    filled = [np.array([[0, 1], [2, NO_EXAMPLE]]), np.array([[3, NO_EXAMPLE]]), np.array([[4, 5], [6, 7]])]
+    together = train(problem, start, [task(k, rows) for k, rows in enumerate(filled)])
+    for k, rows in enumerate(filled):
+        batches = [row[row != NO_EXAMPLE] for row in rows]
+        alone = train(problem, start, [task(k, batches)])  # type: ignore[arg-type]
+        runs.close_tensors(upload_of(together, k), upload_of(alone), rtol=1e-4, atol=1e-5)
+        assert together.losses[k] == pytest.approx(alone.losses[0], rel=1e-5)
+        assert together.num_tokens[k] == alone.num_tokens[0]
+    exact = train(problem, start, [task(1, filled[1])])
+    runs.same_tensors(upload_of(exact), upload_of(train(problem, start, [task(1, filled[1][:, :1])])))
 
 
 def test_only_trainable_tensors_change():

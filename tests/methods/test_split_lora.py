@@ -12,7 +12,7 @@ from torch import Tensor
 
 import runs
 import tiny
-from fleetune.data.batches import collate
+from fleetune.data.batches import NO_EXAMPLE, collate
 from fleetune.engine.problem import Problem
 from fleetune.errors import UserError
 from fleetune.methods.base import Payload, State, Update
@@ -212,6 +212,24 @@ def test_clients_with_fewer_steps_leave_the_cohort():
         padded = 2 * int(sizes[task.rows].max(axis=1).sum())
         assert update.cut_bytes[:, k].tolist() == [padded * 4 * (32 + 1), padded * 4 * 32]
         assert update.num_tokens[k] == sizes[task.rows].sum()
+
+
+@pytest.mark.parametrize("server", ["concatenated", "in_turn", "per_client"])
+def test_what_fills_up_a_batch_crosses_no_cut(server: str):
+    """Client 1 has one example of two places: the result is that of a batch of one, and so is what it sends and is charged."""
+    problem, method = made(server)
+    payload, worker = payload_of(method, warm_state(method)), runs.worker(problem)
+    first, second = tasks(problem, [1, 1])
+    short = replace(second, rows=np.array([[second.rows[0, 0], NO_EXAMPLE]]))
+    update = method.local_update(worker, payload, [first, short])
+    alone = method.local_update(worker, payload, [replace(second, rows=second.rows[:, :1])])
+    assert update.cut_bytes is not None
+    assert alone.cut_bytes is not None
+    assert update.cut_bytes[:, 1].tolist() == alone.cut_bytes[:, 0].tolist()
+    assert update.num_tokens[1] == alone.num_tokens[0]
+    if server != "in_turn":  # there the server has learnt from client 0 before
+        assert update.losses[1] == pytest.approx(alone.losses[0], rel=1e-5)
+        runs.close_tensors(upload_of(update, 1), upload_of(alone, 0), rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_acts_on_both_halves():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from fleetune.data.dataset import TokenizedDataset
 from fleetune.seeds import rng
 
+NO_EXAMPLE = -1  # fills up a batch that has fewer examples than its place
 IGNORED = -100  # the label of a token that is not learnt: PyTorch's cross_entropy(ignore_index=-100)
 
 
@@ -25,19 +28,41 @@ def draw_batches(shard: np.ndarray, *, num_steps: int, batch_size: int, seed: in
     return shuffled.reshape(-1)[:needed].reshape(num_steps, batch_size)
 
 
+def draw_epochs(shard: np.ndarray, passes: Iterable[tuple[int, int]], *, batch_size: int, seed: int) -> np.ndarray:
+    """Examples for every step, int64 ``(num_steps, batch_size)``: passes over the shard ``(n,)``, each shuffled anew.
+
+    ``passes``: (examples, times); a pass of n examples sees each once, one of fewer as many different ones. The last batch
+    of a pass holds what is left, and is filled up with `NO_EXAMPLE`. Raises ValueError for an empty shard.
+    """
+    if len(shard) == 0:
+        raise ValueError("no batches from an empty shard; a client without examples is not to be trained")
+    generator = rng(seed, "draw_epochs")
+    out = []
+    for size, times in passes:
+        shuffled = generator.permuted(np.tile(np.asarray(shard, dtype=np.int64), (times, 1)), axis=1)[:, :size]
+        filled = np.pad(shuffled, ((0, 0), (0, -size % batch_size)), constant_values=NO_EXAMPLE)
+        out.append(filled.reshape(-1, batch_size))
+    return np.concatenate(out)
+
+
 def collate(dataset: TokenizedDataset, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and labels int64 ``(n, S)`` of examples ``rows`` ``(n,)``, right-padded to the longest, S.
 
+    A row that is `NO_EXAMPLE` is padding alone, of which nothing is learnt.
     ``labels[:, t]`` is the target *at* position t, predicted from the tokens before it: the token itself
     where it is learnt, -100 elsewhere. The shift by one is the trainer's.
     """
-    starts = dataset.offsets[rows]
-    ends = dataset.offsets[rows + 1] - starts
+    starts, ends = dataset.offsets[rows], num_tokens(dataset, rows)
     position = np.arange(ends.max())
     inside = position < ends[:, None]
     ids = _gather(dataset, starts[:, None] + position, inside)
     learnt = inside if dataset.loss_on == "all" else inside & (position >= dataset.prompt_lengths[rows][:, None])
     return ids, np.where(learnt, ids, IGNORED)
+
+
+def num_tokens(dataset: TokenizedDataset, rows: np.ndarray) -> np.ndarray:
+    """Tokens of each example, of the shape of ``rows``; none where there is `NO_EXAMPLE`."""
+    return np.where(rows == NO_EXAMPLE, 0, dataset.offsets[rows + 1] - dataset.offsets[rows])
 
 
 def eval_prompts(dataset: TokenizedDataset, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

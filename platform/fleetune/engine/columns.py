@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fleetune.data.batches import num_tokens
 from fleetune.engine.lots import LotReply
 from fleetune.engine.problem import Problem
 from fleetune.engine.rounds import DROPPED, LATE, OK, OOM, REFUSED
@@ -82,12 +83,11 @@ def _measured(problem: Problem, now: Scheduled, replies: Sequence[LotReply]) -> 
     """What the workers saw: tokens, loss, real time. Null where a client's work came to nothing and was not simulated."""
     n, rows = len(now.client_ids), now.work.rows
     loss, wall = np.full(n, np.nan), np.zeros(n)
-    offsets = problem.inputs.train.offsets
-    num_tokens = np.array([int((offsets[r + 1] - offsets[r]).sum()) if len(r) else 0 for r in rows])
+    tokens = np.array([int(num_tokens(problem.inputs.train, r).sum()) for r in rows], np.int64)
     for reply in replies:
         where = np.searchsorted(now.client_ids, reply.client_ids)
         loss[where], wall[where] = reply.losses, reply.wall_seconds
-    return {"num_tokens": np.where(now.outcome.started, num_tokens, 0), "train_loss": loss, "wall_seconds": wall}
+    return {"num_tokens": np.where(now.outcome.started, tokens, 0), "train_loss": loss, "wall_seconds": wall}
 
 
 def round_row(stage: int, now: Scheduled, clients: dict[str, Any], sim_seconds: float) -> dict[str, Any]:

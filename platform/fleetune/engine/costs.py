@@ -15,6 +15,7 @@ from fleetune.cost.estimate import Load, estimate
 from fleetune.cost.forms import evaluate, monomials
 from fleetune.cost.overlap import overlapped
 from fleetune.cost.shapes import architecture
+from fleetune.data.batches import NO_EXAMPLE
 from fleetune.data.dataset import TokenizedDataset
 from fleetune.data.tokenize import default_cache_dir
 from fleetune.engine.costed import CostedModel
@@ -117,13 +118,15 @@ def work_shape(spec: RunSpec) -> WorkShape:
 def batch_load(data: TokenizedDataset, rows: Sequence[np.ndarray]) -> Load:
     """What everybody's batches, (steps, batch) each, are to the cost model; a device pads each to its own longest example.
 
+    A short batch has the examples that it has: what fills its place up costs nothing.
+
     The loss looks at no first token, because nothing predicts it.
     """
     if not any(len(batches) for batches in rows):
         return Load.equal(np.zeros(len(rows), int), 0, 0, 0)
     owner = np.repeat(np.arange(len(rows)), [len(batches) for batches in rows])
-    sizes = np.repeat([batches.shape[1] for batches in rows], [len(batches) for batches in rows])
-    flat = np.concatenate([batches.reshape(-1) for batches in rows])
+    sizes = np.concatenate([(batches != NO_EXAMPLE).sum(axis=1) for batches in rows])
+    flat = np.concatenate([batches[batches != NO_EXAMPLE] for batches in rows])
     lengths = data.offsets[flat + 1] - data.offsets[flat]
     unlearnt = 1 if data.loss_on == "all" else np.maximum(data.prompt_lengths[flat], 1)
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])

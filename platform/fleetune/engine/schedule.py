@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fleetune.cost.estimate import Load
-from fleetune.data.batches import draw_batches
+from fleetune.data.batches import draw_batches, draw_epochs
 from fleetune.engine.costs import Pricing, batch_load
 from fleetune.engine.fitting import Costs, Fitting
 from fleetune.engine.problem import Problem
@@ -130,19 +130,18 @@ class Schedule:
         return True
 
     def batches(self, round_idx: int, client_ids: np.ndarray) -> list[np.ndarray]:
-        """Each client's examples, (steps, batch), drawn at the address (seed, round, client)."""
+        """Each client's examples, (steps, batch), drawn at the address (seed, round, client); short batches are filled up."""
         local, part = self.spec.local, self.problem.partition
         if not self.method.draws_batches:
             return [np.zeros((0, local.batch_size), np.int64)] * len(client_ids)
-        return [
-            draw_batches(
-                part.shard(c),
-                num_steps=local.num_steps(int(self.sizes[c])),
-                batch_size=local.batch_size,
-                seed=seed_of(self.spec.seed, "batches", round_idx, c),
-            )
-            for c in client_ids.tolist()
-        ]
+        out = []
+        for c in client_ids.tolist():
+            shard, seed = part.shard(c), seed_of(self.spec.seed, "batches", round_idx, c)
+            if local.epochs is None:
+                out.append(draw_batches(shard, num_steps=local.steps, batch_size=local.batch_size, seed=seed))
+            else:
+                out.append(draw_epochs(shard, local.passes(len(shard)), batch_size=local.batch_size, seed=seed))
+        return out
 
     def load(self, work: Work, client_ids: np.ndarray) -> Load:
         """Steps and lengths of the batches that everybody is given."""

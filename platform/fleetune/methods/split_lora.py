@@ -24,6 +24,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fleetune.data.batches import NO_EXAMPLE
 from fleetune.errors import UserError
 from fleetune.marks import on_server
 from fleetune.methods.base import GlobalModel, Method, MethodConfig, Payload, PrivateStates, State, Update
@@ -34,7 +35,14 @@ from fleetune.training.config import LocalConfig
 from fleetune.training.loss import cohort_loss
 from fleetune.training.optimizer import StackedAdamW, StackedSGD, clip_rows, make_optimizer
 from fleetune.training.plan import ClientTask, CohortUpdate, LocalPlan
-from fleetune.training.trainer import StackedAdapters, begin_training, collate_step, end_training, row_lengths
+from fleetune.training.trainer import (
+    StackedAdapters,
+    begin_training,
+    collate_step,
+    end_training,
+    row_lengths,
+    step_rows,
+)
 from fleetune.training.worker import Worker
 
 
@@ -227,9 +235,11 @@ class _SplitRound:
         step: int,
     ) -> None:
         """Each client pays for its own batch, padded to its own longest example: activations and labels up, dL/dS down."""
-        for k, task in enumerate(active):
-            rows = slice(k * len(task.rows[step]), (k + 1) * len(task.rows[step]))
-            lengths = row_lengths(worker.data, task.rows[step])
+        batch = len(smashed) // len(active)
+        for k, mine in enumerate(step_rows(active, step)):
+            mine = mine[mine != NO_EXAMPLE]
+            rows = slice(k * batch, k * batch + len(mine))  # without what fills it up
+            lengths = row_lengths(worker.data, mine)
             tokens = int(lengths.max())
             up = smashed[rows, :tokens].nbytes + labels[rows, :tokens].to(torch.int32).nbytes
             self.cut_bytes[:, k] += (up, grad[rows, :tokens].nbytes)

@@ -2,7 +2,7 @@
 
 Who is sampled, their links, who leaves, and how many steps each takes are those of the run. What is replaced:
 
-* tokens of a batch: the expected longest of b examples drawn without replacement from the client's n,
+* tokens of a batch: the expected longest of its b examples drawn without replacement from the client's n,
   E = sum_i l_(i) [C(i, b) - C(i - 1, b)] / C(n, b) over its sorted lengths l_(1) <= … <= l_(n);
 * longest example, which decides who is refused: the longest that the client holds;
 * positions with logits: those of its mean example; for memory, of the one that has most.
@@ -17,7 +17,7 @@ import functools
 import numpy as np
 
 from fleetune.cost.estimate import Load
-from fleetune.cost.forms import monomials
+from fleetune.cost.forms import NUM, monomials
 from fleetune.engine.problem import Problem
 from fleetune.engine.schedule import Schedule
 from fleetune.engine.work import Work
@@ -30,16 +30,20 @@ class ExpectedSchedule(Schedule):
         super().__init__(problem)
         local, data, part = self.spec.local, problem.inputs.train, problem.partition
         owner = np.repeat(np.arange(part.num_clients), self.sizes)
-        lengths = data.lengths[part.indices].astype(float)
+        self.lengths = lengths = data.lengths[part.indices].astype(float)
         prompts = data.prompt_lengths[part.indices].astype(float)
-        by_size = {int(n): local.num_steps(int(n)) for n in np.unique(self.sizes)}
-        steps = np.array([by_size[int(n)] for n in self.sizes])
-        self.steps = steps if self.method.draws_batches else np.zeros_like(steps)
+        by_size = {int(n): local.batches(int(n)) for n in np.unique(self.sizes)}
+        kinds = max(1, *map(len, by_size.values()))
+        self.kinds = np.zeros((kinds, 2, part.num_clients), np.int64)
+        """Batches that are alike, of each client: how many of them, and of how many examples."""
+        for size, batches in by_size.items():
+            if not batches or not self.method.draws_batches:
+                continue
+            self.kinds[: len(batches), :, self.sizes == size] = np.array(batches)[:, ::-1, None]
+        self.steps = self.kinds[:, 0].sum(axis=0)
         self.longest = np.zeros(part.num_clients)
         np.maximum.at(self.longest, owner, lengths)
-        self.expected = functools.cache(
-            lambda batch_size: expected_longest(lengths, owner, self.sizes, draws=batch_size)
-        )
+        self.expected = functools.cache(self._expected)
         unlearnt = 1.0 if data.loss_on == "all" else np.maximum(prompts, 1.0)
         learnt = np.maximum(lengths - unlearnt, 0.0)
         self.learnt = np.bincount(owner, learnt, part.num_clients) / np.maximum(self.sizes, 1)
@@ -55,16 +59,27 @@ class ExpectedSchedule(Schedule):
         return []
 
     def load(self, work: Work, client_ids: np.ndarray) -> Load:
-        """Steps as in the run, lengths by expectation."""
-        batch, padded = work.of_clients("batch_size"), np.zeros(len(client_ids))
-        for size in np.unique(batch).tolist():
-            mine = batch == size
-            padded[mine] = self.expected(size)[client_ids[mine]]
-        return Load(
-            self.steps[client_ids],
-            monomials(batch, padded, batch * self.learnt[client_ids]),
-            monomials(batch, self.longest[client_ids], batch * self.most_learnt[client_ids]),
-        )
+        """Steps and batches as in the run, lengths by expectation."""
+        batch, steps = work.of_clients("batch_size"), self.steps[client_ids]
+        mean, largest = np.zeros((len(client_ids), NUM)), np.zeros(len(client_ids), np.int64)
+        for kind, (times, examples) in enumerate(self.kinds[:, :, client_ids]):
+            examples, padded = np.minimum(examples, batch), np.zeros(len(client_ids))
+            for size in np.unique(batch).tolist():
+                mine = batch == size
+                padded[mine] = self.expected(kind, size)[client_ids[mine]]
+            share = times / np.maximum(steps, 1)
+            mean += share[:, None] * monomials(examples, padded, examples * self.learnt[client_ids])
+            largest = np.maximum(largest, examples)
+        return Load(steps, mean, monomials(largest, self.longest[client_ids], largest * self.most_learnt[client_ids]))
+
+    def _expected(self, kind: int, batch_size: int) -> np.ndarray:
+        """Tokens to which each client's batches of a kind are padded, no more than ``batch_size`` examples in each."""
+        draws, out = np.minimum(self.kinds[kind, 1], batch_size), np.zeros(len(self.sizes))
+        for size in np.unique(draws[draws > 0]).tolist():
+            mine = draws == size
+            lengths, sizes = self.lengths[np.repeat(mine, self.sizes)], self.sizes[mine]
+            out[mine] = expected_longest(lengths, np.repeat(np.arange(len(sizes)), sizes), sizes, draws=size)
+        return out
 
 
 def expected_longest(lengths: np.ndarray, owner: np.ndarray, sizes: np.ndarray, *, draws: int) -> np.ndarray:

@@ -16,11 +16,12 @@ class LocalConfig(Config):
     """The optimizer steps of one client in one round."""
 
     steps: int = Field(8, ge=1, le=1_000_000)
-    """Optimizer steps per round; ignored where epochs is given."""
+    """Optimizer steps per round, every batch full; ignored where epochs is given."""
     epochs: float | None = Field(None, gt=0, le=10_000)
-    """Passes over the client's own examples per round: clients with more examples take more steps."""
+    """Passes over the client's own examples per round: clients with more examples take more steps. A pass sees each example
+    once, and its last batch is what is left; of a pass in part (0.5) as many examples, rounded, but one at least."""
     batch_size: int = Field(8, ge=1, le=65_536)
-    """Examples per step."""
+    """Examples per step; with epochs the last step of a pass may have fewer."""
     learning_rate: float = Field(1.0e-3, ge=0, le=1e6)
     """Step size of the first round."""
     schedule: Literal["constant", "cosine"] = "constant"
@@ -50,8 +51,18 @@ class LocalConfig(Config):
         low = min(self.min_learning_rate, self.learning_rate)
         return low + 0.5 * (self.learning_rate - low) * (1 + math.cos(math.pi * round_idx / num_rounds))
 
-    def num_steps(self, num_examples: int) -> int:
-        """Steps that a client with so many examples takes in a round."""
+    def batches(self, num_examples: int) -> list[tuple[int, int]]:
+        """(examples of a batch, how many batches of so many) in the round of a client that holds so many; a step each."""
         if self.epochs is None:
-            return self.steps
-        return max(1, round(self.epochs * num_examples / self.batch_size))
+            return [(self.batch_size, self.steps)]
+        out = []
+        for size, times in self.passes(num_examples):
+            full, rest = divmod(size, self.batch_size)
+            out += [(self.batch_size, full * times), (rest, times)]
+        return [(size, times) for size, times in out if size and times]
+
+    def passes(self, num_examples: int) -> list[tuple[int, int]]:
+        """(examples of a pass, how many passes of so many) over a client's own: the whole ones, and the one in part."""
+        whole, part = divmod(self.epochs or 0.0, 1.0)
+        rest = min(max(round(part * num_examples), 0 if whole else 1), num_examples)
+        return [(size, times) for size, times in ((num_examples, int(whole)), (rest, 1)) if size and times]

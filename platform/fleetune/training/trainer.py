@@ -98,7 +98,7 @@ def train_cohort(
             clip_rows(grads, local.max_grad_norm)
         optimizer.step(grads)
         losses[:n] += loss.tolist()
-        num_tokens[:n] += [int(row_lengths(data, task.rows[step]).sum()) for task in active]
+        num_tokens[:n] += row_lengths(data, step_rows(active, step)).sum(axis=1)
     end_training(network)
     return _in_task_order(adapters.merged(), plan, ranked, order, losses, num_tokens)
 
@@ -120,8 +120,18 @@ def end_training(network: Network) -> None:
 
 
 def row_lengths(data: TokenizedDataset, rows: np.ndarray) -> np.ndarray:
-    """Tokens of each example."""
-    return data.offsets[rows + 1] - data.offsets[rows]
+    """Tokens of each example; none where a batch is filled up."""
+    from fleetune.data.batches import num_tokens
+
+    return num_tokens(data, rows)
+
+
+def step_rows(tasks: Sequence[ClientTask], step: int) -> np.ndarray:
+    """Examples of one step of all clients, (K, b): as wide as the largest batch of them, smaller ones filled up."""
+    from fleetune.data.batches import NO_EXAMPLE
+
+    rows = np.stack([np.asarray(task.rows[step]) for task in tasks])
+    return rows[:, : int((rows != NO_EXAMPLE).sum(axis=1).max())]
 
 
 def collate_step(
@@ -130,7 +140,7 @@ def collate_step(
     """Token ids and labels (K b, S) of one step of all clients, padded on the right to the longest of them."""
     from fleetune.data.batches import collate
 
-    ids, labels = collate(data, np.concatenate([task.rows[step] for task in tasks]))
+    ids, labels = collate(data, step_rows(tasks, step).reshape(-1))
     return on_device(ids, device), on_device(labels, device)
 
 
