@@ -105,6 +105,7 @@ def rounds_of(
             "status": ["oom" if is_oom else "ok" for is_oom in oom],
             "refused_by": ["memory" if is_oom else None for is_oom in oom],
             "refused_hint": ["batch size 4" if is_oom else None for is_oom in oom],
+            "shard_examples": tokens // 100,
             "num_examples": tokens // 100,
             "num_tokens": tokens,
             "flops": np.where(ran, flops, 0.0),

@@ -97,7 +97,7 @@ def test_each_group_gets_its_own_payload(tmp_path: Path):
     clients = done.clients
     nano = clients["device"] == "jetson-nano"
     assert 0 < nano.sum() < len(clients)
-    share = clients["num_examples"][nano].sum() / clients["num_examples"].sum()
+    share = clients["shard_examples"][nano].sum() / clients["shard_examples"].sum()
     name = "layers.0.self_attn.q_proj.lora_A"
     expected = method.context.fresh_adapter()[name] * (1 - share / 2)
     torch.testing.assert_close(done.state.tensors[name], expected)
@@ -108,7 +108,7 @@ def test_a_method_may_ask_for_every_update(tmp_path: Path):
     done, method = run_with(EachUpdate, tmp_path)
     assert isinstance(method, EachUpdate)
     last = done.clients[done.clients["round"] == 2]
-    shares = dict(zip(last["client_id"], last["num_examples"] / last["num_examples"].sum(), strict=True))
+    shares = dict(zip(last["client_id"], last["shard_examples"] / last["shard_examples"].sum(), strict=True))
     assert sorted(ids for ids, _ in method.seen) == [(c,) for c in sorted(shares)]
     assert all(weight == pytest.approx(shares[ids[0]]) for ids, weight in method.seen)
     plain = runs.run(tiny.spec(FAST))
@@ -237,9 +237,22 @@ def test_the_clock_and_the_totals_add_up():
     assert end["sim_seconds"] == done.rounds["sim_seconds"].iloc[-1]
     for name in ("uplink_bytes", "downlink_bytes", "energy_joules"):
         assert end["totals"][name] == pytest.approx(done.clients[name].sum())
-    weights = done.clients["num_examples"]
+    weights = done.clients["shard_examples"]
     loss = (done.clients["train_loss"] * weights).groupby(done.clients["round"]).sum()
     np.testing.assert_allclose(done.rounds["train_loss"], loss / weights.groupby(done.clients["round"]).sum())
+
+
+@pytest.mark.parametrize("rules", [{}, {"local.epochs": 1.0}], ids=["steps", "epochs"])
+def test_examples_held_and_examples_trained_on_are_two_columns(rules: dict[str, Any]):
+    """2 steps of 2 are 4 examples, a pass is the shard; the weight is the shard either way. A refused client trains on none."""
+    budgets = {"memory_bytes": {"jetson-nano": 1000}}
+    done = runs.run(tiny.spec({**FAST, **rules, "rounds.num_rounds": 1, "fleet.budgets": budgets}))
+    clients = done.clients
+    sizes = np.diff(done.problem.partition.offsets)[clients["client_id"]]
+    worked = clients["status"] == "ok"
+    assert 0 < worked.sum() < len(clients)
+    assert clients["shard_examples"].tolist() == sizes.tolist()
+    assert clients["num_examples"].tolist() == np.where(worked, sizes if rules else 4, 0).tolist()
 
 
 def test_evaluation_is_every_so_many_rounds_and_at_the_end():

@@ -290,6 +290,25 @@ class FailsOnce(FedIT):
         return super().local_update(*args, **kwargs)
 
 
+class Diverges(FedIT):
+    """The client with the largest number of every cohort of two or more learns at a rate that no adapter survives."""
+
+    def local_update(self, worker: Any, payload: Any, tasks: Any) -> Any:
+        """Work, at that rate."""
+        last = max(task.client_id for task in tasks) if len(tasks) > 1 else -1
+        hot = [replace(task, learning_rate=1e30) if task.client_id == last else task for task in tasks]
+        return super().local_update(worker, payload, hot)
+
+
+def test_a_diverging_client_is_left_out_alike_on_any_host(pair: RayExecutor, monkeypatch: pytest.MonkeyPatch):
+    """Of three in a cohort one fails, of the other two one again, and the last is left: nothing depends on where."""
+    monkeypatch.setitem(METHODS, "fedit", Diverges)
+    spec = spec_of("fedit", **{"local.max_grad_norm": None, "execution.cohort": 3})
+    run, serial = (runs.run(spec, make) for make in (on(pair), SerialExecutor))
+    assert run.rounds["num_failed"].tolist() == [2, 2, 2]
+    runs.same_runs(run, serial)
+
+
 class Unpreparable(FedIT):
     """Cannot be made on a host."""
 

@@ -58,7 +58,7 @@ def describe(row: dict[str, Any]) -> str:
         parts.append(f"accuracy {row['eval_accuracy']:.1%}")
     if "depth" in row:
         parts.append(f"depth {row['depth']:.0f}")
-    for status in ("oom", "refused", "dropped", "late"):
+    for status in ("oom", "refused", "dropped", "late", "failed"):
         if row.get(f"num_{status}"):
             parts.append(f"{row[f'num_{status}']} {status}")
     parts.append(f"sim {duration(row['sim_seconds'])}")

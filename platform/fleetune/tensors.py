@@ -66,6 +66,22 @@ def equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def finite_rows(rows: Tensor) -> np.ndarray:
+    """Which rows of ``(K, P)`` hold finite numbers alone, bool ``(K,)``.
+
+    One sum per row tells, because a number that is not finite makes it so; sums that overflow are looked at again.
+    """
+    out = rows.sum(dim=1).isfinite().numpy()
+    for k in np.flatnonzero(~out):
+        out[k] = bool(rows[k].isfinite().all())
+    return out
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether these hold finite numbers alone."""
+    return all(bool(finite_rows(tensor.reshape(1, -1))[0]) for tensor in tensors)
+
+
 @dataclass(frozen=True)
 class Packed:
     """Tensors as one buffer: ``layout`` of (name, dtype, shape) and the bytes (uint8). Pickles without a copy."""

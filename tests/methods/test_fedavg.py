@@ -73,7 +73,7 @@ def test_the_engine_weights_clients_by_their_examples():
     """The new state is sum_k n_k u_k / sum n of what each sampled client comes to by itself."""
     done, passed = runs.recorded(tiny.spec({"rounds.num_rounds": 1, "evaluation.generate": False}))
     clients = done.clients
-    shares = dict(zip(clients["client_id"], clients["num_examples"] / clients["num_examples"].sum(), strict=True))
+    shares = dict(zip(clients["client_id"], clients["shard_examples"] / clients["shard_examples"].sum(), strict=True))
     worker, method = runs.worker(done.problem), done.problem.method
     expected: dict[str, Tensor] = {}
     for one in passed:

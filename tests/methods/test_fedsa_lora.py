@@ -35,7 +35,7 @@ def test_one_client_is_fedit():
 def test_the_model_that_is_shipped_takes_the_weighted_mean_of_b():
     """sum_k n_k B_k / sum_k n_k over the clients that took part, whichever rounds those were."""
     done = runs.run(tiny.spec(FAST, method="fedsa-lora"))
-    sizes = done.clients.groupby("client_id")["num_examples"].first()
+    sizes = done.clients.groupby("client_id")["shard_examples"].first()
     assert set(done.private) == set(sizes.index)
     name = "layers.2.mlp.up_proj.lora_B"
     mean = sum(sizes[c] * done.private[c][name] for c in done.private) / sizes.sum()

@@ -28,6 +28,8 @@ class Progress:
 
     next_round: int = 0
     sim_seconds: float = 0.0
+    failed_rounds: int = 0
+    """Rounds in a row up to the last in which everybody who worked diverged."""
     totals: dict[str, float] = field(default_factory=dict)
     baseline: dict[str, float] = field(default_factory=dict)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from fleetune.data.batches import num_tokens
+from fleetune.data.batches import NO_EXAMPLE, num_tokens
 from fleetune.engine.lots import LotReply
 from fleetune.engine.problem import Problem
-from fleetune.engine.rounds import DROPPED, LATE, OK, OOM, REFUSED
+from fleetune.engine.rounds import DROPPED, FAILED, LATE, OK, OOM, REFUSED
 from fleetune.engine.schedule import Scheduled
 
 MEMORY = (
@@ -50,7 +50,8 @@ def costed_columns(problem: Problem, now: Scheduled) -> dict[str, Any]:
         "status": now.outcome.status,
         "refused_by": now.refused_by,
         "refused_hint": now.hints,
-        "num_examples": np.diff(problem.partition.offsets)[now.client_ids],
+        "failure": np.array(["diverged" if status == FAILED else None for status in now.outcome.status], object),
+        "shard_examples": np.diff(problem.partition.offsets)[now.client_ids],
     }
     out.update({name: work.of_clients(name) for name in ("batch_size", "rank", "depth")})
     out["checkpointing"] = work.checkpointing
@@ -80,21 +81,30 @@ def _shares_done(costs: dict[str, np.ndarray], busy_seconds: np.ndarray) -> dict
 
 
 def _measured(problem: Problem, now: Scheduled, replies: Sequence[LotReply]) -> dict[str, np.ndarray]:
-    """What the workers saw: tokens, loss, real time. Null where a client's work came to nothing and was not simulated."""
-    n, rows = len(now.client_ids), now.work.rows
+    """What the workers saw: examples, tokens, loss, real time. Of several replies about a client the last one tells.
+
+    The loss is null where a client's work came to nothing and was not simulated, and where it is not finite.
+    """
+    n, rows, started = len(now.client_ids), now.work.rows, now.outcome.started
     loss, wall = np.full(n, np.nan), np.zeros(n)
+    examples = np.array([int((r != NO_EXAMPLE).sum()) for r in rows], np.int64)
     tokens = np.array([int(num_tokens(problem.inputs.train, r).sum()) for r in rows], np.int64)
     for reply in replies:
         where = np.searchsorted(now.client_ids, reply.client_ids)
         loss[where], wall[where] = reply.losses, reply.wall_seconds
-    return {"num_tokens": np.where(now.outcome.started, tokens, 0), "train_loss": loss, "wall_seconds": wall}
+    return {
+        "num_examples": np.where(started, examples, 0),
+        "num_tokens": np.where(started, tokens, 0),
+        "train_loss": np.where(np.isfinite(loss), loss, np.nan),
+        "wall_seconds": wall,
+    }
 
 
 def round_row(stage: int, now: Scheduled, clients: dict[str, Any], sim_seconds: float) -> dict[str, Any]:
     """The round's own row; evaluation, the method's columns and real time are added to it."""
     outcome, ran = now.outcome, now.outcome.started
     ok = outcome.status == OK
-    weights = clients["num_examples"][ok]
+    weights = clients["shard_examples"][ok]
     loss = clients["train_loss"][ok]
     return {
         "round": now.work.round_idx,
@@ -106,6 +116,7 @@ def round_row(stage: int, now: Scheduled, clients: dict[str, Any], sim_seconds: 
         "num_refused": outcome.count(REFUSED),
         "num_dropped": outcome.count(DROPPED),
         "num_late": outcome.count(LATE),
+        "num_failed": outcome.count(FAILED),
         "train_loss": float((loss * weights).sum() / weights.sum()) if ok.any() else None,
         "sim_seconds": sim_seconds,
         "waited_seconds": now.waited_seconds,

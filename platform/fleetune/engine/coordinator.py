@@ -12,13 +12,14 @@ import numpy as np
 from fleetune import files
 from fleetune.engine.checkpoint import Checkpoint, Progress
 from fleetune.engine.columns import client_columns, round_row
+from fleetune.engine.divergence import Diverged, check_progress, marked, settled
 from fleetune.engine.executor import Executor
 from fleetune.engine.ledger import Evaluating, FinishedRound, Ledger
 from fleetune.engine.lots import LotReply, make_lots
 from fleetune.engine.private import place_of
 from fleetune.engine.problem import Problem
 from fleetune.engine.ranks import filled, shares_per_row
-from fleetune.engine.rounds import LATE, OK, Outcome
+from fleetune.engine.rounds import FAILED, LATE, OK
 from fleetune.engine.schedule import Schedule, Scheduled
 from fleetune.engine.work import Work
 from fleetune.errors import RunFailed
@@ -33,10 +34,12 @@ TOTALS = (
     "downlink_bytes",
     "energy_joules",
     "wall_seconds",
+    "num_ok",
     "num_oom",
     "num_refused",
     "num_dropped",
     "num_late",
+    "num_failed",
 )
 
 
@@ -60,6 +63,7 @@ class Coordinator:
         yield self._event("start", progress)
         try:
             for round_idx in range(progress.next_round, self.spec.rounds.num_rounds):
+                self._check(state, progress)
                 started = time.perf_counter()
 
                 # What the server sends, to whom, and what it costs each of them; so who is refused, leaves, or comes too late.
@@ -71,15 +75,14 @@ class Coordinator:
                     self.checkpoint.busy_until,
                     sim_seconds=progress.sim_seconds,
                 )
-                client_ids, work, outcome = now.client_ids, now.work, now.outcome
-                progress.sim_seconds = now.start_seconds + outcome.sim_seconds
+                progress.sim_seconds = now.start_seconds + now.outcome.sim_seconds
 
                 # The work itself. While hosts are at it, the round before is written and the next one's batches are drawn.
                 replies: list[LotReply] = []
-                updates = self._begin(client_ids, work, outcome, replies)
+                updates = self._begin(now, replies)
                 yield from self._written()
                 self.schedule.draw_ahead(round_idx + 1, self.checkpoint.busy_until, sim_seconds=progress.sim_seconds)
-                state = self._aggregate(state, now, updates)
+                state, now = self._aggregate(state, now, updates, replies)
 
                 # What there is to record, and the evaluation, which goes on beside the next round's work.
                 clients = client_columns(self.problem, now, replies)
@@ -90,6 +93,7 @@ class Coordinator:
                 _count(progress, row)
                 self.ledger.add(FinishedRound(row, clients, self.checkpoint.snapshot(state, progress), evaluation))
             yield from self._written(everything=True)
+            self._check(state, progress)
         except RunFailed:
             # Rounds that were done before go on record, if their evaluation and the disk let them.
             with contextlib.suppress(RunFailed, OSError):
@@ -126,20 +130,31 @@ class Coordinator:
         for done in self.ledger.write(everything=everything):
             yield self._event("round", done.progress, done.row)
 
-    def _finish(self, state: State, progress: Progress) -> Event:
+    def _check(self, state: State, progress: Progress) -> None:
+        """RunFailed where clients do nothing but diverge; what they had learnt before is shipped all the same."""
+        try:
+            check_progress(progress, self.spec.rounds.num_rounds)
+        except RunFailed:
+            if progress.totals["num_ok"]:
+                self._ship(state)
+            raise
+
+    def _ship(self, state: State) -> None:
         from fleetune.models.peft_format import save_adapter
 
         model = self.method.deployed(state, self._private_states)
         save_adapter(self.run_dir.path / "adapter", model, self.problem.inputs.base, self.spec.model.lora)
+
+    def _finish(self, state: State, progress: Progress) -> Event:
+        self._ship(state)
         self.run_dir.consolidate()
         rows = self.run_dir.round_rows(first_round=self.spec.rounds.num_rounds - 1)
         return self._event("end", progress, rows[-1][0] if rows else {})
 
     # -- parts of a round -------------------------------------------------------------------------------------------------
-    def _begin(
-        self, client_ids: np.ndarray, work: Work, outcome: Outcome, replies: list[LotReply]
-    ) -> Iterator[Update] | None:
+    def _begin(self, now: Scheduled, replies: list[LotReply]) -> Iterator[Update] | None:
         """Begin the work of the clients that count (late ones too, where they keep something); None where none does."""
+        client_ids, work, outcome = now.client_ids, now.work, now.outcome
         keeps = self._keeps(work)
         active = np.flatnonzero((outcome.status == OK) | ((outcome.status == LATE) & keeps))
         if not len(active):
@@ -166,15 +181,31 @@ class Coordinator:
         run = self.executor.run(lots, dict(enumerate(work.payloads)))
         return self._updates(run, work, weights, client_ids, replies)
 
-    def _aggregate(self, state: State, now: Scheduled, updates: Iterator[Update] | None) -> State:
-        """The next state from the updates as they come; the same where nobody counts."""
-        if updates is None:
-            return state
-        if (now.outcome.status == OK).any():
-            state = self.method.aggregate(state, updates, now.work.round_idx)
-        for _ in updates:  # a method that does not look at every update still needs every client's record
-            pass
-        return state
+    def _aggregate(
+        self, state: State, now: Scheduled, updates: Iterator[Update] | None, replies: list[LotReply]
+    ) -> tuple[State, Scheduled]:
+        """The next state from the updates as they come, and the round with those as failed who diverged.
+
+        Where one of them was counted on, the others' work is done again without it (`engine.divergence`).
+        """
+        while updates is not None:
+            first, after = len(replies), state
+            try:
+                if (now.outcome.status == OK).any():
+                    after = self.method.aggregate(state, updates, now.work.round_idx)
+                for _ in updates:  # a method that does not look at every update still needs every client's record
+                    pass
+            except Diverged:
+                now = marked(now, replies[first:])
+                updates = self._begin(now, replies)
+                continue
+            state, now = settled(marked(now, replies[first:]), state, after)
+            failed = now.client_ids[now.outcome.status == FAILED]
+            for reply in replies[first:]:
+                keep = reply.keeps & ~np.isin(reply.client_ids, failed)
+                self.checkpoint.kept(now.work.round_idx, reply.index, reply.client_ids[keep])
+            break
+        return state, now
 
     def _updates(
         self,
@@ -189,8 +220,12 @@ class Coordinator:
         full = self.spec.model.lora.rank
         ranks = np.where(weights > 0, work.of_clients("rank"), full)
         trained = shares_per_row(ranks, weights, full) if (ranks < full).any() else None
+        has_diverged = False
         for reply in stream:
             counted = [i for i in (place[int(c)] for c in reply.client_ids) if weights[i] > 0]
+            has_diverged |= any(weights[place[int(c)]] > 0 for c in reply.client_ids[reply.diverged])
+            if has_diverged:  # all that is left to learn is who else did
+                counted = []
             server = reply.server.unpack() if reply.server is not None else {}
             for key in sorted({int(work.group_of[i]) for i in counted}):
                 mine = [i for i in counted if work.group_of[i] == key]
@@ -206,15 +241,12 @@ class Coordinator:
                         weight = float(weights[i])
                         upload = self._whole(reply.each[client_id].unpack(), work, key, 1.0, trained)
                         yield Update(upload, weight, (client_id,), {}, group, weight)
-            self._keep(reply, work.round_idx)
+            if reply.private:  # else the host has written it there
+                self.checkpoint.store.write(place_of(work.round_idx, reply.index), reply.private)
             reply.let_go()
             replies.append(reply)
-
-    def _keep(self, reply: LotReply, round_idx: int) -> None:
-        """What a lot's clients keep is in the store: the host has written it there, or it is written here."""
-        if reply.private:
-            self.checkpoint.store.write(place_of(round_idx, reply.index), reply.private)
-        self.checkpoint.kept(round_idx, reply.index, reply.client_ids[reply.keeps])
+        if has_diverged:
+            raise Diverged
 
     def _whole(self, upload: Tensors, work: Work, key: int, share: float, trained: np.ndarray | None) -> Tensors:
         """An upload of clients that did a smaller share, as one of the whole work (`engine.shares`, `engine.ranks`)."""
@@ -281,5 +313,7 @@ class Coordinator:
 def _count(progress: Progress, row: Event) -> None:
     """A round more, and what it added to the totals."""
     progress.next_round = int(row["round"]) + 1
+    if row["num_ok"] or row["num_failed"]:
+        progress.failed_rounds = 0 if row["num_ok"] else progress.failed_rounds + 1
     for name in TOTALS:
         progress.totals[name] = progress.totals.get(name, 0.0) + float(row[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ from fleetune.engine.config import ExecutionConfig
 from fleetune.engine.content import check_content
 from fleetune.engine.coordinator import Coordinator, Event
 from fleetune.engine.directories import locked, new_run_directory
+from fleetune.engine.divergence import Notices
 from fleetune.engine.executor import SerialExecutor
 from fleetune.engine.problem import Inputs, Problem, build_problem, load_inputs, set_threads
 from fleetune.engine.resolve import gpu_share, num_gpus, resolve_execution
@@ -131,10 +133,11 @@ def _execute(
         if tracked:
             follower(warn).watch(run_dir.path)
         event: Event = {}
+        notices = Notices()
         try:
             with contextlib.closing(eng.events(problem, run_dir)) as events:
                 for event in events:
-                    for note in event.get("notes", ()):
+                    for note in (*event.get("notes", ()), *notices.of(event)):
                         if warn is not None:
                             warn(note)
                     if report is not None:
@@ -166,9 +169,13 @@ def finish(run_dir: RunDirectory, event: Event, *, status: str = "finished") -> 
     row = event["row"]
     metrics = {name: row.get(name) for name in ("train_loss", "eval_loss", "eval_accuracy")}
     metrics.update({f"baseline_{name}": value for name, value in event["baseline"].items()})
+    # JSON knows neither NaN nor infinity, and null alone would say that there was no evaluation.
+    not_finite = [name for name, value in metrics.items() if value is not None and not math.isfinite(value)]
+    metrics.update(dict.fromkeys(not_finite))
     totals = {"num_rounds": event["round"], "sim_seconds": event["sim_seconds"], **event["totals"]}
     write_trace(run_dir)
-    run_dir.write_result({"status": status, "metrics": metrics, "totals": totals})
+    result = {"status": status, "metrics": metrics, "totals": totals}
+    run_dir.write_result({**result, "not_finite": not_finite} if not_finite else result)
     return Result(run_dir.run_id, run_dir.path, status, metrics, totals)
 
 

@@ -18,7 +18,7 @@ from fleetune.engine.private import MAX_LOTS, PrivateStore, place_of
 from fleetune.engine.ranks import cut, laid_over
 from fleetune.errors import RunFailed
 from fleetune.methods.base import Method, Payload
-from fleetune.tensors import Packed, RunningSum, Stack, Tensors, add_weighted, pack
+from fleetune.tensors import Packed, RunningSum, Stack, Tensors, add_weighted, all_finite, finite_rows, pack
 from fleetune.training.plan import ClientTask, CohortUpdate
 from fleetune.training.worker import Worker
 
@@ -109,6 +109,8 @@ class LotReply:
     wall_seconds: np.ndarray
     keeps: np.ndarray
     """Whether the client keeps something of its own."""
+    diverged: np.ndarray
+    """Whether its loss or its tensors are not finite; the sums are of no use where such a client has a weight."""
     partial_sums: dict[int, Packed] = field(default_factory=dict)
     each: dict[int, Packed] = field(default_factory=dict)
     server: Packed | None = None
@@ -119,7 +121,16 @@ class LotReply:
     def let_go(self) -> None:
         """Drop the tensors that were used. The columns are copied, because they lie in the buffer that came with them."""
         self.partial_sums, self.server, self.each, self.private = {}, None, {}, {}
-        for name in ("client_ids", "losses", "num_tokens", "upload_bytes", "cut_bytes", "wall_seconds", "keeps"):
+        for name in (
+            "client_ids",
+            "losses",
+            "num_tokens",
+            "upload_bytes",
+            "cut_bytes",
+            "wall_seconds",
+            "keeps",
+            "diverged",
+        ):
             setattr(self, name, getattr(self, name).copy())
 
 
@@ -212,6 +223,7 @@ def run_lot(
         np.zeros((2, n), np.int64),
         np.zeros(n),
         np.zeros(n, bool),
+        np.zeros(n, bool),
         has_store=lot.store.is_here,
     )
     totals: dict[int, RunningSum] = {}
@@ -232,10 +244,12 @@ def run_lot(
         reply.losses[span], reply.num_tokens[span] = update.losses, update.num_tokens
         if update.cut_bytes is not None:
             reply.cut_bytes[:, span] = update.cut_bytes
+        reply.diverged[span] = _diverged(update, coupled=method.coupled)
         _collect(reply, span, method, update, tasks, totals.setdefault(cohort.payload, RunningSum()))
         if update.private is not None:
-            reply.keeps[span] = True
-            kept.update(_kept(update.private, lot.ranks[span], tasks, before, worker.lora.rank))
+            reply.keeps[span] = ~reply.diverged[span]  # whose work came to nothing has what it had
+            mine = _kept(update.private, lot.ranks[span], tasks, before, worker.lora.rank)
+            kept.update({c: mine[c] for c in lot.client_ids[span][reply.keeps[span]].tolist()})
         add_weighted(server, update.server, 1.0)
     reply.partial_sums = {key: total.packed() for key, total in totals.items() if total}
     reply.server = pack(server) if server else None
@@ -251,6 +265,19 @@ def _update(worker: Worker, method: Method, payload: Payload, tasks: list[Client
     if len(tasks) == 1 or method.coupled or not worker.lora.dropout:
         return method.local_update(worker, payload, tasks)
     return CohortUpdate.joined([method.local_update(worker, payload, [task]) for task in tasks])
+
+
+def _diverged(update: CohortUpdate, *, coupled: bool) -> np.ndarray:
+    """Whose work is not finite, bool (K,); where clients share a server's half, who made it so: all, if that cannot be told."""
+    out = ~np.isfinite(update.losses)
+    for stack in (update.upload, update.private):
+        if stack is not None:
+            out |= ~finite_rows(stack.data)
+    if coupled and update.diverged_at is not None and np.isfinite(update.diverged_at).any():
+        return update.diverged_at == update.diverged_at.min()
+    if not out.any() and not all_finite(update.server.values()):
+        return np.ones(len(out), bool)
+    return out
 
 
 def _collect(

@@ -158,6 +158,7 @@ class _SplitRound:
             self._set_up_server(config, payload, rates)
         self.losses, self.num_tokens = np.zeros(len(tasks)), np.zeros(len(tasks), np.int64)
         self.cut_bytes = np.zeros((2, len(tasks)), np.int64)
+        self.diverged_at, self.num_served = np.full(len(tasks), np.inf), 0
 
     def _set_up_server(self, config: SplitLoRAConfig, payload: Payload, rates: Tensor) -> None:
         copies = len(rates) if config.server == "per_client" else 1
@@ -192,12 +193,18 @@ class _SplitRound:
             for k in range(n):
                 rows = slice(k * batch, (k + 1) * batch)
                 part = smashed[rows].detach().requires_grad_()
-                self.losses[k] += self._serve_batch(part, labels[rows], 1, copies=1)[0]
+                self._note(slice(k, k + 1), self._serve_batch(part, labels[rows], 1, copies=1))
                 assert part.grad is not None
                 smashed.grad[rows] = part.grad
             return
         copies = n if self.config.server == "per_client" else 1
-        self.losses[:n] += self._serve_batch(smashed, labels, n, copies=copies)
+        self._note(slice(n), self._serve_batch(smashed, labels, n, copies=copies))
+
+    def _note(self, clients: slice, losses: np.ndarray) -> None:
+        """Losses of a call of the server's half, and whose were the first that are not finite."""
+        self.losses[clients] += losses
+        self.diverged_at[clients][~np.isfinite(losses) & np.isinf(self.diverged_at[clients])] = self.num_served
+        self.num_served += 1
 
     def _serve_batch(self, smashed: Tensor, labels: Tensor, n: int, *, copies: int) -> np.ndarray:
         """Forward and backward of the server's blocks on the activations of n clients, and the server's step."""
@@ -263,6 +270,7 @@ class _SplitRound:
             losses=(self.losses / steps)[back],
             num_tokens=self.num_tokens[back],
             cut_bytes=self.cut_bytes[:, back],
+            diverged_at=self.diverged_at[back],
         )
 
 

@@ -18,6 +18,9 @@ SCALES: dict[str, tuple[tuple[str, float], ...]] = {
     "joules": (("J", 1.0), ("kJ", 1e3), ("MJ", 1e6), ("GJ", 1e9)),
 }
 
+STATUSES = ("oom", "refused", "dropped", "late", "failed")
+"""How a turn ends that does not count."""
+
 
 def scale_of(largest: float, quantity: str) -> tuple[float, str]:
     """The (divisor, unit) in which values up to ``largest`` read well; of a minute, seconds read better up to
@@ -93,8 +96,8 @@ def device_costs(run: RunDirectory) -> pd.DataFrame:
     """Costs per device class (index ``device``), means over the turns that ran.
 
     Shares of all turns: ``oom_fraction`` (refused for memory), ``refused_fraction`` (for another budget),
-    ``dropped_fraction`` and ``late_fraction``. ``peak_memory_bytes`` is the largest need, refused turns included,
-    beside ``budget_bytes``.
+    ``dropped_fraction``, ``late_fraction`` and ``failed_fraction``. ``peak_memory_bytes`` is the largest need,
+    refused turns included, beside ``budget_bytes``.
     """
     clients = run.clients()
     clients = clients.assign(device=clients["device"].fillna("-"))
@@ -112,6 +115,6 @@ def device_costs(run: RunDirectory) -> pd.DataFrame:
     costs.insert(0, "num_turns", everyone.size())
     costs["peak_memory_bytes"] = everyone["peak_memory_bytes"].max()
     costs["budget_bytes"] = everyone["budget_bytes"].min()
-    for status in ("oom", "refused", "dropped", "late"):
+    for status in STATUSES:
         costs[f"{status}_fraction"] = (clients["status"] == status).groupby(clients["device"]).mean()
     return costs

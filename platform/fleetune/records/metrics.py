@@ -24,6 +24,7 @@ METRICS = {
     "num_refused": "clients/refused",
     "num_dropped": "clients/dropped",
     "num_late": "clients/late",
+    "num_failed": "clients/failed",
 }
 # Sums since the first round: what a run's row in MLflow's table should show, and an x-axis for its charts.
 TOTALS = {

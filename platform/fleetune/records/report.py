@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fleetune.errors import UserError
 from fleetune.records import figures
-from fleetune.records.aggregates import device_costs, readable, run_totals
+from fleetune.records.aggregates import STATUSES, device_costs, readable, run_totals
 from fleetune.records.naming import flatten, group_labels, run_name, shown, varied_fields
 from fleetune.records.page import image, page, percent, section, table, text
 from fleetune.records.profile_report import profile_sections
@@ -156,7 +156,7 @@ def _device_tables(runs: Sequence[RunDirectory]) -> str:
         "energy",
         "peak memory",
     ]
-    header += ["budget", "out of memory", "refused", "dropped", "late"]
+    header += ["budget", "out of memory", "refused", "dropped", "late", "failed"]
     blocks = []
     for label, members in list(group_labels(list(runs)).items())[:MAX_DEVICE_TABLES]:
         lines = []
@@ -165,7 +165,7 @@ def _device_tables(runs: Sequence[RunDirectory]) -> str:
             cells += [readable(c[f"{phase}_seconds"], "seconds") for phase in ("sim", "compute", "downlink", "uplink")]
             cells += [readable(c["uplink_bytes"], "bytes"), readable(c["energy_joules"], "joules")]
             cells += [readable(c[name], "memory") for name in ("peak_memory_bytes", "budget_bytes")]
-            cells += [percent(c[f"{status}_fraction"]) for status in ("oom", "refused", "dropped", "late")]
+            cells += [percent(c[f"{status}_fraction"]) for status in STATUSES]
             lines.append(f"<td>{text(device)}</td>" + "".join(f"<td class='n'>{text(cell)}</td>" for cell in cells))
         name = label if len(members) == 1 else f"{label} (seed {members[0].spec.get('seed')})"
         blocks.append((f"<p><b>{text(name)}</b></p>" if len(runs) > 1 else "") + table(header, lines))

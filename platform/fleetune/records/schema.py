@@ -28,12 +28,14 @@ CLIENT_COLUMNS: tuple[Column, ...] = (
     Column("stage", "int32", "stage of a progressive method, from 0; empty for others"),
     Column("client_id", "int32", "client, from 0"),
     Column("device", "string", "device class of the client"),
-    Column("status", "string", "ok, oom (refused for memory), refused (for another budget), dropped or late"),
+    Column("status", "string", "ok, oom (refused for memory), refused (for another budget), dropped, late or failed"),
     Column("refused_by", "string", "the budget that a refused client would break: memory, seconds, joules or bytes"),
     Column("refused_hint", "string", "what would fit a refused client, in words"),
-    Column("num_examples", "int64", "training examples the client trained on in this round"),
+    Column("failure", "string", "why a failed client failed: diverged (its loss or its update is not finite)"),
+    Column("shard_examples", "int64", "training examples that the client holds: its weight among those that count"),
+    Column("num_examples", "int64", "training examples the client trained on in this round, each time it saw one"),
     Column("num_tokens", "int64", "tokens the client trained on in this round"),
-    Column("batch_size", "int32", "examples of a step"),
+    Column("batch_size", "int32", "examples of a step; the last one of a pass may have fewer"),
     Column("rank", "int32", "rank of the adapter that the client trains"),
     Column("depth", "int32", "blocks of the submodel that the client works with"),
     Column("checkpointing", "bool", "whether it computes blocks again instead of keeping their activations"),
@@ -71,6 +73,7 @@ ROUND_COLUMNS: tuple[Column, ...] = (
     Column("num_refused", "int32", "clients refused for time, energy or bytes"),
     Column("num_dropped", "int32", "clients that left in the middle"),
     Column("num_late", "int32", "clients that came after the round's close"),
+    Column("num_failed", "int32", "clients whose work was not finite, and was left out"),
     Column("train_loss", "double", "training loss, the clients' mean weighted by examples"),
     Column("eval_loss", "double", "loss on the evaluation set; empty in rounds without evaluation"),
     Column("eval_accuracy", "double", "share right on the evaluation set, 0 to 1; empty likewise"),
@@ -105,6 +108,7 @@ TRIAL_COLUMNS: tuple[Column, ...] = (
     Column("num_oom", "double", "times a client was refused for memory"),
     Column("num_dropped", "double", "times a client left in the middle"),
     Column("num_late", "double", "times a client came after the round's close"),
+    Column("num_failed", "double", "times a client's work was not finite, and was left out"),
 )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from fleetune.records import figures, sweep_field_figures, sweep_figures
-from fleetune.records.aggregates import readable
+from fleetune.records.aggregates import STATUSES, readable
 from fleetune.records.drawing import PALETTE
 from fleetune.records.page import image, page, percent, section, text
 from fleetune.records.sweep_directory import SweepDirectory
@@ -300,7 +300,7 @@ def _devices(results: SweepResults, folder: Path) -> str:
     made = figures.device_bars(bars, path=folder / "cost_by_device.png")
     header = ["rank", "configuration", "device class", "turns", "time of a turn", "computing", "receiving", "sending"]
     header += ["sent", "received", "energy", "peak memory", "memory budget", "out of memory"]
-    header += ["other budget", "dropped", "late"]
+    header += ["other budget", "dropped", "late", "failed"]
     rows = []
     for _, c in results.devices.reset_index().iterrows():
         name, device = str(c["configuration"]), str(c["device"])
@@ -308,12 +308,12 @@ def _devices(results: SweepResults, folder: Path) -> str:
         cells += [Cell(f"{c['num_turns']:.0f}", c["num_turns"])]
         for column, quantity in _DEVICE_COLUMNS.items():
             cells.append(Cell(readable(c[column], quantity), c[column]))
-        cells += [Cell(percent(c[f"{s}_fraction"]), c[f"{s}_fraction"]) for s in ("oom", "refused", "dropped", "late")]
+        cells += [Cell(percent(c[f"{s}_fraction"]), c[f"{s}_fraction"]) for s in STATUSES]
         rows.append(cells)
     rows.sort(key=lambda cells: (float(str(cells[0].value)), cells[2].text))
     note = (
         "Means of a client's turn, over rounds, clients and seeds; memory is the largest need, refused turns included. "
-        "Shares of all turns: refused for memory or for another budget, dropped, late."
+        "Shares of all turns: refused for memory or for another budget, dropped, late, failed."
     )
     if len(results.ranking) > len(bars):
         note += f" The figure shows the best {len(bars)}."

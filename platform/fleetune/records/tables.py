@@ -78,7 +78,8 @@ def round_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     schema = arrow_schema(ROUND_COLUMNS)
     fields: dict[str, pa.Array] = {}
     for field in schema:
-        fields[field.name] = _array([row.get(field.name) for row in rows], num_rows=len(rows), arrow_type=field.type)
+        values = [row.get(field.name) for row in rows]
+        fields[field.name] = _array(values, num_rows=len(rows), arrow_type=field.type, nan_is_null=False)
     for name in dict.fromkeys(name for row in rows for name in row):
         if name not in fields:
             fields[name] = _array([row.get(name) for row in rows], num_rows=len(rows), arrow_type=None)
@@ -106,8 +107,8 @@ def _is_column(value: Any) -> bool:
     )
 
 
-def _array(values: Any, *, num_rows: int, arrow_type: pa.DataType | None) -> pa.Array:
-    """Values as one Arrow array; NaN and None both become null, as pandas reads them anyway."""
+def _array(values: Any, *, num_rows: int, arrow_type: pa.DataType | None, nan_is_null: bool = True) -> pa.Array:
+    """Values as one Arrow array; None becomes null, and NaN with it, unless it is a number that came out so."""
     if not _is_column(values):
         if arrow_type is None:
             arrow_type = pa.scalar(values).type if values is not None else pa.null()
@@ -115,7 +116,7 @@ def _array(values: Any, *, num_rows: int, arrow_type: pa.DataType | None) -> pa.
     if arrow_type is not None and pa.types.is_integer(arrow_type):
         values = _whole(values)
     try:
-        return pa.array(values, type=arrow_type, from_pandas=True)
+        return pa.array(values, type=arrow_type, from_pandas=nan_is_null)
     except (pa.ArrowInvalid, pa.ArrowTypeError):
         if arrow_type is not None:
             raise

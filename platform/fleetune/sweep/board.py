@@ -15,7 +15,16 @@ from fleetune.sweep.expansion import Trial, label
 OVER = ("finished", "stopped")  # a trial that failed is tried again by the next launch
 STATES = ("finished", "stopped", "failed", "running", "missing")
 METRICS = ("train_loss", "eval_loss", "eval_accuracy", "baseline_eval_loss", "baseline_eval_accuracy")
-TOTALS = ("sim_seconds", "uplink_bytes", "downlink_bytes", "energy_joules", "num_oom", "num_dropped", "num_late")
+TOTALS = (
+    "sim_seconds",
+    "uplink_bytes",
+    "downlink_bytes",
+    "energy_joules",
+    "num_oom",
+    "num_dropped",
+    "num_late",
+    "num_failed",
+)
 
 
 @dataclass

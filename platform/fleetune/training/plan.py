@@ -78,6 +78,9 @@ class CohortUpdate:
     """State of the server that its own half trained meanwhile (split learning); crosses no link."""
     cut_bytes: np.ndarray | None = None
     """(2, K): bytes that each client sent over the cut and received over it (split learning)."""
+    diverged_at: np.ndarray | None = None
+    """(K,): when each client's loss was first not finite, in any unit of time; inf: never. For clients that share something
+    while they work (a server's half): there the first to diverge drags the others along, and is alone to blame."""
 
     @classmethod
     def joined(cls, updates: Sequence[CohortUpdate]) -> CohortUpdate:
@@ -88,6 +91,7 @@ class CohortUpdate:
             return Stack(there[0].shapes, torch.cat([part.data for part in there])) if there else None
 
         cuts = [u.cut_bytes for u in updates if u.cut_bytes is not None]
+        times = [u.diverged_at for u in updates if u.diverged_at is not None]
         return cls(
             upload=stacked([u.upload for u in updates]),
             private=stacked([u.private for u in updates]),
@@ -95,4 +99,5 @@ class CohortUpdate:
             num_tokens=np.concatenate([u.num_tokens for u in updates]),
             server=weighted_sum((1.0, u.server) for u in updates),
             cut_bytes=np.concatenate(cuts, axis=1) if cuts else None,
+            diverged_at=np.concatenate(times) if times else None,
         )

@@ -1,0 +1,93 @@
+"""Clients whose work came out not finite: their turn failed, the round is worked out as if they had not been sampled.
+
+A client fails (``diverged``) whose loss, or any number that it brings back or keeps, is NaN or infinite. It has paid for its
+whole turn, because the server sees only what arrives; for the same reason nobody takes its place. The work of the others is
+then done again with the weights of a round without it: sums that were formed with its weight cannot be mended for every
+method (shares by rank, a server's half that clients share, methods that read each update), and a round without any failure,
+which is nearly every one, pays nothing for it. A round in which everybody fails leaves the state as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fleetune.engine.checkpoint import Progress
+from fleetune.engine.lots import LotReply
+from fleetune.engine.rounds import FAILED, OK
+from fleetune.engine.schedule import Scheduled
+from fleetune.errors import RunFailed
+from fleetune.methods.base import State
+from fleetune.tensors import all_finite
+
+MAX_FAILED_ROUNDS = 3
+"""Rounds in a row in which everybody who worked failed, after which the run ends: each tried other clients or other batches from
+the same state, so a further one would do no better. One bad round alone may be chance, and the run goes on after it."""
+
+
+class Diverged(Exception):
+    """A client that was counted on has diverged: the sums of this round are not to be used. All replies are in."""
+
+
+def marked(now: Scheduled, replies: Sequence[LotReply]) -> Scheduled:
+    """The round with those as failed of whom the replies say that they diverged."""
+    ids = [reply.client_ids[reply.diverged] for reply in replies]
+    return fail(now, np.isin(now.client_ids, np.concatenate(ids) if ids else ()))
+
+
+def fail(now: Scheduled, who: np.ndarray) -> Scheduled:
+    """The round with these clients as failed, bool (n,)."""
+    if not who.any():
+        return now
+    status = now.outcome.status.copy()
+    status[who] = FAILED
+    return replace(now, outcome=replace(now.outcome, status=status))
+
+
+def settled(now: Scheduled, before: State, after: State) -> tuple[State, Scheduled]:
+    """The state after a round: the one before, if the sum of finite updates is not finite; then all that counted have failed."""
+    if all_finite(tensor for name, tensor in after.tensors.items() if tensor is not before.tensors.get(name)):
+        return after, now
+    return before, fail(now, now.outcome.status == OK)
+
+
+def check_progress(progress: Progress, num_rounds: int) -> None:
+    """RunFailed where there is no sense in going on, or where the run is over and nobody's work was ever any good."""
+    num_ok, num_failed = (progress.totals.get(name, 0) for name in ("num_ok", "num_failed"))
+    in_a_row = progress.failed_rounds >= MAX_FAILED_ROUNDS
+    if not in_a_row and not (progress.next_round >= num_rounds and num_failed and not num_ok):
+        return
+    when = f"in {progress.failed_rounds} rounds in a row" if in_a_row else "in every round"
+    kept = "the last good adapter is kept" if num_ok else "the model is still untrained"
+    raise RunFailed(
+        f"every client that worked diverged {when}: its loss or its update was not finite ({kept}; lower "
+        "local.learning_rate, or bound the gradient with local.max_grad_norm)",
+        round_idx=progress.next_round - 1,
+    )
+
+
+class Notices:
+    """What a person is told of a run's numbers that are not finite, once each."""
+
+    def __init__(self) -> None:
+        self._is_evaluation_told = False
+
+    def of(self, event: dict[str, Any]) -> Iterator[str]:
+        """Sentences about a coordinator's event."""
+        if event["kind"] != "round":
+            return
+        row = event["row"]
+        failed = row["num_failed"]
+        if failed and failed == event["totals"]["num_failed"]:  # the run's first, also of one that was resumed
+            yield (
+                f"round {row['round']}: {failed} of {row['num_clients']} clients diverged (loss or update not finite) and were "
+                "left out; num_failed counts them from here on, and clients.parquet names them"
+            )
+        loss = row.get("eval_loss")
+        if loss is not None and not math.isfinite(loss) and not self._is_evaluation_told:
+            self._is_evaluation_told = True
+            yield f"round {row['round']}: the evaluation's loss is not finite ({loss}); it is on record as that"
