@@ -79,7 +79,8 @@ def finite_rows(rows: Tensor) -> np.ndarray:
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether these hold finite numbers alone."""
-    return all(bool(finite_rows(tensor.reshape(1, -1))[0]) for tensor in tensors)
+    flat = [tensor.reshape(-1) for tensor in tensors]  # in one sum: a call for each would cost ten times as much
+    return not flat or bool(finite_rows(torch.cat(flat)[None])[0])
 
 
 @dataclass(frozen=True)
