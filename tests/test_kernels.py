@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,18 @@ from fleetune.models.project import Projection, project
 from fleetune.models.submodel import Submodel
 from fleetune.training import device
 
-PIECES = ("rms_norm", "rotary", "swiglu", "cross_entropy", "attention")
+PIECES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "rms_norm": lambda x, gain: rms_norm(x, gain, 1e-6),
+    "rotary": lambda *given: (rotary(*given),),
+    "swiglu": lambda *given: (swiglu(*given),),
+    "cross_entropy": lambda *given: (cross_entropy(*given),),
+    "attention": lambda *given: (attention(*given, scale=0.3),),
+}
+LEAVES = {"swiglu": 2, "attention": 3}
+"""How many of a piece's inputs have a gradient; the others have one such input."""
+BY_ROW = ("rms_norm", "rotary", "swiglu")
+"""Pieces without differences of near numbers, so that every row is right by itself, however small."""
+TOKENS_AND_SIZES = ((1, 2), (7, 10), (16, 16), (40, 34), (130, 64))
 
 
 @pytest.fixture
@@ -40,17 +52,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     kernels.use(None)
 
 
-def inputs(piece: str, *, tokens: int = 7, size: int = 10) -> list[Tensor]:
+def inputs(piece: str, *, tokens: int = 7, size: int = 10, seed: int = 0) -> list[Tensor]:
     """Odd sizes, so that vectors have a rest; heads as a projection lays them out."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
         return 3 * torch.randn(*shape, generator=generator)
 
     if piece == "rms_norm":
         return [random(2, tokens, size + 9), random(size + 9)]
-    if piece == "swiglu":
-        return [10 * random(2, tokens, size + 9), random(2, tokens, size + 9)]
+    if piece == "swiglu":  # rows of gates between 0.3 and 30: bent, and as good as straight
+        magnitudes = 10.0 ** torch.randint(-1, 2, (2, tokens, 1), generator=generator)
+        return [magnitudes * random(2, tokens, size + 9), random(2, tokens, size + 9)]
     if piece == "cross_entropy":
         return [random(2 * tokens, size + 9), torch.randint(size + 9, (2 * tokens,), generator=generator)]
     angle = random(1, 1, tokens, size // 2).repeat(1, 1, 1, 2)
@@ -60,30 +73,53 @@ def inputs(piece: str, *, tokens: int = 7, size: int = 10) -> list[Tensor]:
     return [random(2, tokens, 3, size).transpose(1, 2), angle.cos(), angle.sin()]
 
 
-def worked_out(piece: str, given: list[Tensor]) -> list[Tensor]:
-    """Outputs and gradients of a piece, all its outputs being used."""
-    x, *others = (t.clone() for t in given)
-    leaves = [x, *others[: {"swiglu": 1, "attention": 2}.get(piece, 0)]]
+def worked_out(piece: str, given: list[Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Outputs and gradients of a piece, all its outputs being used, in this type."""
+    given = [t.to(dtype, copy=True) if t.is_floating_point() else t for t in given]
+    leaves = given[: LEAVES.get(piece, 1)]
     for leaf in leaves:
         leaf.requires_grad_()
-    pieces = {
-        "rms_norm": lambda: rms_norm(x, others[0], 1e-6),
-        "rotary": lambda: (rotary(x, *others),),
-        "swiglu": lambda: (swiglu(x, others[0]),),
-        "cross_entropy": lambda: (cross_entropy(x, others[0]),),
-        "attention": lambda: (attention(x, *others, scale=0.3),),
-    }
-    out = pieces[piece]()
-    sum((n + 1) * (o * o.detach().cos()).sum() for n, o in enumerate(out)).backward()
-    return [*(o.detach() for o in out), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+    out = PIECES[piece](*given)
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(o.shape, generator=generator).to(dtype) for o in out]
+    return [*(o.detach() for o in out), *torch.autograd.grad(out, leaves, grads)]
 
 
+def errors(found: Tensor, exact: Tensor, *, by_row: bool = False) -> Tensor:
+    """The largest error and the error's norm, in fp32's last places of the largest entry (of the row) and of the norm.
+
+    Entries and norms count as a tenth at least: over one token, attention's gradients are zero.
+    """
+    error = found - exact
+    if by_row:
+        largest = (error.abs().amax(-1) / exact.abs().amax(-1).clamp_min(0.1)).max()
+    else:
+        largest = error.abs().max() / exact.abs().max().clamp_min(0.1)
+    return torch.stack([largest, error.norm() / exact.norm().clamp_min(0.1)]) / torch.finfo(torch.float32).eps
+
+
+def as_near_as_pytorch(
+    ours: list[Tensor], torchs: list[Tensor], exact: list[Tensor], *, by_row: bool = False, message: str = ""
+) -> None:
+    """Ours are off the fp64 values by twice as much as PyTorch's in fp32 and eight last places at most.
+
+    Which of two fp32 results comes nearer is chance, and PyTorch's is another one at each of a processor's instruction levels.
+    """
+    for found, theirs, right in zip(ours, torchs, exact, strict=True):
+        most = 2 * errors(theirs, right, by_row=by_row) + 8
+        assert (errors(found, right, by_row=by_row) <= most).all(), message
+
+
+@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("piece", PIECES)
-def test_compiled_pieces_are_pytorchs(piece: str, folder: Path):
-    expected = worked_out(piece, inputs(piece))
-    kernels.use(folder)
-    for ours, theirs in zip(worked_out(piece, inputs(piece)), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-6 * float(theirs.abs().max()))
+def test_compiled_pieces_are_as_near_to_the_exact_ones_as_pytorchs(piece: str, seed: int, folder: Path):
+    for tokens, size in TOKENS_AND_SIZES:
+        given = inputs(piece, tokens=tokens, size=size, seed=seed)
+        kernels.use(None)
+        torchs, exact = worked_out(piece, given), worked_out(piece, given, torch.float64)
+        kernels.use(folder)
+        ours = worked_out(piece, given)
+        as_near_as_pytorch(ours, torchs, exact, by_row=piece in BY_ROW, message=f"{tokens} tokens of {size}")
 
 
 @pytest.mark.parametrize("piece", PIECES)
@@ -116,10 +152,9 @@ def test_the_gate_far_from_zero(folder: Path):
 def test_attention_of_any_length(tokens: int, folder: Path):
     """One token, whole tiles and not, and longer than the compiled one takes."""
     given = inputs("attention", tokens=tokens, size=8)
-    expected = worked_out("attention", given)
+    torchs, exact = worked_out("attention", given), worked_out("attention", given, torch.float64)
     kernels.use(folder)
-    for ours, theirs in zip(worked_out("attention", given), expected, strict=True):
-        assert (ours - theirs).norm() <= 5e-6 * theirs.norm() + 1e-5
+    as_near_as_pytorch(worked_out("attention", given), torchs, exact)
 
 
 def test_attention_sees_nothing_that_comes_later(folder: Path):
@@ -138,16 +173,16 @@ def test_attention_sees_nothing_that_comes_later(folder: Path):
 def test_a_network_gives_the_same_with_either(architecture: str, folder: Path):
     """Logits and the embeddings' gradient: biases, head norms, heads that share keys."""
     base = models.base_of(architecture)
-    network = Network(base, Submodel.prefix(base.num_layers), LoRAConfig(rank=2))
+    wide = replace(base, weights={name: weight.double() for name, weight in base.weights.items()})
     results = []
-    for choice in (None, folder):
+    for choice, of in ((folder, base), (None, base), (None, wide)):
         kernels.use(choice)
+        network = Network(of, Submodel.prefix(of.num_layers), LoRAConfig(rank=2))
         h = network.embed(models.random_ids(2, 9)).requires_grad_()
         logits = network.logits(network.blocks(h))
-        logits.square().sum().backward()
-        results.append((logits.detach(), h.grad))
-    for torchs, compiled in zip(*results, strict=True):
-        assert (compiled - torchs).norm() <= 1e-6 * torchs.norm()
+        (gradient,) = torch.autograd.grad(logits.mean(), h)
+        results.append([logits.detach(), gradient])
+    as_near_as_pytorch(*results)
 
 
 @pytest.mark.usefixtures("folder")

@@ -7,6 +7,7 @@ differently, so the choice is part of a run's spec (``execution.kernels``). fp32
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -25,8 +26,11 @@ from fleetune import files
 
 FOLDER = Path(__file__).parent
 SOURCES, HEADERS = (FOLDER / "kernels.c", FOLDER / "attention.c"), (FOLDER / "exponential.h",)
-FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared",
-         "-fPIC")  # fmt: skip
+FLAGS = ("-O3", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+TARGET = "FLEETUNE_KERNELS_TARGET"
+"""Environment variable: what to compile for, by the compiler's name for it (``x86-64-v3``); unset: this processor."""
+COMPILER_SECONDS = 60
+"""A compiler that takes longer hangs; one second is usual."""
 ROWS_PER_THREAD, HEADS_PER_THREAD = 64, 8
 """Fewer are not worth handing to another thread."""
 MAX_TOKENS = 512
@@ -50,47 +54,75 @@ def takes(*tensors: Tensor) -> bool:
     return _library is not None and all(t.dtype is torch.float32 and t.device.type == "cpu" for t in tensors)
 
 
-@functools.cache
 def load(folder: Path) -> ctypes.CDLL:
-    """The library, compiled if ``folder`` does not hold it for this source, processor and compiler."""
+    """The library, compiled if ``folder`` does not hold it for this source, processor, compiler and target.
+
+    Raises KernelsUnavailable, and then does so at once for as long as this process lives.
+    """
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise KernelsUnavailable("there is no C compiler (cc, gcc or clang)")
+    found = _attempt(folder, compiler, os.environ.get(TARGET) or "native")
+    if isinstance(found, str):
+        raise KernelsUnavailable(f"{compiler} gave no library: {found}")
+    return found
+
+
+@functools.cache
+def _attempt(folder: Path, compiler: str, target: str) -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    command = (compiler, *FLAGS, f"{_target_flag()}={target}")
     texts = [path.read_text() for path in (*SOURCES, *HEADERS)]
-    key = hashlib.sha256("\n".join([*texts, compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\n".join([*texts, *command, _processor()]).encode()).hexdigest()[:16]
     path = folder / f"{key}.so"
+    with contextlib.suppress(OSError, AttributeError):  # it is not there yet, or damaged
+        return _opened(path)
     try:
-        if not _is_whole(path):
-            _compile(compiler, path)
-        library = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
-        output = getattr(error, "stderr", None) or str(error)
-        raise KernelsUnavailable(f"{compiler} gave no library: {output.strip().splitlines()[0]}") from error
+        _compile(command, path)
+        return _opened(path)
+    except subprocess.CalledProcessError as error:
+        return next((line for line in error.stderr.splitlines() if line.strip()), f"it ended with {error.returncode}")
+    except subprocess.TimeoutExpired:
+        return f"it took longer than {COMPILER_SECONDS} seconds"
+    except (OSError, AttributeError) as error:
+        return str(error)
+
+
+def _opened(path: Path) -> ctypes.CDLL:
+    """Raises OSError where it cannot be loaded or was damaged, AttributeError where it lacks a function."""
+    try:  # a loader does not notice a library that was cut off
+        files.read(path, holds="a compiled library", must_be_sealed=True)
+    except files.Damaged as error:
+        raise OSError(str(error)) from None
+    library = ctypes.CDLL(str(path))
     for name, types in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = [_SIZE, _SIZE, *types], None
     return library
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(command: tuple[str, ...], path: Path) -> None:
     """Beside its place first, as several processes may do this at once."""
     with files.replacing(path) as scratch:
-        command = [compiler, *FLAGS, "-o", str(scratch), *map(str, SOURCES), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-        # A loader does not look at what follows the library, and does not notice a library that was cut off.
+        subprocess.run(
+            [*command, "-o", str(scratch), *map(str, SOURCES), "-lm"],
+            check=True,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=COMPILER_SECONDS,
+        )
+        # A loader does not look at what follows the library.
         files.write(scratch, scratch.read_bytes() + files.BLANK.encode(), lasting=False)
 
 
-def _is_whole(path: Path) -> bool:
-    try:
-        files.read(path, holds="a compiled library", must_be_sealed=True)
-    except (FileNotFoundError, files.Damaged):
-        return False
-    return True
+def _target_flag() -> str:
+    """Elsewhere than on x86, ``-march`` names an instruction set, and not every compiler finds out this machine's."""
+    return "-march" if platform.machine().lower() in ("x86_64", "amd64", "i386", "i686") else "-mcpu"
 
 
 def _processor() -> str:
-    """What ``-march=native`` depends on: a folder may be shared by unequal machines."""
+    """What the target ``native`` depends on: a folder may be shared by unequal machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))
