@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test nodes lint docs bench clean
+.PHONY: help quickstart test nodes processors lint docs bench clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -16,6 +16,9 @@ test: $(VENV)/.tested ## install into .venv and run the tests
 
 nodes: $(VENV)/.tested ## the tests on several nodes and servers, which `make test` leaves out
 	$(BIN)/python -m pytest -n 0 -m nodes
+
+processors: $(VENV)/.tested ## the numeric tests at each level of instructions that this processor has (ARGS=--short: few)
+	$(BIN)/python tests/processors.py $(ARGS)
 
 lint: $(VENV)/.developed ## formatter, linter, type checker
 	$(BIN)/ruff format --check .

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -284,10 +286,84 @@ def test_compiled_kernels_are_refused_where_they_are_of_no_use():
         resolved(kernels="compiled", precision="bf16")
 
 
-def test_a_compiler_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    compiler = tmp_path / "broken-cc"
-    compiler.write_text("#!/bin/sh\necho 'no such flag' >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CC", str(compiler))
-    with pytest.raises(kernels.KernelsUnavailable, match="broken-cc gave no library: no such flag"):
+UNHELPFUL = {
+    "rejects a flag": ("echo \"error: bad value 'native' for '-march='\" >&2; exit 1", "bad value 'native'"),
+    "fails without a word": ("echo >&2; exit 3", "it ended with 3"),
+    "says what is no text": ("printf '\\377\\376' >&2; exit 1", "gave no library"),
+    "is killed": ("kill -9 $$", "it ended with -9"),
+    "writes nothing": ("exit 0", "No such file"),
+    "writes no library": ('while [ "$1" != -o ]; do shift; done; echo nonsense > "$2"', "gave no library"),
+    "leaves everything out": ('while [ "$1" != -o ]; do shift; done; REAL -shared -o "$2" -x c /dev/null', "rms_norm"),
+    "hangs": ("exec sleep 60", "took longer than 0.2 seconds"),
+}
+
+
+def compiler(folder: Path, script: str) -> Path:
+    """A program that stands for the C compiler."""
+    path = folder / "fake-cc"
+    path.write_text(f"#!/bin/sh\n{script.replace('REAL', shutil.which('cc') or 'cc')}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("fault", UNHELPFUL)
+def test_whatever_the_compiler_does_pytorchs_operators_are_there(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """auto goes on with them; who asks for compiled ones is told the compiler and why."""
+    script, reason = UNHELPFUL[fault]
+    monkeypatch.setenv("CC", str(compiler(tmp_path, script)))
+    monkeypatch.setenv("FLEETUNE_CACHE", str(tmp_path))
+    if fault == "hangs":
+        monkeypatch.setattr(kernels, "COMPILER_SECONDS", 0.2)
+    assert resolved().kernels == "torch"
+    with pytest.raises(kernels.KernelsUnavailable, match=f"fake-cc gave no library.*{reason}|fake-cc {reason}"):
         kernels.load(tmp_path / "kernels")
+    with pytest.raises(UserError, match=r"execution\.kernels"):
+        device.set_up("cpu", "compiled")
+    assert not list((tmp_path / "kernels").iterdir()) or fault in ("writes no library", "leaves everything out")
+
+
+@pytest.mark.parametrize(
+    ("machine", "flag"),
+    [("x86_64", "-march=native"), ("AMD64", "-march=native"), ("aarch64", "-mcpu=native"), ("arm64", "-mcpu=native")],
+)
+def test_a_machine_is_asked_for_by_its_own_flag(
+    machine: str, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """-march=native is x86's; on Arm not every compiler knows it."""
+    monkeypatch.setenv("CC", str(compiler(tmp_path, 'echo "$@" >&2; exit 1')))
+    monkeypatch.setattr(kernels.platform, "machine", lambda: machine)
+    monkeypatch.delenv(kernels.TARGET, raising=False)
+    with pytest.raises(kernels.KernelsUnavailable) as refused:
+        kernels.load(tmp_path / "kernels")
+    assert [word for word in str(refused.value).split() if word.startswith("-m")] == [flag]
+
+
+def test_a_target_has_a_library_of_its_own(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What was compiled for another processor is not taken for this one's; an unknown one is refused by the compiler."""
+    made = {}
+    for target in ("native", ""):
+        monkeypatch.setenv(kernels.TARGET, target)
+        made[target] = kernels.load(tmp_path)
+    assert made["native"] is made[""]
+    assert len(list(tmp_path.glob("*.so"))) == 1
+    monkeypatch.setenv(kernels.TARGET, "x86-64-v9")
+    with pytest.raises(kernels.KernelsUnavailable, match="x86-64-v9"):
+        kernels.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no library"])
+def test_a_damaged_library_is_compiled_again(content: bytes, folder: Path, tmp_path: Path):
+    kernels.load(folder)
+    for library in folder.glob("*.so"):
+        (tmp_path / library.name).write_bytes(content)
+    kernels.load(tmp_path)
+    assert any(library.read_bytes() != content for library in tmp_path.glob("*.so"))
+
+
+def test_pytorch_computes_at_the_level_that_it_is_held_to():
+    """tests/processors.py asks for one."""
+    told = os.environ.get("ATEN_CPU_CAPABILITY")
+    assert told is None or torch.backends.cpu.get_cpu_capability() == told.upper()

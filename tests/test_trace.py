@@ -28,7 +28,7 @@ from fleetune.engine.costed import CostedModel
 from fleetune.engine.tracing import Tracing, WorkShape, _examples
 from fleetune.methods import METHODS
 from fleetune.methods.base import Context, Method, Payload
-from fleetune.models.base import BaseModel, placed
+from fleetune.models.base import PRODUCT_DTYPES, BaseModel, placed
 from fleetune.models.config import LoRAConfig
 from fleetune.models.network import linear_sites
 from fleetune.models.outline import hf_values, meta_weights
@@ -78,8 +78,10 @@ def random_base(shape: ModelShape, weights: str, precision: str) -> BaseModel:
     """Random weights of an architecture, stored as asked."""
     generator = torch.Generator().manual_seed(0)
     tensors = {n: 0.1 * torch.randn(t.shape, generator=generator) for n, t in meta_weights(shape).items()}
-    if weights == "nf4":
-        tensors = quantize_linears(tensors, "nf4")
+    if (
+        weights == "nf4"
+    ):  # of the products' type, as checkpoints are: of another, bitsandbytes unpacks to that one first
+        tensors = quantize_linears({n: t.to(PRODUCT_DTYPES[precision]) for n, t in tensors.items()}, "nf4")
     config = {**hf_values(shape), "rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
     base = BaseModel(shape.name, config, tensors, "nf4" if weights == "nf4" else "none", "")
     return placed(base, device="cpu", precision=precision)

@@ -191,7 +191,8 @@ def test_the_servers_moments_live_on_and_the_clients_do_not():
             server.step()
     assert state.values["num_server_steps"] == 4
     adapter = method.evaluated(state, lambda: iter(())).adapter
-    runs.close_tensors(adapter, {name: p.detach() for name, p in params.items()}, atol=1e-5)
+    # AdamW's first steps blow up the rounding of what is nearly zero: a hundredth of a step, where forgotten moments cost halves.
+    runs.close_tensors(adapter, {name: p.detach() for name, p in params.items()}, atol=1e-4)
 
 
 def test_the_model_is_both_halves_and_nothing_else():
