@@ -19,6 +19,7 @@ from torch import Tensor
 import runs
 import tiny
 from fleetune import spec as specs
+from fleetune.cost import shapes
 from fleetune.methods import METHODS
 from fleetune.methods.base import State
 from fleetune.tensors import num_bytes
@@ -135,10 +136,18 @@ def test_charged_bytes_are_those_of_the_tensors_passed(case: str):
         assert done.clients.groupby("round")[name].sum().tolist() == done.rounds[name].tolist()
 
 
+@pytest.fixture
+def heavy(monkeypatch: pytest.MonkeyPatch) -> str:
+    """An architecture to be costed: four blocks as wide as LLaMA2-70B's, 3.9 GB each in fp32, which are soon traced."""
+    shape = shapes.ModelShape("heavy", 4, 8192, 28672, 64, 64, 128, 32000)
+    monkeypatch.setitem(shapes.ARCHITECTURES, shape.name, shape)
+    return shape.name
+
+
 @every_method
-def test_a_client_over_its_budget_is_refused_and_the_round_goes_on(case: str):
-    """With LLaMA2-7B costed in fp32, a Jetson Nano (4 GB) holds no share of it that is trained here, an AGX Orin does."""
-    done = runs.run(spec_of(case, **{"cost.model": "llama2-7b", "fleet.num_clients": 4}))
+def test_a_client_over_its_budget_is_refused_and_the_round_goes_on(case: str, heavy: str):
+    """A Jetson Nano (4 GB) holds no share of the model that is trained here, an AGX Orin does."""
+    done = runs.run(spec_of(case, **{"cost.model": heavy, "fleet.num_clients": 4}))
     clients = done.clients
     nano = clients["device"] == "jetson-nano"
     assert (clients["status"][nano] == "oom").all()
@@ -153,8 +162,8 @@ def test_a_client_over_its_budget_is_refused_and_the_round_goes_on(case: str):
 
 
 @every_method
-def test_a_round_of_refused_clients_changes_nothing(case: str):
-    done = runs.run(spec_of(case, **{"cost.model": "llama2-7b", "fleet.devices": {"jetson-nano": 1.0}}))
+def test_a_round_of_refused_clients_changes_nothing(case: str, heavy: str):
+    done = runs.run(spec_of(case, **{"cost.model": heavy, "fleet.devices": {"jetson-nano": 1.0}}))
     assert done.rounds["num_oom"].tolist() == [3, 3, 3]
     assert done.rounds["train_loss"].isna().all()
     assert done.rounds["uplink_bytes"].tolist() == [0, 0, 0]

@@ -26,6 +26,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 # SGD, because AdamW's first steps blow up differences of what is nearly zero.
 PLAIN = {"evaluation.generate": False, "local.steps": 1, "local.optimizer": "sgd", "local.learning_rate": 1.0}
+# Two clients in three rounds are enough to be stacked and to grow; every operation there goes through Python.
+PLAIN |= {"rounds.clients_per_round": 2, "data.num_eval_examples": 4}
 
 
 @functools.cache
