@@ -140,17 +140,19 @@ def test_killed_at_any_moment_leaves_whole_rounds(tmp_path: Path):
 
 
 def test_append_costs_little(tmp_path: Path):
-    """1,000 clients in less than 5 ms (measured: 2.7 ms on one core of a small server), the best of 20
-    rounds.
-    """
-    spec = make_spec(num_clients=1000, num_rounds=20)
-    run = RunDirectory.create(tmp_path, "a", spec)
-    seconds = []
-    for row, clients in rounds_of(spec):
-        started = time.perf_counter()
-        run.append_round(row, clients)
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 0.005
+    """1,000 clients are written as columns: nowhere near a hundred times as long as 10 (measured: 2.7 ms on one core)."""
+
+    def seconds(num_clients: int) -> float:
+        spec = make_spec(num_clients=num_clients, num_rounds=20)
+        run = RunDirectory.create(tmp_path, f"of{num_clients}", spec)
+        taken = []
+        for row, clients in rounds_of(spec):
+            started = time.process_time()
+            run.append_round(row, clients)
+            taken.append(time.process_time() - started)
+        return min(taken)
+
+    assert seconds(1000) < 20 * seconds(10)
 
 
 def test_no_run_directory(tmp_path: Path):
