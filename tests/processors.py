@@ -64,8 +64,10 @@ def compiled(target: str, *flags: str) -> Level:
 LIBRARIES = (
     libraries("plain", "default", "SSE41", "SSE4_2", ()),
     libraries("AVX2", "avx2", "AVX2", "AVX2", AVX2),
-    libraries("AVX-512", "avx512", "AVX512_CORE", "AVX512", AVX512),
-    libraries("AVX-512 with bf16", "avx512", "AVX512_CORE_BF16", "AVX512", (*AVX512, "avx512_bf16")),
+    # Not AVX512_CORE: whether int8 products are left to oneDNN, PyTorch decides by the processor and not by what oneDNN is held
+    # to, and without VNNI oneDNN's overflow.
+    libraries("AVX-512", "avx512", "AVX512_CORE_VNNI", "AVX512", (*AVX512, "avx512_vnni")),
+    libraries("AVX-512 with bf16", "avx512", "AVX512_CORE_BF16", "AVX512", (*AVX512, "avx512_vnni", "avx512_bf16")),
     libraries(
         "AMX", "avx512", "AVX512_CORE_AMX", "AVX512", (*AVX512, "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")
     ),
