@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import secrets
 import tempfile
 import warnings
 from pathlib import Path
@@ -14,6 +15,8 @@ from xdist.scheduler import LoadScopeScheduling
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # processes that share the tests share a cache
     os.environ["FLEETUNE_CACHE"] = tempfile.mkdtemp(prefix="fleetune-cache-")
+    # Ray's clients keep the token that they read first for as long as their process lives: all tests of one have the same.
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ.setdefault("FLEETUNE_FILES", "unsynced")  # fsync takes milliseconds, and no test cuts the power
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"

@@ -271,7 +271,7 @@ def test_a_command_s_run_of_diverging_clients_ends_with_status_one(
 ):
     """One sentence, told once; records, report and a second try tell the same."""
     job = commands.job_file(
-        tmp_path, {"local.learning_rate": 1e25, "local.max_grad_norm": None, "rounds.num_rounds": 5}
+        tmp_path, {"local.learning_rate": 1e6, "local.weight_decay": 1e6, "local.steps": 6, "rounds.num_rounds": 5}
     )
     out = commands.fleetune(capfd, monkeypatch, "run", job, "--workspace", tmp_path)
     assert out.status == 1
