@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import secrets
 import tempfile
 import warnings
 from pathlib import Path
@@ -15,8 +14,6 @@ from xdist.scheduler import LoadScopeScheduling
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # processes that share the tests share a cache
     os.environ["FLEETUNE_CACHE"] = tempfile.mkdtemp(prefix="fleetune-cache-")
-    # Ray's clients keep the token that they read first for as long as their process lives: all tests of one have the same.
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ.setdefault("FLEETUNE_FILES", "unsynced")  # fsync takes milliseconds, and no test cuts the power
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -48,9 +45,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> RayTogether:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What starts Ray comes first in its process, as it takes the longest; alone, files stay in their order."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: not starts_ray(item.path))
+    """What starts Ray comes first in its process, as it takes the longest; alone, files stay in their order.
+
+    Tests of submitting come after all others that need Ray: its clients keep the token that they read first for as long as
+    their process lives, and those of job servers read one that is no local cluster's.
+    """
+    is_shared_out = "PYTEST_XDIST_WORKER" in os.environ
+    items.sort(key=lambda item: (is_shared_out and not starts_ray(item.path), item.path.name == "test_submit.py"))
 
 
 @pytest.fixture(autouse=True, scope="session")
