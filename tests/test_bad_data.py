@@ -142,7 +142,7 @@ def test_a_template_that_cannot_be_filled_is_refused(template):
 
 @pytest.mark.parametrize("field", ["template", "separator"])
 def test_half_a_surrogate_pair_is_no_text_of_a_job_either(field):
-    with pytest.raises(ValidationError, match="half of a surrogate pair|parse raw data as a unicode string"):
+    with pytest.raises(ValidationError, match=r"half of a surrogate pair|parse raw data as a unicode string"):
         DataConfig(**{field: "{prompt}\ud83d"})
 
 
