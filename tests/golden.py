@@ -76,7 +76,7 @@ def inside(folder: Path, tree: Path) -> None:
         job = tree / "jobs" / "methods" / f"{method}.yaml"
         if not job.exists():  # a method that came later
             continue
-        given = [f"--set={_field(path, known)}={json.dumps(value)}" for path, value in settings.items()]
+        given = [f"--set={_field(path, known)}={_typed(value)}" for path, value in settings.items()]
         workspace = folder / f"case-{number}"
         print(name, file=sys.stderr, flush=True)
         result = _fleetune("run", job, *given, "-w", workspace, "--json")
@@ -110,6 +110,11 @@ def _known_fields() -> set[str]:
 
     schema = json_schema()
     return {name for part in [schema, *schema["$defs"].values()] for name in part.get("properties", {})}
+
+
+def _typed(value: Any) -> str:
+    """A value as it is typed on the command line: text without quotes."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _field(path: str, known: set[str]) -> str:
