@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import measure
-from fleetune.engine.problem import set_threads
 from fleetune.models.fused import attention, cross_entropy, rms_norm, rotary, swiglu
+from fleetune.problem import set_threads
 from fleetune.training.device import set_up
 from stacking import NUM_STEPS, Trial, make_case
 

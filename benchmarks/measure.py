@@ -16,7 +16,7 @@ from typing import Any
 def like_a_host() -> None:
     """Begin this program anew with the allocator's settings that a host has, which a process reads when it starts."""
     # Here, because it imports Ray, and some of these measure memory and imports.
-    from fleetune.engine.cluster import ALLOCATOR
+    from fleetune.engine.launch.cluster import ALLOCATOR
 
     if not ALLOCATOR.keys() <= os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**ALLOCATOR, **os.environ})

@@ -16,7 +16,7 @@ from typing import Any
 
 import measure
 import workload
-from fleetune.engine.problem import build_problem
+from fleetune.problem import build_problem
 
 STORE = "plasma"  # the object store's file in /dev/shm
 

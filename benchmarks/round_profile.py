@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import measure
 import workload
-from fleetune.engine.problem import set_threads
+from fleetune.problem import set_threads
 from stacking import NUM_STEPS, Trial, make_case
 
 # By the names under which PyTorch's profiler knows them; the first kind whose start fits takes an operator.

@@ -21,12 +21,13 @@ import torch
 
 import measure
 import workload
-from fleetune.engine.problem import set_threads
-from fleetune.models.base import BaseModel, load_base, placed
+from fleetune.models.base import BaseModel, placed
 from fleetune.models.config import LoRAConfig, ModelConfig
+from fleetune.models.load import load_base
 from fleetune.models.lora import init_lora
 from fleetune.models.network import Network, linear_sites
 from fleetune.models.submodel import Submodel
+from fleetune.problem import set_threads
 from fleetune.tensors import Tensors
 from fleetune.training.config import LocalConfig
 from fleetune.training.device import set_up

@@ -34,11 +34,11 @@ class Marks:
 
 def child(job: Path, assignments: list[str], workspace: Path, started: float) -> None:
     """Run the job twice in this process and print when each run's first round was over, in seconds."""
-    from fleetune.engine import cluster
+    from fleetune.engine.launch import cluster
 
     if cluster.names_ray(job, assignments):  # as the command line begins
         cluster.join(None)
-    from fleetune.engine.launch import run
+    from fleetune.engine.launch.run import run
     from fleetune.spec import load, parse_overrides
 
     spec = load(job, parse_overrides(assignments))

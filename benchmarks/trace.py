@@ -22,10 +22,10 @@ def child(method: str, model: str | None, checkpointing: bool) -> None:
     """One trace from an empty cache, in NF4 and bf16; the second one shows what importing took."""
     import torch
 
-    from fleetune.cost.shapes import architecture
-    from fleetune.engine.costed import CostedModel
-    from fleetune.engine.tracing import Tracing, WorkShape
+    from fleetune.models.architectures import architecture
     from fleetune.plan.walk import outline
+    from fleetune.pricing.mapping import CostedModel
+    from fleetune.pricing.tracing import Tracing, WorkShape
     from fleetune.spec import from_dict
 
     torch.set_num_threads(1)

@@ -48,8 +48,8 @@ def main() -> None:
     args = parser.parse_args()
 
     from fleetune.records import RunDirectory, SweepDirectory
-    from fleetune.records.tracking import Follower, Tracker
     from fleetune.spec import from_dict
+    from fleetune.tracking.stream import Follower, Tracker
 
     uri = os.path.expandvars(args.uri) if args.uri else None
     with tempfile.TemporaryDirectory(prefix="fleetune-bench-") as folder:

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from fleetune.data.dataset import TokenizedDataset
-from fleetune.engine.launch import engine
-from fleetune.engine.problem import EvalSet, Inputs, build_problem
-from fleetune.models.base import ASSETS, BaseModel
+from fleetune.engine.launch.run import engine
+from fleetune.models.base import BaseModel
+from fleetune.models.folder import ASSETS
 from fleetune.models.network import linear_sites
+from fleetune.problem import EvalSet, Inputs, build_problem
 from fleetune.records.run_directory import RunDirectory
 from fleetune.spec import RunSpec, from_dict
 

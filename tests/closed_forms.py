@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fleetune.cost.shapes import ModelShape
+from fleetune.models.architectures import ModelShape
 
 FLASH_BACKWARD = 2.5  # dV, dP, dQ, dK and the recomputed scores: five products against two forward
 STAGE = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3}

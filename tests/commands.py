@@ -18,7 +18,7 @@ import yaml
 
 import tiny
 from fleetune import cli
-from fleetune.engine.problem import Inputs
+from fleetune.problem import Inputs
 
 QUICK = {"evaluation.generate": False, "execution.cohort": 1}
 

@@ -104,7 +104,7 @@ class Campaign:
         self.wrong: list[str] = []
 
     def run(self, workspace: Path, **options: Any) -> Path:
-        from fleetune.engine import launch
+        from fleetune.engine.launch import run as launch
 
         return launch.run(self.spec, workspace=workspace, **options).run_dir
 
@@ -116,7 +116,7 @@ class Campaign:
 
     def outcome(self, run_path: Path, *, victim: str | None = None) -> str:
         """What becomes of a run directory when it is gone on with."""
-        from fleetune.engine import launch
+        from fleetune.engine.launch import run as launch
         from fleetune.errors import UserError
 
         try:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from fleetune.models.base import BaseModel, load_base
+from fleetune.models.base import BaseModel
 from fleetune.models.config import LoRAConfig, ModelConfig
+from fleetune.models.load import load_base
 from fleetune.models.network import linear_sites
 from fleetune.tensors import Tensors
 

@@ -14,15 +14,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from fleetune.engine.checkpoint import Checkpoint
+from fleetune.engine.checkpoint.checkpoint import Checkpoint
+from fleetune.engine.checkpoint.client_store import place_of
 from fleetune.engine.coordinator import Coordinator, Event
-from fleetune.engine.executor import Evaluation, Executor, SerialExecutor
-from fleetune.engine.lots import Lot, LotReply
-from fleetune.engine.private import place_of
-from fleetune.engine.problem import Inputs, Problem, build_problem, load_inputs
+from fleetune.engine.execution.executor import Evaluation, Executor, SerialExecutor
+from fleetune.engine.execution.work_units import Lot, LotReply
 from fleetune.methods.base import GlobalModel, Payload, State
-from fleetune.models.base import load_base
 from fleetune.models.config import ModelConfig
+from fleetune.models.load import load_base
+from fleetune.problem import Inputs, Problem, build_problem, load_inputs
 from fleetune.records.run_directory import RunDirectory
 from fleetune.spec import RunSpec
 from fleetune.tensors import Packed, Tensors

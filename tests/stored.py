@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fleetune.records import RunDirectory
-from fleetune.records.metrics import RoundMetrics
+from fleetune.tracking.metrics import RoundMetrics
 
 
 def steps(uri: str, mlflow_run_id: str) -> dict[str, list[int]]:

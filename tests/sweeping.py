@@ -15,12 +15,13 @@ import yaml
 import commands
 import runs
 import tiny
-from fleetune.engine import cluster, launch
+from fleetune.engine.launch import cluster
+from fleetune.engine.launch import run as launch
 from fleetune.records import RunDirectory, SweepDirectory
 from fleetune.sweep import config
 from fleetune.sweep import launch as sweeps
-from fleetune.sweep.board import Board
 from fleetune.sweep.expansion import trials_of
+from fleetune.sweep.status import Board
 
 NUM_ROUNDS = 4
 GRID = {"method.growth_rate": [2, 4], "seed": [0, 1]}

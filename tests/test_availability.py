@@ -11,7 +11,7 @@ import pytest
 
 import runs
 import tiny
-from fleetune.engine.rounds import open_round, sample_clients
+from fleetune.engine.round.rules import open_round, sample_clients
 from fleetune.errors import UserError
 from fleetune.fleet.availability import AvailabilityConfig, TwoStates, build_availability
 from fleetune.fleet.availability_trace import read_trace

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 import models
 import tiny
 from fleetune.errors import UserError
-from fleetune.models.base import base_files, find_base, load_base, load_config, load_tokenizer
 from fleetune.models.config import LoRAConfig, ModelConfig
 from fleetune.models.family import attention_window
-from fleetune.models.folder import is_hub_id
+from fleetune.models.folder import base_files, find_base, is_hub_id
+from fleetune.models.load import load_base, load_config, load_tokenizer
 from fleetune.models.network import Network
 from fleetune.models.outline import outline_base
 from fleetune.models.submodel import Submodel

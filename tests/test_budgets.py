@@ -12,8 +12,8 @@ import torch
 
 import runs
 import tiny
-from fleetune.engine.ranks import cut, filled, laid_over, shares_per_row
-from fleetune.engine.shares import Share
+from fleetune.engine.round.ranks import cut, filled, laid_over, shares_per_row
+from fleetune.engine.round.workload import Share
 from fleetune.errors import UserError
 from fleetune.fleet.budgets import BudgetsConfig, build_budgets
 from fleetune.fleet.devices import device

@@ -12,8 +12,8 @@ import torch
 
 import runs
 from fleetune import files
-from fleetune.engine.checkpoint import Checkpoint, Progress
-from fleetune.engine.private import PrivateStore, place_of
+from fleetune.engine.checkpoint.checkpoint import Checkpoint, Progress
+from fleetune.engine.checkpoint.client_store import PrivateStore, place_of
 from fleetune.errors import UserError
 from fleetune.methods.base import State
 from fleetune.tensors import Packed, pack, save

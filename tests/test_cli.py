@@ -22,8 +22,8 @@ import tiny
 from commands import Output
 from fleetune import cli
 from fleetune.catalogue import CATALOGUES
-from fleetune.engine import launch
-from fleetune.engine.ledger import FinishedRound, Ledger
+from fleetune.engine.launch import run as launch
+from fleetune.engine.pending_rounds import FinishedRound, Ledger
 from fleetune.methods import METHODS
 from fleetune.records.run_directory import RunDirectory
 

@@ -19,9 +19,9 @@ from torch import Tensor
 import runs
 import tiny
 from fleetune import spec as specs
-from fleetune.cost import shapes
 from fleetune.methods import METHODS
 from fleetune.methods.base import State
+from fleetune.models import architectures as shapes
 from fleetune.tensors import num_bytes
 from fleetune.training.plan import ClientTask
 

@@ -17,7 +17,7 @@ import torch
 import runs
 import tiny
 from fleetune.engine.coordinator import Coordinator
-from fleetune.engine.executor import Evaluated, SerialExecutor
+from fleetune.engine.execution.executor import Evaluated, SerialExecutor
 from fleetune.errors import RunFailed
 from fleetune.methods.base import ClientInfo, GlobalModel, Payload, State, Update
 from fleetune.methods.fedavg import FedIT

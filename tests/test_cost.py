@@ -11,15 +11,15 @@ import pytest
 
 import closed_forms
 from fleetune.cost.estimate import CostTable, Load, estimate
-from fleetune.cost.fit import fitted_devices, fitted_fraction
-from fleetune.cost.forms import NUM, monomials
-from fleetune.cost.published import FITTED, HELD_OUT, MEASUREMENTS, QV, SAME_SOURCE
-from fleetune.cost.shapes import ARCHITECTURES, LINEARS, ModelShape, architecture
+from fleetune.cost.polynomials import NUM, monomials
 from fleetune.cost.trace import PARTS, SideWork, StepTrace
-from fleetune.cost.validation import CHUNKED_LOGITS, lora_step, medians, rows, table
 from fleetune.errors import UserError
 from fleetune.fleet.devices import device
 from fleetune.fleet.fleet import FleetConfig, build_fleet
+from fleetune.models.architectures import ARCHITECTURES, LINEARS, ModelShape, architecture
+from fleetune.pricing.fit import fitted_devices, fitted_fraction
+from fleetune.pricing.published import FITTED, HELD_OUT, MEASUREMENTS, QV, SAME_SOURCE
+from fleetune.pricing.validation import CHUNKED_LOGITS, lora_step, medians, rows, table
 
 
 def polynomial(**coefficients: float) -> np.ndarray:

@@ -10,8 +10,8 @@ import torch
 
 import runs
 import tiny
-from fleetune.engine import launch
-from fleetune.engine.executor import placed_base
+from fleetune.engine.execution.executor import placed_base
+from fleetune.engine.launch import run as launch
 from fleetune.methods import METHODS
 from fleetune.models.network import Network
 from fleetune.models.submodel import Submodel

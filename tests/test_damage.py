@@ -14,12 +14,12 @@ import yaml
 import commands
 import runs
 import tiny
-from fleetune.engine import launch
-from fleetune.engine.private import PrivateStore
+from fleetune.engine.checkpoint.client_store import PrivateStore
+from fleetune.engine.launch import run as launch
 from fleetune.errors import RunFailed, Stopped, UserError
 from fleetune.records.run_directory import RunDirectory
-from fleetune.records.tracking import sync
 from fleetune.spec import RunSpec
+from fleetune.tracking.sync import sync
 
 ROUNDS = 6
 

@@ -17,18 +17,18 @@ import torch
 import commands
 import runs
 import tiny
-from fleetune.engine import divergence
 from fleetune.engine.coordinator import Coordinator
-from fleetune.engine.executor import SerialExecutor
-from fleetune.engine.lots import _diverged
-from fleetune.engine.problem import Problem
-from fleetune.engine.schedule import Schedule, Scheduled
+from fleetune.engine.execution.executor import SerialExecutor
+from fleetune.engine.execution.work_units import _diverged
+from fleetune.engine.round import divergence
+from fleetune.engine.round.schedule import Schedule, Scheduled
 from fleetune.errors import RunFailed
 from fleetune.methods import METHODS
 from fleetune.methods.base import Method, Payload, State
 from fleetune.methods.fedavg import FedIT
-from fleetune.records import report
+from fleetune.problem import Problem
 from fleetune.records.run_directory import RunDirectory
+from fleetune.reports import run_report as report
 from fleetune.tensors import all_finite, finite_rows
 from fleetune.training.plan import ClientTask, CohortUpdate
 from fleetune.training.worker import Worker
@@ -305,8 +305,8 @@ def map_notices(events: Sequence[dict[str, Any]]) -> list[str]:
 
 def test_an_evaluation_that_is_not_finite_is_on_record_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Not as one that did not take place: NaN in the table, named in result.json, told once."""
-    from fleetune.engine import ledger
-    from fleetune.engine.launch import finish
+    from fleetune.engine import pending_rounds as ledger
+    from fleetune.engine.launch.run import finish
 
     monkeypatch.setattr(ledger, "totals", lambda parts: {"eval_loss": math.nan})
     done = runs.run(tiny.spec({**FAST, "rounds.num_rounds": 4, "evaluation.every": 2}))

@@ -14,13 +14,13 @@ import models
 import runs
 import tiny
 from fleetune.data.batches import collate, eval_prompts
-from fleetune.engine.executor import SerialExecutor
-from fleetune.engine.problem import build_problem, load_inputs
+from fleetune.engine.execution.executor import SerialExecutor
 from fleetune.errors import UserError
-from fleetune.models.base import load_base
 from fleetune.models.config import LoRAConfig, ModelConfig
+from fleetune.models.load import load_base
 from fleetune.models.network import Network
 from fleetune.models.submodel import Submodel
+from fleetune.problem import build_problem, load_inputs
 from fleetune.training.generate import generate
 
 VOCABULARY = 721  # of micro-llama's tokenizer

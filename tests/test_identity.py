@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel
 
 import tiny
-from fleetune.engine import launch
+from fleetune.engine.launch import run as launch
 from fleetune.errors import UserError
 from fleetune.fleet.fleet import build_fleet
 from fleetune.methods import METHODS
@@ -240,13 +240,13 @@ def test_content_is_part_of_the_identity_and_of_the_name(world: World, tmp_path:
 
 def test_what_a_run_notes_is_what_can_be_asked_of_the_disk(world: World):
     """A sweep asks before it reads, a run notes what it has read; both mean the same."""
-    from fleetune.engine.content import Contents
+    from fleetune.content import Contents
 
     assert Contents().of(world.spec) == world.run_dir.meta["content"]
 
 
 def test_generated_data_are_known_by_what_the_generator_gives():
-    from fleetune.engine.content import Contents
+    from fleetune.content import Contents
 
     asked = {"data": {"num_examples": 20, "num_eval_examples": 5}}
     one, same, other = (
@@ -258,8 +258,8 @@ def test_generated_data_are_known_by_what_the_generator_gives():
 
 def test_weights_are_copied_when_they_are_read(tmp_path: Path):
     """Who writes into a checkpoint changes no run that goes on with it."""
-    from fleetune.models.base import load_base
     from fleetune.models.config import ModelConfig
+    from fleetune.models.load import load_base
 
     folder = tmp_path / "model"
     shutil.copytree(tiny.model_folder(), folder)
@@ -274,21 +274,21 @@ def test_weights_are_copied_when_they_are_read(tmp_path: Path):
 
 def test_a_model_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Its digest would be that of neither."""
-    from fleetune.models import base
+    from fleetune.models import load
     from fleetune.models.config import ModelConfig
 
     folder = tmp_path / "model"
     shutil.copytree(tiny.model_folder(), folder)
-    read = base.read_weights
+    read = load.read_weights
 
     def slowly(*arguments: Any) -> Any:
         weights = read(*arguments)
         flipped(folder / "model.safetensors")
         return weights
 
-    monkeypatch.setattr(base, "read_weights", slowly)
+    monkeypatch.setattr(load, "read_weights", slowly)
     with pytest.raises(UserError, match=r"model\.safetensors was changed while the model was read"):
-        base.load_base(ModelConfig(base=str(folder)))
+        load.load_base(ModelConfig(base=str(folder)))
 
 
 def test_the_untrained_model_s_quality_is_shared_by_runs_that_read_the_same(
@@ -299,7 +299,7 @@ def test_the_untrained_model_s_quality_is_shared_by_runs_that_read_the_same(
 
     import runs
     from fleetune.engine.coordinator import Coordinator
-    from fleetune.engine.executor import SerialExecutor
+    from fleetune.engine.execution.executor import SerialExecutor
 
     data = tmp_path / "train.jsonl"
     shutil.copy(tiny.data_file(), data)
@@ -316,7 +316,9 @@ def test_the_untrained_model_s_quality_is_shared_by_runs_that_read_the_same(
 
     assert start(0, {}) == 1
     assert start(1, {"local.steps": 1, "execution.cohort": 1}) == 1
-    monkeypatch.setattr("fleetune.engine.executor.set_up", lambda device, kernels: None)  # no compiler is needed here
+    monkeypatch.setattr(
+        "fleetune.engine.execution.executor.set_up", lambda device, kernels: None
+    )  # no compiler is needed here
     assert start(2, {"execution.kernels": "compiled"}) == 2
     other_answers(data)
     assert start(3, {}) == 3
@@ -349,11 +351,11 @@ def test_a_large_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 # -- sweeps -------------------------------------------------------------------------------------------------------------
 def test_a_trial_whose_data_changed_is_not_finished(tmp_path: Path):
     """It runs again beside the former run, which stays; one whose data are as they were is taken as it is."""
-    from fleetune.sweep.board import Board
     from fleetune.sweep.config import SweepSpec
     from fleetune.sweep.driver import take_stock
     from fleetune.sweep.expansion import sweep_id, trials_of
-    from fleetune.sweep.resident import Order, Resident
+    from fleetune.sweep.status import Board
+    from fleetune.sweep.trial_runner import Order, Resident
 
     data = tmp_path / "train.jsonl"
     shutil.copy(tiny.data_file(), data)
@@ -393,7 +395,7 @@ def test_a_trial_whose_data_changed_is_not_finished(tmp_path: Path):
 
 def test_trials_over_other_traces_share_no_inputs(tmp_path: Path):
     """A process keeps what it has read for the next trial; intervals are part of that."""
-    from fleetune.sweep.resident import Resident, inputs_key
+    from fleetune.sweep.trial_runner import Resident, inputs_key
 
     specs = []
     for name, clients in (("one", (0, 1, 2)), ("two", (3, 4, 5))):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import tiny
-from fleetune.engine.problem import build_problem, load_inputs
 from fleetune.methods import METHODS
 from fleetune.plan.walk import outline
+from fleetune.problem import build_problem, load_inputs
 from fleetune.spec import RunSpec, load, read_yaml
 from fleetune.sweep.config import load as load_sweep
 from fleetune.sweep.expansion import trials_of

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 import models
 import runs
 import tiny
-from fleetune.engine.config import ExecutionConfig
-from fleetune.engine.resolve import resolve_execution
+from fleetune.engine.launch.resolve import resolve_execution
 from fleetune.errors import UserError
 from fleetune.models import kernels
 from fleetune.models.config import LoRAConfig
@@ -26,6 +25,7 @@ from fleetune.models.lora import AdaptedLinear, linears
 from fleetune.models.network import Network
 from fleetune.models.project import Projection, project
 from fleetune.models.submodel import Submodel
+from fleetune.run_config import ExecutionConfig
 from fleetune.training import device
 
 PIECES: dict[str, Callable[..., tuple[Tensor, ...]]] = {

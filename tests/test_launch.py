@@ -21,13 +21,13 @@ import pytest
 
 import commands
 import tiny
-from fleetune.engine import launch
-from fleetune.engine.checkpoint import saved_rounds
-from fleetune.engine.cluster import connect, names_ray
-from fleetune.engine.config import ExecutionConfig
-from fleetune.engine.resolve import gpu_share, resolve_execution
+from fleetune.engine.checkpoint.checkpoint import saved_rounds
+from fleetune.engine.launch import run as launch
+from fleetune.engine.launch.cluster import connect, names_ray
+from fleetune.engine.launch.resolve import gpu_share, resolve_execution
 from fleetune.errors import UserError
 from fleetune.records.run_directory import RunDirectory
+from fleetune.run_config import ExecutionConfig
 from fleetune.spec import RunSpec
 
 

@@ -12,10 +12,10 @@ import torch
 
 import runs
 import tiny
-from fleetune.engine.lots import Lot, in_client_order, make_lots, run_lot
-from fleetune.engine.private import MAX_LOTS, PrivateStore
-from fleetune.engine.problem import Problem
+from fleetune.engine.checkpoint.client_store import MAX_LOTS, PrivateStore
+from fleetune.engine.execution.work_units import Lot, in_client_order, make_lots, run_lot
 from fleetune.errors import RunFailed
+from fleetune.problem import Problem
 from fleetune.seeds import seed_of
 from fleetune.tensors import Packed, pack
 

@@ -13,8 +13,10 @@ import torch
 import fleetune
 from fleetune.data.answers import AnswerReader
 from fleetune.data.micro_reasoning import micro_reasoning
-from fleetune.models.base import SIZES, find_base, load_config, load_tokenizer
 from fleetune.models.config import ModelConfig
+from fleetune.models.family import SIZES
+from fleetune.models.folder import find_base
+from fleetune.models.load import load_config, load_tokenizer
 
 ASSET = Path(fleetune.__file__).parent / "assets" / "micro-llama"
 JOBS = Path(__file__).parent.parent / "jobs"

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import models
-from fleetune.models.base import ARCHITECTURES
 from fleetune.models.block import norm
 from fleetune.models.config import LoRAConfig
 from fleetune.models.decoder import Rotary
+from fleetune.models.family import ARCHITECTURES
 from fleetune.models.fused import rms_norm, rotary
 from fleetune.models.network import Network, linear_sites
 from fleetune.models.submodel import Submodel
@@ -211,8 +211,8 @@ def test_an_attention_window_shorter_than_the_examples_is_refused(tmp_path):
     import pytest
 
     import tiny
-    from fleetune.engine.problem import load_inputs
     from fleetune.errors import UserError
+    from fleetune.problem import load_inputs
 
     folder = tmp_path / "windowed"
     shutil.copytree(tiny.model_folder(), folder)

@@ -12,7 +12,7 @@ import tiny
 from fleetune.cost.overlap import overlapped
 from fleetune.errors import UserError
 from fleetune.fleet.devices import device
-from fleetune.records.trace import write_trace
+from fleetune.records.timeline import write_trace
 
 
 def split(**overrides: Any) -> runs.Finished:

@@ -18,8 +18,8 @@ import commands
 import runs
 import tiny
 from commands import Output
-from fleetune.cost.forms import BASIS
-from fleetune.engine.schedule import Schedule
+from fleetune.cost.polynomials import BASIS
+from fleetune.engine.round.schedule import Schedule
 from fleetune.errors import UserError
 from fleetune.methods import METHODS
 from fleetune.models.outline import outline_base

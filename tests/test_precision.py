@@ -13,8 +13,9 @@ import models
 import runs
 import tiny
 from fleetune.models import block
-from fleetune.models.base import ARCHITECTURES, placed
+from fleetune.models.base import placed
 from fleetune.models.config import LoRAConfig
+from fleetune.models.family import ARCHITECTURES
 from fleetune.models.fused import swiglu
 from fleetune.models.network import Network
 from fleetune.models.submodel import Submodel, combined

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from fleetune.records import RunDirectory
-from fleetune.records.profile import adapted, bounds, memory_parts, phase_seconds, refusals, told
-from fleetune.records.report import report
+from fleetune.reports.client_stats import adapted, bounds, memory_parts, phase_seconds, refusals, told
+from fleetune.reports.run_report import report
 from synthetic_runs import make_run, make_spec
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import models
-from fleetune.engine.problem import base_from_arrays, base_to_arrays
 from fleetune.models.base import BaseModel
 from fleetune.models.config import LoRAConfig
 from fleetune.models.network import Network
 from fleetune.models.quantize import dequantize, is_linear, quantize, quantize_linears
 from fleetune.models.submodel import Submodel
+from fleetune.problem import base_from_arrays, base_to_arrays
 
 LORA = LoRAConfig(rank=2)
 NAME = "model.layers.1.mlp.up_proj.weight"

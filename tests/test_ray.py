@@ -19,17 +19,17 @@ import ray
 import runs
 import tiny
 from commands import poisoned
-from fleetune.engine import launch
-from fleetune.engine.actors import RayExecutor, SharedInputs
-from fleetune.engine.cluster import Cluster
-from fleetune.engine.cluster import _clusters as joined
-from fleetune.engine.executor import SerialExecutor
-from fleetune.engine.lots import Lot, LotReply
-from fleetune.engine.problem import Problem
+from fleetune.engine.execution.executor import SerialExecutor
+from fleetune.engine.execution.ray_pool import RayExecutor, SharedInputs
+from fleetune.engine.execution.work_units import Lot, LotReply
+from fleetune.engine.launch import run as launch
+from fleetune.engine.launch.cluster import Cluster
+from fleetune.engine.launch.cluster import _clusters as joined
 from fleetune.errors import RunFailed, UserError
 from fleetune.methods import METHODS
 from fleetune.methods.base import Payload
 from fleetune.methods.fedavg import FedIT
+from fleetune.problem import Problem
 from fleetune.records.run_directory import RunDirectory
 from fleetune.spec import RunSpec
 

@@ -18,10 +18,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from fleetune import columns as schema
 from fleetune.errors import UserError
-from fleetune.records import RunDirectory, SweepDirectory, find_runs, schema
+from fleetune.records import RunDirectory, SweepDirectory, find_runs
 from fleetune.records.naming import flatten, group_labels, run_name, varied_fields
-from fleetune.records.trace import write_trace
+from fleetune.records.timeline import write_trace
 from synthetic_runs import make_run, make_spec, rounds_of
 
 

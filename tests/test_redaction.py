@@ -10,9 +10,9 @@ import commands
 import tiny
 from fleetune.errors import RunFailed, UserError
 from fleetune.records import RunDirectory
-from fleetune.records.tracking import sync
 from fleetune.redaction import redacted
 from fleetune.spec import job_text
+from fleetune.tracking.sync import sync
 from synthetic_runs import make_spec
 
 WITH_SECRETS = [

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from fleetune.records import RunDirectory, figures
-from fleetune.records.aggregates import device_costs, readable, run_totals, scale_of
-from fleetune.records.report import report
+from fleetune.records import RunDirectory
+from fleetune.reports.figures import runs as figures
+from fleetune.reports.run_report import report
+from fleetune.reports.run_stats import device_costs, readable, run_totals, scale_of
 from synthetic_runs import make_run, make_spec
 
 PNG = b"\x89PNG\r\n"

@@ -58,7 +58,7 @@ def test_a_trial_is_one_process_of_one_thread_unless_it_asks_for_a_gang():
 
 def test_a_trial_on_gpus_takes_its_share_of_them():
     """A process takes half a GPU where two share one, and a gang of three hosts as much each; four halves hold one gang."""
-    from fleetune.sweep import tuning
+    from fleetune.sweep import tune as tuning
 
     shared = {"execution.device": "cuda", "execution.hosts_per_gpu": 2}
     alone = expansion.decided(tiny.spec({"execution": "auto", **shared}))
@@ -251,7 +251,7 @@ def test_a_mistake_is_told_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch,
 ):
     """Status 2, the field and the way out; no directory is left behind, and Ray is not waited for."""
-    monkeypatch.setattr("fleetune.engine.cluster.Cluster._connect", lambda self: self._ready.set())
+    monkeypatch.setattr("fleetune.engine.launch.cluster.Cluster._connect", lambda self: self._ready.set())
     path = file_of(tmp_path, **fields)
     out = fleetune(capfd, monkeypatch, "sweep", path, "-w", tmp_path / "ws", "--json")
     assert out.status == 2, out.stderr

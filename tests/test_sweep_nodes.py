@@ -15,7 +15,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from fleetune.records import SweepDirectory
-from fleetune.sweep.board import Board
+from fleetune.sweep.status import Board
 from sweeping import local_ray, one_by_one, same_as, sweep, sweep_file
 from test_kill import started
 

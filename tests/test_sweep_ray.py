@@ -13,8 +13,8 @@ import pytest
 
 from fleetune.records import SweepDirectory
 from fleetune.sweep import config
-from fleetune.sweep.board import Board
 from fleetune.sweep.expansion import sweep_id
+from fleetune.sweep.status import Board
 from sweeping import NUM_ROUNDS, children, in_mlflow, local_ray, one_by_one, same_as, sweep, sweep_file
 from test_kill import started
 

@@ -10,7 +10,7 @@ import pytest
 from commands import fleetune
 from fleetune.errors import UserError
 from fleetune.records import SweepDirectory
-from fleetune.records.report import report
+from fleetune.reports.run_report import report
 from synthetic_runs import make_run
 from synthetic_sweeps import make_sweep
 

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from fleetune.errors import UserError
-from fleetune.records.sweep_results import configuration_labels, parse_budgets, parse_targets
-from fleetune.records.sweep_stats import (
+from fleetune.reports.sweep_results import configuration_labels, parse_budgets, parse_targets
+from fleetune.reports.sweep_stats import (
     SCORES,
     budgets_from,
     cost_to_target,

@@ -18,21 +18,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import closed_forms
-from fleetune import marks
-from fleetune.cost.forms import FORMS, POINTS, Fitter, Point, evaluate, monomials
-from fleetune.cost.shapes import LINEARS, ModelShape, architecture
+from fleetune import scopes as marks
+from fleetune.cost.polynomials import FORMS, POINTS, Fitter, Point, evaluate, monomials
 from fleetune.cost.trace import PARTS, StepTrace, live_bytes, possible_peaks
-from fleetune.cost.validation import lora_step
-from fleetune.engine import tracing
-from fleetune.engine.costed import CostedModel
-from fleetune.engine.tracing import Tracing, WorkShape, _examples
 from fleetune.methods import METHODS
 from fleetune.methods.base import Context, Method, Payload
+from fleetune.models.architectures import LINEARS, ModelShape, architecture
 from fleetune.models.base import PRODUCT_DTYPES, BaseModel, placed
 from fleetune.models.config import LoRAConfig
 from fleetune.models.network import linear_sites
 from fleetune.models.outline import hf_values, meta_weights
 from fleetune.models.quantize import quantize_linears
+from fleetune.pricing import tracing
+from fleetune.pricing.mapping import CostedModel
+from fleetune.pricing.tracing import Tracing, WorkShape, _examples
+from fleetune.pricing.validation import lora_step
 from fleetune.training.config import LocalConfig
 from fleetune.training.plan import ClientTask
 from fleetune.training.trainer import StackedAdapters

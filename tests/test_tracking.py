@@ -15,12 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from fleetune.engine import launch
+from fleetune.engine.launch import run as launch
 from fleetune.errors import UserError
 from fleetune.records import RunDirectory, SweepDirectory
-from fleetune.records.access import without_password
-from fleetune.records.metrics import RoundMetrics
-from fleetune.records.tracking import QUIET, Follower, default_uri, sync
+from fleetune.tracking.access import without_password
+from fleetune.tracking.client import QUIET
+from fleetune.tracking.metrics import RoundMetrics
+from fleetune.tracking.stream import Follower
+from fleetune.tracking.sync import sync
+from fleetune.tracking.tracker import default_uri
 from stored import expected_steps, steps
 from synthetic_runs import make_run, make_spec, rounds_of
 

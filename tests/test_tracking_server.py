@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from fleetune.records.tracking import sync
-from fleetune.records.tracking_client import make_client
+from fleetune.tracking.client import make_client
+from fleetune.tracking.sync import sync
 from stored import expected_steps, steps
 from synthetic_runs import make_run, make_spec
 
@@ -125,7 +125,7 @@ def test_a_server_that_refuses_is_asked_once(door: tuple[LossyDoor, str], tmp_pa
 
     from mlflow.exceptions import MlflowException
 
-    from fleetune.records.tracking_client import RETRIES, made_once
+    from fleetune.tracking.client import RETRIES, made_once
 
     asked: list[str] = []
 

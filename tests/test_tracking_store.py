@@ -16,14 +16,15 @@ from pathlib import Path
 import pytest
 
 from fleetune.errors import UserError
-from fleetune.records import tracking_store
-from fleetune.records.tracking import default_uri, open_ui, sync
-from fleetune.records.tracking_client import make_client
-from fleetune.records.tracking_store import ensure_store, newest_version, read_schema
+from fleetune.tracking import store as tracking_store
+from fleetune.tracking.client import make_client
+from fleetune.tracking.store import ensure_store, newest_version, read_schema
+from fleetune.tracking.sync import sync
+from fleetune.tracking.tracker import default_uri, open_ui
 from stored import expected_steps, steps
 from synthetic_runs import make_run, make_spec
 
-ENSURE = "import sys; from fleetune.records.tracking_store import ensure_store; ensure_store(sys.argv[1])"
+ENSURE = "import sys; from fleetune.tracking.store import ensure_store; ensure_store(sys.argv[1])"
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from fleetune.records import RunDirectory, SweepDirectory
-from fleetune.records.tracking import Tracker, default_uri, sync
-from fleetune.records.tracking_client import make_client
-from fleetune.records.tracking_sweep import SweepTracker
+from fleetune.tracking.client import make_client
+from fleetune.tracking.sweep import SweepTracker
+from fleetune.tracking.sync import sync
+from fleetune.tracking.tracker import Tracker, default_uri
 from stored import expected_steps, steps
 from synthetic_runs import make_run, make_spec
 

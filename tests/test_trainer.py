@@ -12,11 +12,11 @@ import models
 import runs
 import tiny
 from fleetune.data.batches import IGNORED, NO_EXAMPLE, collate
-from fleetune.engine.problem import Problem
 from fleetune.methods.base import is_lora_a, is_lora_b
 from fleetune.models.config import LoRAConfig
 from fleetune.models.network import Network
 from fleetune.models.submodel import Submodel
+from fleetune.problem import Problem
 from fleetune.tensors import Tensors
 from fleetune.training.loss import cohort_loss
 from fleetune.training.plan import ClientTask, CohortUpdate, LocalPlan

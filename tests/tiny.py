@@ -20,7 +20,7 @@ def model_folder(num_layers: int = 4) -> str:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from fleetune.models.base import ASSETS
+    from fleetune.models.folder import ASSETS
 
     folder = Path(tempfile.mkdtemp(prefix="tiny-llama-"))
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "micro-llama")

@@ -50,8 +50,8 @@ def networks() -> list[dict[str, Any]]:
 
 def models() -> list[dict[str, Any]]:
     """Base models that ship with the package, and architectures that can be costed."""
-    from fleetune.cost.shapes import ARCHITECTURES
-    from fleetune.models.base import BUILT_IN
+    from fleetune.models.architectures import ARCHITECTURES
+    from fleetune.models.folder import BUILT_IN
 
     out = [{"name": name, "use": "model.base", "about": about} for name, about in BUILT_IN.items()]
     for name, shape in ARCHITECTURES.items():

@@ -57,7 +57,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run one job, on this machine or on a Ray cluster."""
-    from fleetune.engine import cluster
+    from fleetune.engine.launch import cluster
 
     if not debug and (address is not None or cluster.names_ray(job, assignments or [])):
         cluster.join(address)
@@ -65,7 +65,7 @@ def run(
 
     spec = load(job, parse_overrides(assignments or []))
     meta = {"text": job_text(job, assignments or [])}
-    from fleetune.engine import launch
+    from fleetune.engine.launch import run as launch
     from fleetune.progress import make_progress
 
     with _told_how_to_go_on(), make_progress(spec.name) as progress:
@@ -123,7 +123,7 @@ def resume(
     as_json: Json = False,
 ) -> None:
     """Go on with a run after its last finished round."""
-    from fleetune.engine import launch
+    from fleetune.engine.launch import run as launch
     from fleetune.progress import make_progress
 
     with _told_how_to_go_on(), make_progress(run_dir.name) as progress:
@@ -220,7 +220,7 @@ def sync(
     as_json: Json = False,
 ) -> None:
     """Send a run's records, or those of a sweep and its trials, to MLflow, exactly once."""
-    from fleetune.records.tracking import sync as sync_run
+    from fleetune.tracking.sync import sync as sync_run
 
     sent = sync_run(run_dir, uri=uri)
     if as_json:
@@ -247,7 +247,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Learning curves, costs and timelines of runs, or what came out of a sweep: one HTML file with its figures."""
-    from fleetune.records.report import report as write_report
+    from fleetune.reports.run_report import report as write_report
 
     path = write_report(paths, out, budgets=budgets or (), targets=targets or ())
     if as_json:
@@ -285,7 +285,7 @@ def ui(
     port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000,
 ) -> None:
     """Open the MLflow UI on this workspace's store."""
-    from fleetune.records.tracking import open_ui
+    from fleetune.tracking.tracker import open_ui
 
     open_ui(workspace, port)
 
@@ -309,8 +309,8 @@ def main() -> None:
             status: Any = _guarded(lambda: app(standalone_mode=False))
         except SystemExit as end:
             status = end.code
-        if status == STOPPED and "fleetune.engine.cluster" in sys.modules:
-            from fleetune.engine import cluster
+        if status == STOPPED and "fleetune.engine.launch.cluster" in sys.modules:
+            from fleetune.engine.launch import cluster
 
             cluster.leave()
         sys.exit(status)
@@ -393,8 +393,8 @@ def _show_result(result: Any, as_json: bool) -> None:
     print(f"virtual    {duration(totals['sim_seconds'])}, {totals['energy_joules'] / 1000:.1f} kJ on all devices")
     print(f"links      {size(totals['uplink_bytes'])} up, {size(totals['downlink_bytes'])} down")
     if totals.get("num_oom", 0) + totals.get("num_refused", 0) > 0:
-        from fleetune.records.profile import told
         from fleetune.records.run_directory import RunDirectory
+        from fleetune.reports.client_stats import told
 
         for i, line in enumerate(told(RunDirectory.open(result.run_dir).clients())):
             print(f"{'' if i else 'refused':<10} {line}")

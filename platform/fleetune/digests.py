@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from fleetune.data.tokenize import default_cache_dir
+from fleetune.files import default_cache_dir
 
 LENGTH = 32  # hexadecimal digits, half of SHA-256
 CHUNK_BYTES = 1 << 20

@@ -55,6 +55,11 @@ def damaged(
     return Damaged(f"is damaged, and with it {holds}: {text}", field="file", value=str(path), hint=hint)
 
 
+def default_cache_dir() -> Path:
+    """Where tokenised data is kept: ``$FLEETUNE_CACHE``, or ``~/.cache/fleetune``."""
+    return Path(os.environ.get("FLEETUNE_CACHE") or "~/.cache/fleetune").expanduser()
+
+
 # -- writing --------------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def replacing(path: Path, *, lasting: bool = False, former: Path | None = None) -> Iterator[Path]:

@@ -17,14 +17,14 @@ from pydantic import Field, ValidationError
 
 from fleetune.config import Config
 from fleetune.data.config import DataConfig
-from fleetune.engine.config import CostConfig, EvaluationConfig, ExecutionConfig, RoundsConfig
 from fleetune.errors import UserError, nearest, unknown_name
 from fleetune.fleet.fleet import FleetConfig
 from fleetune.methods import METHODS
 from fleetune.methods.fedavg import FedITConfig
 from fleetune.models.config import ModelConfig
-from fleetune.records.tracking import TrackingConfig
 from fleetune.redaction import redacted
+from fleetune.run_config import CostConfig, EvaluationConfig, ExecutionConfig, RoundsConfig
+from fleetune.tracking.config import TrackingConfig
 from fleetune.training.config import LocalConfig
 from fleetune.yaml_text import NOT_YAML, DuplicateKey
 from fleetune.yaml_text import load as load_yaml
@@ -87,7 +87,7 @@ class RunSpec(Config):
     @property
     def spec_hash(self) -> str:
         """The spec's part of a run's identity: all fields but those that change no result. What is read is the other part
-        (`engine.content`).
+        (`content`).
         """
         values = {field: value for field, value in flatten(self.to_dict()).items() if changes_results(field)}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
@@ -338,6 +338,6 @@ def _check(spec: RunSpec) -> None:
             hint="lower it",
         )
     if spec.cost.model is not None:
-        from fleetune.cost.shapes import architecture
+        from fleetune.models.architectures import architecture
 
         architecture(spec.cost.model)  # raises UserError where there is none

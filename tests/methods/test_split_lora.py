@@ -13,11 +13,11 @@ from torch import Tensor
 import runs
 import tiny
 from fleetune.data.batches import NO_EXAMPLE, collate
-from fleetune.engine.problem import Problem
 from fleetune.errors import UserError
 from fleetune.methods.base import Payload, State, Update
 from fleetune.methods.split_lora import SplitLoRA
 from fleetune.models.network import Network
+from fleetune.problem import Problem
 from fleetune.tensors import Tensors
 from fleetune.training.loss import cohort_loss
 from fleetune.training.plan import ClientTask, CohortUpdate

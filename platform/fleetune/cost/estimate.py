@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fleetune.cost.forms import evaluate, monomials
+from fleetune.cost.polynomials import evaluate, monomials
 from fleetune.cost.roofline import seconds_of
 from fleetune.cost.trace import PARTS, StepTrace
 from fleetune.fleet.devices import device
@@ -23,7 +23,7 @@ from fleetune.fleet.profile import DeviceProfile
 
 @dataclass(frozen=True)
 class Load:
-    """What n clients work on, as monomials of their batches (`cost.forms`)."""
+    """What n clients work on, as monomials of their batches (`cost.polynomials`)."""
 
     num_steps: np.ndarray
     """(n,)"""

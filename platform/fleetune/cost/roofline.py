@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fleetune.cost.forms import evaluate
+from fleetune.cost.polynomials import evaluate
 from fleetune.cost.trace import SideWork
 from fleetune.fleet.profile import DeviceProfile
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fleetune.cost.forms import NUM, POINTS, Fitter, evaluate
-from fleetune.marks import CLIENT, SERVER
+from fleetune.cost.polynomials import NUM, POINTS, Fitter, evaluate
+from fleetune.scopes import CLIENT, SERVER
 
 # The parts of the memory, as `cost.tracer` tells them apart.
 PARTS = ("weights", "adapters", "gradients", "optimizer", "saved", "logits", "workspace")

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fleetune import marks
+from fleetune import scopes as marks
 
 WEIGHTS = "weights"
 PAYLOAD = (

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -23,6 +22,7 @@ from fleetune.data.ends import Ends, ends_of
 from fleetune.data.records import Examples
 from fleetune.data.template import render_prompts
 from fleetune.errors import UserError
+from fleetune.files import default_cache_dir
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +32,6 @@ CHUNK = 8_192  # examples tokenised at once: bounds the memory for Python lists 
 NO_RESPONSE = "no token of the response"
 NO_PROMPT = "no token of the prompt"
 NO_ROOM = "a separator that fills data.max_tokens"
-
-
-def default_cache_dir() -> Path:
-    """Where tokenised data is kept: ``$FLEETUNE_CACHE``, or ``~/.cache/fleetune``."""
-    return Path(os.environ.get("FLEETUNE_CACHE") or "~/.cache/fleetune").expanduser()
 
 
 def tokenize(

@@ -10,20 +10,20 @@ from typing import Any
 import numpy as np
 
 from fleetune import files
-from fleetune.engine.checkpoint import Checkpoint, Progress
-from fleetune.engine.columns import client_columns, round_row
+from fleetune.engine.checkpoint.checkpoint import Checkpoint, Progress
+from fleetune.engine.checkpoint.client_store import place_of
 from fleetune.engine.divergence import Diverged, check_progress, marked, settled
-from fleetune.engine.executor import Executor
-from fleetune.engine.ledger import Evaluating, FinishedRound, Ledger
-from fleetune.engine.lots import LotReply, make_lots
-from fleetune.engine.private import place_of
-from fleetune.engine.problem import Problem
-from fleetune.engine.ranks import filled, shares_per_row
-from fleetune.engine.rounds import FAILED, LATE, OK
-from fleetune.engine.schedule import Schedule, Scheduled
-from fleetune.engine.work import Work
+from fleetune.engine.execution.executor import Executor
+from fleetune.engine.execution.work_units import LotReply, make_lots
+from fleetune.engine.pending_rounds import Evaluating, FinishedRound, Ledger
+from fleetune.engine.round.ranks import filled, shares_per_row
+from fleetune.engine.round.rules import FAILED, LATE, OK
+from fleetune.engine.round.schedule import Schedule, Scheduled
+from fleetune.engine.round.work import Work
+from fleetune.engine.rows import client_columns, round_row
 from fleetune.errors import RunFailed
 from fleetune.methods.base import GlobalModel, State, Update
+from fleetune.problem import Problem
 from fleetune.records.run_directory import RunDirectory
 from fleetune.tensors import Tensors
 
@@ -249,7 +249,7 @@ class Coordinator:
             raise Diverged
 
     def _whole(self, upload: Tensors, work: Work, key: int, share: float, trained: np.ndarray | None) -> Tensors:
-        """An upload of clients that did a smaller share, as one of the whole work (`engine.shares`, `engine.ranks`)."""
+        """An upload of clients that did a smaller share, as one of the whole work (`engine.round.workload`, `engine.round.ranks`)."""
         source = work.source[key]
         if work.shares[key].depth != work.shares[source].depth:
             upload = self.method.grown(upload, work.payloads[key])

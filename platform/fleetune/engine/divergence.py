@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from fleetune.engine.checkpoint import Progress
-from fleetune.engine.lots import LotReply
-from fleetune.engine.rounds import FAILED, OK
-from fleetune.engine.schedule import Scheduled
+from fleetune.engine.checkpoint.checkpoint import Progress
+from fleetune.engine.execution.work_units import LotReply
+from fleetune.engine.round.rules import FAILED, OK
+from fleetune.engine.round.schedule import Scheduled
 from fleetune.errors import RunFailed
 from fleetune.methods.base import State
 from fleetune.tensors import all_finite

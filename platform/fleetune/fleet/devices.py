@@ -8,7 +8,7 @@ better one is at hand.
 Where a device has no bf16 arithmetic, `cost.precision: bf16` takes the rate that the table names; a plan and a run say so.
 
 A sustained fraction is *fitted* where steps were measured on the device: with that fraction of the peak the cost model,
-memory-bound operators and kernel launches included, gives their seconds (`python -m fleetune.cost.fit`). All others
+memory-bound operators and kernel launches included, gives their seconds (`python -m fleetune.pricing.fit`). All others
 are assumed.
 
 Lower power modes have a cap; what they draw while computing is assumed to fall with the powered cores and the square

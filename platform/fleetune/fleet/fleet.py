@@ -23,6 +23,8 @@ from fleetune.fleet.links import NetworkProfile, RadioEnergy
 from fleetune.fleet.profile import DeviceProfile
 from fleetune.seeds import rng
 
+BATCH, CHECKPOINTING, CAPACITY, RANK = "batch", "checkpointing", "capacity", "rank"
+"""What fleet.adapt can make smaller."""
 DEFAULT_DEVICES = {"jetson-nano": 0.5, "jetson-orin-nano-8gb": 0.3, "jetson-agx-orin-64gb": 0.2}
 
 

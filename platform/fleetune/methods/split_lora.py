@@ -26,10 +26,10 @@ from torch import Tensor
 
 from fleetune.data.batches import NO_EXAMPLE
 from fleetune.errors import UserError
-from fleetune.marks import on_server
 from fleetune.methods.base import GlobalModel, Method, MethodConfig, Payload, PrivateStates, State, Update
 from fleetune.models.network import Network
 from fleetune.models.submodel import Submodel
+from fleetune.scopes import on_server
 from fleetune.tensors import Stack, Tensors, add_weighted, select
 from fleetune.training.config import LocalConfig
 from fleetune.training.loss import cohort_loss

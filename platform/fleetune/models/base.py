@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fleetune.cost import shapes
-from fleetune.digests import digest_of, file_digest, file_digests
-from fleetune.errors import UserError
-from fleetune.models.checkpoint import HEAD, read_weights
-from fleetune.models.config import ModelConfig
-from fleetune.models.family import ARCHITECTURES as ARCHITECTURES
-from fleetune.models.family import HARMLESS, SIZES, check_config, check_stored, unknown_fields
-from fleetune.models.folder import ASSETS as ASSETS
-from fleetune.models.folder import BUILT_IN as BUILT_IN
-from fleetune.models.folder import base_files as base_files
-from fleetune.models.folder import base_folder, find_base, one_line, read_json, refusal
+from fleetune.digests import digest_of
+from fleetune.models import architectures as shapes
 from fleetune.tensors import Tensors
 
 if TYPE_CHECKING:
@@ -88,122 +76,3 @@ def placed(base: BaseModel, *, device: str, precision: str) -> BaseModel:
         return weight.to(device, PRODUCT_DTYPES[precision] if is_matrix else weight.dtype)
 
     return replace(base, weights={name: moved(name, weight) for name, weight in base.weights.items()})
-
-
-def load_config(config: ModelConfig) -> dict[str, Any]:
-    """The architecture of the base model, without its weights: the values of a complete config.json.
-
-    UserError where the decoder would not compute what transformers' model of this configuration does.
-    """
-    name = config.base
-    folder = base_folder(name, with_weights=False)
-    stored = read_json(folder / "config.json", name)
-    check_stored(stored, name)
-    values = stored if _is_complete(stored) else _completed(folder, name)
-    check_config(values, name)
-    _check_rotary(values, name)
-    if unknown := unknown_fields(stored):
-        from fleetune.models.verify import check_against_transformers
-
-        check_against_transformers(values, unknown, name)
-    return values
-
-
-def _is_complete(values: dict[str, Any]) -> bool:
-    """Whether a config.json leaves nothing to the defaults and rules of transformers, whose import takes seconds."""
-    needed = SIZES | {"hidden_act"}
-    said = needed | HARMLESS | {"model_type", "mlp_bias", "attention_dropout"}
-    if values["model_type"] != "llama" or not needed <= values.keys() <= said:
-        return False
-    rope = values["rope_parameters"]
-    return isinstance(rope, dict) and rope.keys() == {"rope_type", "rope_theta"} and rope["rope_type"] == "default"
-
-
-def _completed(folder: Path, name: str) -> dict[str, Any]:
-    """The configuration as transformers understands it, with the defaults of its family."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
-    except Exception as error:  # strict dataclasses, validators of every family, KeyErrors of rope
-        raise refusal(name, f"transformers does not take its config.json: {one_line(error)}") from error
-
-
-def _check_rotary(values: dict[str, Any], name: str) -> None:
-    """UserError where scaled rotary embeddings lack what they are computed from, or come out as no numbers."""
-    from fleetune.models.decoder import Rotary
-
-    try:
-        rotary = Rotary(BaseModel(name, values, {}, "none", ""))
-        is_finite = bool(rotary.inv_freq.isfinite().all()) and math.isfinite(rotary.attention_scaling)
-    except Exception as error:  # transformers' own functions: KeyErrors, TypeErrors, divisions by zero
-        rule = f"its rotary embeddings cannot be computed: {type(error).__name__} {one_line(error)}"
-        raise refusal(name, rule, "see rope_parameters in its config.json") from error
-    if not is_finite:
-        raise refusal(name, "its rotary embeddings are not finite", "see rope_parameters in its config.json")
-
-
-def load_base(config: ModelConfig) -> BaseModel:
-    """Read the weights (safetensors only), in fp32 or quantised as the job file says. UserError where they change meanwhile."""
-    name = config.base
-    settings = base_folder(name, with_weights=False) / "config.json"
-    first = {settings.name: file_digest(settings)}
-    values = load_config(config)  # what is not supported is refused before gigabytes are fetched, or read
-    content = {**base_content(name), **first}
-    shape = shapes.ModelShape.from_values(values)
-    weights = read_weights(base_folder(name), name, shape, config.quantization)
-    if HEAD in weights:
-        values = {**values, "tie_word_embeddings": False}
-    base = BaseModel(name, values, weights, config.quantization, find_base(name), content)
-    check_unchanged(base)
-    return base
-
-
-def base_content(name: str) -> dict[str, str]:
-    """File -> digest of all that a model and its tokenizer are read from. ``name`` as in ``model.base``."""
-    try:
-        return file_digests(base_files(name))
-    except OSError as error:
-        raise refusal(name, f"{error.filename} cannot be read: {error.strerror}") from None
-
-
-def check_unchanged(base: BaseModel) -> None:
-    """UserError where a file is no longer what it was when the weights were read."""
-    now = base_content(base.folder) if base.content else {}
-    changed = sorted(name for name in {*now, *base.content} if now.get(name) != base.content.get(name))
-    if changed:
-        rule = f"{changed[0]} was changed while the model was read"
-        raise refusal(base.name, rule, "try again when nobody writes to the folder")
-
-
-def load_tokenizer(folder: str) -> Any:
-    """The base model's own tokenizer, as AutoTokenizer picks it. ``folder``: `BaseModel.folder`."""
-    place = base_folder(folder, with_weights=False)
-    try:
-        if _is_generic_tokenizer(place):
-            from transformers.tokenization_utils_tokenizers import TokenizersBackend
-
-            return TokenizersBackend.from_pretrained(place)
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(
-            f"the tokenizer cannot be read: {one_line(error)}",
-            field="model.base",
-            value=folder,
-            hint="save it beside the model: tokenizer.save_pretrained(folder)",
-        ) from error
-
-
-def _is_generic_tokenizer(folder: Path) -> bool:
-    """Whether AutoTokenizer takes tokenizer.json as it is: for a Llama that says so. Asking it costs seconds."""
-    try:
-        tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    if not isinstance(tokenizer, dict) or not isinstance(model, dict) or "auto_map" in tokenizer:
-        return False
-    generic = tokenizer.get("tokenizer_class") == "TokenizersBackend" and model.get("model_type") == "llama"
-    return generic and (folder / "tokenizer.json").is_file()

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fleetune import marks
+from fleetune import scopes as marks
 from fleetune.models.fused import attention as causal
 from fleetune.models.fused import rms_norm, swiglu
 from fleetune.models.lora import linears

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fleetune.cost.shapes import ModelShape
+from fleetune.models.architectures import ModelShape
 from fleetune.models.folder import one_line, refusal, weight_files
 from fleetune.models.quantize import quantize_linears
 from fleetune.tensors import Tensors

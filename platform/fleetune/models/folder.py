@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from fleetune.cost.shapes import ARCHITECTURES
 from fleetune.errors import UserError, nearest
+from fleetune.models.architectures import ARCHITECTURES
 
 ASSETS = Path(__file__).parent.parent / "assets"
 BUILT_IN = {

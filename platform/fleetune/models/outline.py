@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from fleetune.cost.shapes import ARCHITECTURES, ModelShape, find_architecture
 from fleetune.errors import UserError, unknown_name
-from fleetune.models import base as models
-from fleetune.models.base import BaseModel, find_base, load_config
+from fleetune.models.architectures import ARCHITECTURES, ModelShape, find_architecture
+from fleetune.models.base import BaseModel
 from fleetune.models.checkpoint import tensor_sizes
 from fleetune.models.config import ModelConfig
-from fleetune.models.folder import is_cached, is_hub_id
+from fleetune.models.folder import BUILT_IN, find_base, is_cached, is_hub_id
+from fleetune.models.load import load_config
 from fleetune.models.quantize import is_linear
 from fleetune.tensors import Tensors
 
@@ -34,7 +34,7 @@ def outline_base(config: ModelConfig) -> BaseModel:
 
 def published_shape(name: str) -> ModelShape | None:
     """The architecture of that name, or published under that hub id; None for a model whose config.json is on this machine."""
-    if name in models.BUILT_IN or Path(name).expanduser().is_dir():
+    if name in BUILT_IN or Path(name).expanduser().is_dir():
         return None
     if (shape := find_architecture(name)) is not None:
         return shape
@@ -47,7 +47,7 @@ def published_shape(name: str) -> ModelShape | None:
             value=name,
             hint=f"download it and give the folder, or name one of: {', '.join(ARCHITECTURES)}",
         )
-    raise unknown_name("model", name, [*models.BUILT_IN, *ARCHITECTURES], field="model.base")
+    raise unknown_name("model", name, [*BUILT_IN, *ARCHITECTURES], field="model.base")
 
 
 def hf_values(shape: ModelShape) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def hf_values(shape: ModelShape) -> dict[str, Any]:
 
 
 def meta_weights(shape: ModelShape, quantization: str = "none") -> Tensors:
-    """Every tensor of the base without data, as `models.base.load_base` holds it."""
+    """Every tensor of the base without data, as `models.load.load_base` holds it."""
     out: Tensors = {}
     for name, size in tensor_sizes(shape).items():
         out.update(_meta_linear(name, size[1], size[0], quantization) if is_linear(name) else {name: empty(*size)})

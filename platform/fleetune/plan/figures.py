@@ -10,8 +10,8 @@ import numpy as np
 
 from fleetune.plan.summary import by_stage, comparison
 from fleetune.plan.walk import Plan, Row
-from fleetune.records.drawing import PALETTE, STYLE
-from fleetune.records.figures import BUDGET, PHASE_COLORS, REFUSED
+from fleetune.reports.figures.runs import BUDGET, PHASE_COLORS, REFUSED
+from fleetune.reports.figures.style import PALETTE, STYLE
 
 PARTS = ("weights_bytes", "adapter_bytes", "optimizer_bytes", "activation_bytes")
 TOTALS = (

@@ -22,8 +22,8 @@ from fleetune.data.config import DataConfig
 from fleetune.data.dataset import TokenizedDataset
 from fleetune.data.files import looks_like_a_file
 from fleetune.data.sources import DATASETS
-from fleetune.data.tokenize import default_cache_dir
 from fleetune.digests import file_digest
+from fleetune.files import default_cache_dir
 from fleetune.models.base import BaseModel
 from fleetune.spec import RunSpec
 
@@ -72,7 +72,7 @@ def load_lengths(spec: RunSpec, base: BaseModel, *, cache_dir: Path | None = Non
 
 
 def _tokenised(spec: RunSpec, base: BaseModel, cache_dir: Path | None) -> Lengths:
-    from fleetune.engine.problem import load_inputs
+    from fleetune.problem import load_inputs
 
     inputs = load_inputs(spec, base=base, cache_dir=cache_dir)
     return Lengths(

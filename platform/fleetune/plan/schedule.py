@@ -17,10 +17,10 @@ import functools
 import numpy as np
 
 from fleetune.cost.estimate import Load
-from fleetune.cost.forms import NUM, monomials
-from fleetune.engine.problem import Problem
-from fleetune.engine.schedule import Schedule
-from fleetune.engine.work import Work
+from fleetune.cost.polynomials import NUM, monomials
+from fleetune.engine.round.schedule import Schedule
+from fleetune.engine.round.work import Work
+from fleetune.problem import Problem
 
 
 class ExpectedSchedule(Schedule):

@@ -42,7 +42,7 @@ def by_stage(plan: Plan) -> list[Row]:
 
 def own_columns(row: Row) -> Row:
     """The method's own columns of a round (depth, split_point, …)."""
-    from fleetune.records.schema import ROUND_COLUMNS
+    from fleetune.columns import ROUND_COLUMNS
 
     known = {column.name for column in ROUND_COLUMNS}
     return {name: value for name, value in row.items() if name not in known}

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from fleetune.engine.columns import costed_columns, round_row
-from fleetune.engine.fits import check_length
-from fleetune.engine.problem import EvalSet, Inputs, Problem, build_problem
-from fleetune.engine.rounds import OOM, REFUSED
-from fleetune.engine.schedule import Schedule
+from fleetune.engine.round.rules import OOM, REFUSED
+from fleetune.engine.round.schedule import Schedule
+from fleetune.engine.rows import costed_columns, round_row
+from fleetune.input_checks import check_length
 from fleetune.models.network import linear_sites
 from fleetune.models.outline import outline_base
 from fleetune.plan.lengths import load_lengths, without_partition
 from fleetune.plan.schedule import ExpectedSchedule
+from fleetune.problem import EvalSet, Inputs, Problem, build_problem
 from fleetune.spec import RunSpec
 
 # Client-rounds up to which every batch is drawn as in the run, so that the plan's numbers are the run's own. Drawing takes

@@ -13,7 +13,7 @@ from fleetune.plan import figures
 from fleetune.plan.summary import by_stage, comparison
 from fleetune.plan.walk import Plan, Row
 from fleetune.progress import duration, size
-from fleetune.records.page import CSS
+from fleetune.reports.html import CSS
 
 MAX_DRAWN = 8  # plans with figures of their own; the totals show the others
 

@@ -13,7 +13,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -336,34 +336,6 @@ class RunDirectory:
     def _parts(self) -> dict[int, Path]:
         """Round -> its part, in order."""
         return {int(path.stem.removeprefix("round_")): path for path in sorted(self._records.glob("round_*.arrow"))}
-
-
-def find_runs(paths: Iterable[str | Path]) -> list[RunDirectory]:
-    """The runs in run directories and sweep directories: a run itself, those in ``runs/`` or right below, or
-    its trials.
-
-    UserError where a path holds none.
-    """
-    found: dict[Path, RunDirectory] = {}
-    for path in map(Path, paths):
-        runs = list(_runs_of(path))
-        if not runs:
-            raise UserError("there is no run in this directory", field="path", value=str(path))
-        found.update({run.path: run for run in runs})
-    return list(found.values())
-
-
-def _runs_of(path: Path) -> Iterator[RunDirectory]:
-    from fleetune.records.sweep_directory import SweepDirectory
-
-    path = path.absolute()
-    inside = sorted(p.parent for pattern in ("runs/*/spec.yaml", "*/spec.yaml") for p in path.glob(pattern))
-    if (path / SweepDirectory.SPEC).is_file():
-        yield from SweepDirectory(path).runs()
-    elif inside:
-        yield from map(RunDirectory, inside)
-    elif (path / "spec.yaml").is_file():
-        yield RunDirectory(path)
 
 
 def _holds(name: str) -> str:

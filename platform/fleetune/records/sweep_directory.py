@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fleetune.columns import TRIAL_COLUMNS, arrow_schema
 from fleetune.errors import UserError
 from fleetune.records.naming import flatten
 from fleetune.records.run_directory import RunDirectory
-from fleetune.records.schema import TRIAL_COLUMNS, arrow_schema
 
 if TYPE_CHECKING:
     import pandas as pd

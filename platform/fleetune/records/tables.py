@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from fleetune import files
-from fleetune.records.schema import CLIENT_COLUMNS, ROUND_COLUMNS, arrow_schema
+from fleetune.columns import CLIENT_COLUMNS, ROUND_COLUMNS, arrow_schema
 
 ROUND_KEY, TIME_KEY, CHECKSUM_KEY = b"fleetune.round", b"fleetune.recorded_at_ms", b"fleetune.checksum"
 

@@ -6,17 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fleetune.engine import launch
-from fleetune.engine.content import Contents, identity
-from fleetune.engine.directories import git_commit
+from fleetune.content import Contents, identity
+from fleetune.engine.launch import run as launch
+from fleetune.engine.launch.directories import git_commit
 from fleetune.errors import UserError
 from fleetune.records.run_directory import RunDirectory
 from fleetune.records.sweep_directory import SweepDirectory
-from fleetune.sweep.board import OVER, Board, Entry
 from fleetune.sweep.config import SweepSpec
 from fleetune.sweep.expansion import Trial, in_trial
-from fleetune.sweep.resident import Order
+from fleetune.sweep.status import OVER, Board, Entry
 from fleetune.sweep.store import finished_runs
+from fleetune.sweep.trial_runner import Order
 
 if TYPE_CHECKING:
     from fleetune.sweep.optuna_search import OptunaSearch
@@ -26,7 +26,7 @@ Watch = Callable[[Path], None]
 
 
 class Driver:
-    """Gives out trials and takes their results: the conductor of :mod:`fleetune.sweep.tuning`."""
+    """Gives out trials and takes their results: the conductor of :mod:`fleetune.sweep.tune`."""
 
     def __init__(
         self,

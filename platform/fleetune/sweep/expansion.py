@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from fleetune.engine.directories import slug
-from fleetune.engine.resolve import resolve_execution
+from fleetune.engine.launch.directories import slug
+from fleetune.engine.launch.resolve import resolve_execution
 from fleetune.errors import UserError
 from fleetune.records.naming import flatten, shown
 from fleetune.seeds import rng

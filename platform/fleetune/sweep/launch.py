@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fleetune.engine import launch
-from fleetune.engine.directories import git_commit, locked
-from fleetune.engine.problem import Inputs, build_problem, load_inputs
+from fleetune.engine.launch import run as launch
+from fleetune.engine.launch.directories import git_commit, locked
 from fleetune.errors import Stopped, UserError
-from fleetune.records.access import check_access
+from fleetune.problem import Inputs, build_problem, load_inputs
 from fleetune.records.sweep_directory import SweepDirectory
-from fleetune.sweep.board import OVER, Board
 from fleetune.sweep.config import SweepSpec
 from fleetune.sweep.driver import Driver, Report, take_stock
 from fleetune.sweep.expansion import Trial, checked, in_trial, label, sweep_id, trials_of
-from fleetune.sweep.resident import inputs_key
+from fleetune.sweep.status import OVER, Board
+from fleetune.sweep.trial_runner import inputs_key
+from fleetune.tracking.access import check_access
 
 Warn = Callable[[str], None]
 MAX_SHARED = 32  # assumed: further seeds and data sets are read by the trials themselves
@@ -98,7 +98,7 @@ def run(
             if entry.has_begun and entry.run.path.name.startswith(directory.path.name):
                 watch(entry.run.path)
         if not is_complete:
-            from fleetune.sweep import tuning
+            from fleetune.sweep import tune as tuning
 
             try:
                 tuning.run(sweep, driver, shared=shared, num_trials=driver.num_left, known=_known(sweep, board))
@@ -136,7 +136,7 @@ def _prepare(trials: Sequence[Trial], workspace: Path, address: str | None) -> d
         bases[base] = loaded.base
         if len(inputs) < MAX_SHARED:
             inputs[key] = loaded
-    from fleetune.sweep import tuning
+    from fleetune.sweep import tune as tuning
 
     specs = [trial.spec for trial in trials]
     if address is None:
@@ -182,7 +182,7 @@ def _known(sweep: SweepSpec, board: Board) -> list[tuple[str, list[dict[str, Any
 
 def _summarise(sweep: SweepSpec, directory: SweepDirectory, board: Board) -> SweepResult:
     """The report, and ``result.json``, whose presence means that the sweep is over."""
-    from fleetune.records.sweep_report import sweep_report
+    from fleetune.reports.sweep_report import sweep_report
 
     entries = [entry for _, entry in sorted(board.entries.items())]
     has_finished = any(entry.status == "finished" for entry in entries)

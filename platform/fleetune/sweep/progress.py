@@ -12,9 +12,9 @@ from rich.table import Table
 
 from fleetune.errors import printable
 from fleetune.progress import duration
-from fleetune.sweep.board import Board, Entry
 from fleetune.sweep.config import SweepSpec
 from fleetune.sweep.expansion import label
+from fleetune.sweep.status import Board, Entry
 
 MAX_ROWS = 24  # of the live table: what is running, then the best
 SECONDS_BETWEEN = 0.25

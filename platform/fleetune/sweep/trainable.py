@@ -10,12 +10,12 @@ from typing import Any
 import ray
 from ray import tune
 
-from fleetune.engine.actors import RayExecutor, SharedInputs
 from fleetune.engine.coordinator import Event
-from fleetune.engine.executor import Executor
-from fleetune.engine.problem import Inputs, Problem
-from fleetune.engine.resolve import gpu_share
-from fleetune.sweep.resident import Order, Resident, inputs_key
+from fleetune.engine.execution.executor import Executor
+from fleetune.engine.execution.ray_pool import RayExecutor, SharedInputs
+from fleetune.engine.launch.resolve import gpu_share
+from fleetune.problem import Inputs, Problem
+from fleetune.sweep.trial_runner import Order, Resident, inputs_key
 
 METRICS = ("train_loss", "eval_loss", "eval_accuracy")  # with sim_seconds and these, what a sweep can go by
 TOTALS = ("uplink_bytes", "energy_joules")

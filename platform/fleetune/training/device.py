@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fleetune.data.tokenize import default_cache_dir
 from fleetune.errors import UserError
+from fleetune.files import default_cache_dir
 from fleetune.models.kernels import KernelsUnavailable, load, use
 
 log = logging.getLogger(__name__)

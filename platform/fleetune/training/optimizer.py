@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fleetune.marks import OPTIMIZER, part
+from fleetune.scopes import OPTIMIZER, part
 from fleetune.training.config import LocalConfig
 
 

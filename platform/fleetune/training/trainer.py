@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fleetune.marks import ADAPTERS, SIMULATION, part
 from fleetune.models.network import Network
+from fleetune.scopes import ADAPTERS, SIMULATION, part
 from fleetune.tensors import Stack, Tensors, select
 from fleetune.training.config import LocalConfig
 from fleetune.training.device import on_device

@@ -1,0 +1,1 @@
+"""What a run needs to go on: the server's state, and what clients keep."""

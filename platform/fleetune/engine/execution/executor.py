@@ -1,0 +1,131 @@
+"""The seam to where work runs: an executor carries out lots and evaluations, and yields replies in the order of the lots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from fleetune.engine.execution.work_units import Lot, LotReply, run_lot
+from fleetune.errors import RunFailed
+from fleetune.methods.base import GlobalModel, Method, Payload
+from fleetune.models.base import BaseModel, placed
+from fleetune.problem import Inputs, Problem
+from fleetune.spec import RunSpec
+from fleetune.training.device import set_up
+from fleetune.training.evaluate import EvalSums, evaluate_rows
+from fleetune.training.worker import Worker
+
+
+class Executor(Protocol):
+    """Where local updates and evaluations run."""
+
+    def run(self, lots: Sequence[Lot], payloads: Mapping[int, Payload]) -> Iterator[LotReply]:
+        """Begin the lots; replies come in their order. A real failure is retried once, then raised as RunFailed."""
+        ...
+
+    def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> Evaluation:
+        """Begin an evaluation over chunks of held-out examples; where it can, it goes on beside lots that come later."""
+        ...
+
+
+class Evaluation(Protocol):
+    """An evaluation that was begun."""
+
+    def is_done(self) -> bool:
+        """Whether `sums` would not wait."""
+        ...
+
+    def sums(self) -> list[EvalSums]:
+        """The sums over each chunk, in order; waits for them. RunFailed where it failed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation that was carried out at once."""
+
+    parts: list[EvalSums]
+
+    def is_done(self) -> bool:
+        """It is."""
+        return True
+
+    def sums(self) -> list[EvalSums]:
+        """The sums over each chunk."""
+        return self.parts
+
+
+class WorkerSide:
+    """What happens in a worker process, on whichever side of the seam it lies."""
+
+    def __init__(self, spec: RunSpec, inputs: Inputs, method: Method, *, base: BaseModel | None = None):
+        """``base``: the base model as `placed_base` gives it, where this process has placed it before."""
+        self.spec, self.inputs, self.method = spec, inputs, method
+        set_up(spec.execution.device, spec.execution.kernels)
+        self.worker = Worker(
+            base=base or placed_base(spec, inputs.base),
+            lora=spec.model.lora,
+            local=spec.local,
+            data=inputs.train,
+            precision=spec.execution.precision,
+        )
+
+    def run(self, lot: Lot, payloads: Mapping[int, Payload], *, locate: bool = False) -> LotReply:
+        """Carry out one lot."""
+        return run_lot(self.worker, self.method, payloads, lot, locate=locate)
+
+    def evaluate(self, model: GlobalModel, rows: np.ndarray) -> EvalSums:
+        """Evaluate on held-out examples ``rows``."""
+        config = self.spec.evaluation
+        return evaluate_rows(
+            self.worker.network(model.submodel),
+            model.adapter,
+            data=self.inputs.evaluation.data,
+            responses=self.inputs.evaluation.responses,
+            rows=rows,
+            reader=self.inputs.reader,
+            max_new_tokens=config.max_new_tokens if config.generate else None,
+            answer_pattern=self.spec.data.answer_pattern,
+        )
+
+
+def placed_base(spec: RunSpec, base: BaseModel) -> BaseModel:
+    """The base model on the device and in the precision of a spec."""
+    return placed(base, device=spec.execution.device, precision=spec.execution.precision)
+
+
+class SerialExecutor:
+    """Everything in this process, in order; breakpoints work. ``debug`` lets exceptions through as they are."""
+
+    def __init__(self, problem: Problem, *, debug: bool = False, base: BaseModel | None = None):
+        """``base``: as for `WorkerSide`."""
+        self.side = WorkerSide(problem.spec, problem.inputs, problem.method, base=base)
+        self.debug = debug
+
+    def run(self, lots: Sequence[Lot], payloads: Mapping[int, Payload]) -> Iterator[LotReply]:
+        """One lot after the other."""
+        for lot in lots:
+            yield self._run_one(lot, payloads)
+
+    def _run_one(self, lot: Lot, payloads: Mapping[int, Payload]) -> LotReply:
+        try:
+            return self.side.run(lot, payloads)
+        except Exception:
+            if self.debug:
+                raise
+            return self.side.run(lot, payloads, locate=True)
+
+    def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> Evaluated:
+        """One chunk after the other."""
+        return Evaluated([self._evaluate_one(model, rows) for rows in chunks])
+
+    def _evaluate_one(self, model: GlobalModel, rows: np.ndarray) -> EvalSums:
+        try:
+            return self.side.evaluate(model, rows)
+        except Exception as error:
+            if self.debug:
+                raise
+            raise RunFailed(f"evaluation: {type(error).__name__}: {error}") from error

@@ -1,0 +1,361 @@
+"""Ray: host actors through which clients pass, and the executor over them.
+
+The base model and the data are put into the object store once and mapped by every host of a node; a payload is put once per
+round. Hosts outlive runs: a further run of the same process finds them warm.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from fleetune.engine.execution.executor import WorkerSide, placed_base
+from fleetune.engine.execution.work_units import Lot, LotReply
+from fleetune.errors import RunFailed
+from fleetune.files import WriteFailed
+from fleetune.methods.base import Context, GlobalModel, Method, Payload, Provision
+from fleetune.models.base import BaseModel
+from fleetune.models.config import LoRAConfig
+from fleetune.models.network import Network
+from fleetune.models.submodel import Submodel
+from fleetune.problem import (
+    Inputs,
+    base_from_arrays,
+    base_to_arrays,
+    set_threads,
+)
+from fleetune.spec import RunSpec
+from fleetune.tensors import Packed, pack
+from fleetune.training.evaluate import EvalSums
+
+
+@dataclass(frozen=True)
+class SharedInputs:
+    """Inputs in the object store: the base by itself, so that runs over other data share it."""
+
+    base: Any
+    rest: Any
+
+    @classmethod
+    def put(cls, inputs: Inputs, *, base: Any = None) -> SharedInputs:
+        """Put inputs into the object store; ``base``: the reference of a base that is there already."""
+        rest = replace(inputs, base=None)  # type: ignore[arg-type]
+        return cls(base or ray.put(base_to_arrays(inputs.base)), ray.put(rest))
+
+    def get(self) -> Inputs:
+        """The inputs; their arrays are views into the object store."""
+        return _inputs(ray.get(self.base), ray.get(self.rest))
+
+
+def _inputs(base: Mapping[str, Any], rest: Inputs) -> Inputs:
+    return replace(rest, base=base_from_arrays(base))
+
+
+@dataclass(frozen=True)
+class PackedPayload:
+    """A payload for the object store: its tensors as two buffers."""
+
+    tensors: Packed
+    server: Packed
+    values: dict[str, Any]
+    provision: Provision | None
+
+    @classmethod
+    def of(cls, payload: Payload) -> PackedPayload:
+        """Pack a payload."""
+        return cls(pack(payload.tensors), pack(payload.server), payload.values, payload.provision)
+
+    def unpack(self) -> Payload:
+        """The payload, its tensors views into the mapped buffers."""
+        return Payload(self.tensors.unpack(), self.values, self.server.unpack(), self.provision)
+
+
+@ray.remote(num_cpus=1, max_restarts=0)
+class HostActor:
+    """A worker process that becomes one cohort of clients after the other."""
+
+    def __init__(self, threads: int):
+        set_threads(threads)
+        self.side: WorkerSide | None = None
+        self.run_number = 0
+        self._payloads: dict[Any, Payload] = {}
+        self._round_idx = -1
+        self._base: tuple[Any, BaseModel] | None = None
+        self._networks: dict[LoRAConfig, dict[Submodel, Network]] = {}
+
+    def prepare(
+        self,
+        run_number: int,
+        base_key: str,
+        spec: RunSpec,
+        method: type[Method],
+        base: Mapping[str, Any],
+        rest: Inputs,
+    ) -> None:
+        """Take up a run. The base model where it is computed with, and networks over it, are kept for the next one."""
+        inputs = _inputs(base, rest)
+        key = (base_key, spec.execution.device, spec.execution.precision)
+        if self._base is None or self._base[0] != key:
+            self._base, self._networks = (key, placed_base(spec, inputs.base)), {}
+        context = Context(inputs.base, spec.model.lora, inputs.sites, spec.rounds.num_rounds, spec.seed)
+        self.side = WorkerSide(spec, inputs, method(spec.method, context), base=self._base[1])
+        self.side.worker.adopt(self._networks.setdefault(spec.model.lora, {}))
+        self._payloads = {}
+        self.side.worker.network(Submodel.prefix(inputs.base.num_layers))
+        self.run_number = run_number
+
+    def run(self, run_number: int, lot: Lot, payload_refs: dict[int, Any], locate: bool) -> LotReply:
+        """Carry out a lot; payloads are fetched once per round."""
+        if (
+            lot.round_idx != self._round_idx
+        ):  # the payloads of rounds gone by would keep their place in the object store
+            self._round_idx = lot.round_idx
+            self._payloads = {}
+        return self._side(run_number).run(
+            lot, {key: self._payload(ref) for key, ref in payload_refs.items()}, locate=locate
+        )
+
+    def evaluate(self, run_number: int, model: dict[str, Any], rows: np.ndarray) -> EvalSums:
+        """Evaluate on some held-out examples."""
+        adapter = model["adapter"].unpack()
+        return self._side(run_number).evaluate(GlobalModel(Submodel.from_values(model["submodel"]), adapter), rows)
+
+    def _side(self, run_number: int) -> WorkerSide:
+        """What the run works with; where it could not be taken up, the former run's must not do its work."""
+        if self.side is None or self.run_number != run_number:
+            raise RuntimeError(f"this host has not taken up run {run_number}")
+        return self.side
+
+    def _payload(self, ref: Any) -> Payload:
+        if ref not in self._payloads:
+            self._payloads[ref] = ray.get(ref).unpack()
+        return self._payloads[ref]
+
+
+class Job:
+    """One call to a host: how it is made, how its failure is told, and what came of it."""
+
+    def __init__(self, submit: Callable[[int, bool], Any], failed: Callable[[Exception], RunFailed], *, is_lot: bool):
+        self.submit, self.failed, self.is_lot = submit, failed, is_lot
+        self.is_retry, self.num_deaths, self.is_done = False, 0, False
+        self.result: Any = None
+        self.error: RunFailed | WriteFailed | None = None
+
+    def take(self) -> Any:
+        """The result, which is let go of here. Raises what went wrong."""
+        if self.error is not None:
+            raise self.error
+        result, self.result = self.result, None
+        return result
+
+
+class RayExecutor:
+    """A pool of hosts. Lots are dealt longest first to whoever is free; replies are used in the order of the lots.
+
+    Evaluations go to hosts that lots leave idle: at the end of a round, and while the coordinator prepares the next one.
+    """
+
+    queued_per_host = 2  # one running, one waiting, so that a host never idles between lots
+    max_deaths = 3  # assumed: a call whose host dies so often is to blame itself (memory, a crash in native code)
+
+    def __init__(self, num_hosts: int, threads: int, gpus_per_host: float = 0.0):
+        self.num_hosts, self.threads, self.gpus_per_host = num_hosts, threads, gpus_per_host
+        self.hosts = [self._new_host() for _ in range(num_hosts)]
+        self._setup: tuple[Any, ...] | None = None
+        self._prepared: list[Any] = []
+        self._run_number = 0
+        self._forget()
+
+    def _new_host(self) -> Any:
+        needs = {"num_cpus": self.threads, "num_gpus": self.gpus_per_host}
+        return HostActor.options(**needs).remote(self.threads)  # type: ignore[attr-defined]
+
+    def _forget(self) -> None:
+        """Nothing is asked of any host: calls of a run that was broken off are nobody's any more."""
+        self._lots: deque[Job] = deque()
+        self._evaluations: deque[Job] = deque()
+        self._running: dict[Any, tuple[Job, int]] = {}  # reference -> its job and host, in the order of submission
+        self._load = [0] * self.num_hosts
+        self._has_store = [False] * self.num_hosts
+        """Which hosts are known to reach the run's private store; what they need of it is not sent to them."""
+        self._num_unread = 0
+
+    def prepare(self, base_key: str, spec: RunSpec, method: type[Method], shared: SharedInputs) -> None:
+        """Hand a run to all hosts, without waiting for them."""
+        self._run_number += 1
+        self._forget()
+        self._setup = (self._run_number, base_key, spec, method, shared.base, shared.rest)
+        self._prepared = [host.prepare.remote(*self._setup) for host in self.hosts]
+
+    def run(self, lots: Sequence[Lot], payloads: Mapping[int, Payload]) -> Iterator[LotReply]:
+        """Begin the lots. A host that dies is replaced and its lots run again; an error is tried once more."""
+        refs = {key: ray.put(PackedPayload.of(payload)) for key, payload in payloads.items()}
+
+        def job(lot: Lot) -> Job:
+            needed = {cohort.payload: refs[cohort.payload] for cohort in lot.cohorts}
+
+            def submit(host: int, is_retry: bool) -> Any:
+                mine = lot if self._has_store[host] else lot.with_private()
+                return self.hosts[host].run.remote(self._run_number, mine, needed, is_retry)
+
+            def failed(error: Exception) -> RunFailed:
+                who = lot.client_ids.tolist()
+                return RunFailed(_told(error), round_idx=lot.round_idx, stage=lot.stage, client_ids=who)
+
+            return Job(submit, failed, is_lot=True)
+
+        jobs = [job(lot) for lot in lots]
+        self._lots.extend(jobs)
+        self._fill()
+        return self._replies(jobs)
+
+    def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> RayEvaluation:
+        """Begin an evaluation on the hosts that are idle."""
+        ref = ray.put({"adapter": pack(model.adapter), "submodel": model.submodel.to_values()})
+
+        def job(rows: np.ndarray) -> Job:
+            def submit(host: int, is_retry: bool) -> Any:
+                return self.hosts[host].evaluate.remote(self._run_number, ref, rows)
+
+            return Job(submit, lambda error: RunFailed(f"evaluation: {_told(error)}"), is_lot=False)
+
+        jobs = [job(rows) for rows in chunks]
+        self._evaluations.extend(jobs)
+        self._fill()
+        return RayEvaluation(self, jobs)
+
+    def step(self, *, timeout_seconds: float | None = None, evaluations_first: bool = False) -> bool:
+        """Wait for one call to end and deal out what waits; False where none ended in time, or none is under way."""
+        self._fill(evaluations_first)
+        ended, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout_seconds) if self._running else ([], [])
+        for ref in ended:
+            self._settle(ref)
+        self._fill(evaluations_first)
+        return bool(ended)
+
+    def _replies(self, jobs: Sequence[Job]) -> Iterator[LotReply]:
+        for job in jobs:
+            while not job.is_done:
+                self.step()
+            self._num_unread -= 1
+            yield job.take()
+
+    def _fill(self, evaluations_first: bool = False) -> None:
+        """Deal out. Few replies at a time wait to be read; an evaluation takes an idle host, or any where it is waited for."""
+        if evaluations_first:
+            self._begin_evaluations(self.queued_per_host)
+        while self._lots and self._num_unread < 2 * self.num_hosts and self._has_room(self.queued_per_host):
+            self._start(self._lots.popleft())
+        self._begin_evaluations(queued_per_host=1)
+
+    def _begin_evaluations(self, queued_per_host: int) -> None:
+        while self._evaluations and self._has_room(queued_per_host):
+            self._start(self._evaluations.popleft())
+
+    def _has_room(self, queued_per_host: int) -> bool:
+        return min(self._load) < queued_per_host
+
+    def _start(self, job: Job, host: int | None = None) -> None:
+        if host is None:
+            host = self._load.index(min(self._load))
+        self._running[job.submit(host, job.is_retry)] = (job, host)
+        self._load[host] += 1
+
+    def _settle(self, ref: Any) -> None:
+        """A call has ended: take its result, try it once more, or note why it failed."""
+        job, host = self._running[ref]
+        try:
+            result = ray.get(ref)
+        except RayActorError as error:
+            self._replace(host, error)
+            return
+        except RayTaskError as error:
+            self._end(ref)
+            if not job.is_retry:
+                job.is_retry = True
+                self._start(job)
+                return
+            cause = self._cause(error, host)
+            self._fail(job, cause if isinstance(cause, RunFailed | WriteFailed) else job.failed(cause))
+            return
+        except RayError as error:
+            self._end(ref)
+            self._fail(job, job.failed(error))
+            return
+        self._end(ref)
+        if job.is_lot:
+            self._has_store[host] = result.has_store
+        job.result, job.is_done = result, True
+        self._num_unread += job.is_lot
+
+    def _end(self, ref: Any) -> None:
+        _, host = self._running.pop(ref)
+        self._load[host] -= 1
+
+    def _fail(self, job: Job, error: RunFailed | WriteFailed) -> None:
+        """Whoever takes the job's result is told. The lots that are not begun yet would be for nothing."""
+        job.error, job.is_done = error, True
+        if job.is_lot:
+            self._num_unread += 1
+            self._lots.clear()
+
+    def _cause(self, error: RayTaskError, host: int) -> Exception:
+        """What was raised on the host. One that could not take up the run fails in every call for that reason."""
+        try:
+            ray.get(self._prepared[host])
+        except RayTaskError as earlier:
+            error = earlier
+        except RayActorError:  # it has died meanwhile
+            pass
+        return error.cause if isinstance(error.cause, Exception) else error
+
+    def _replace(self, host: int, error: RayActorError) -> None:
+        """A fresh host takes the dead one's place and its jobs: calls are stateless, so the result is the same.
+
+        The job that the host was at when it died, the first of them, may be what killed it.
+        """
+        refs = [ref for ref, (_, where) in self._running.items() if where == host]
+        lost = [self._running.pop(ref)[0] for ref in refs]
+        self.hosts[host] = self._new_host()
+        self._load[host], self._has_store[host] = 0, False
+        if self._setup is not None:
+            self._prepared[host] = self.hosts[host].prepare.remote(*self._setup)
+        lost[0].num_deaths += 1
+        if lost[0].num_deaths >= self.max_deaths:
+            self._fail(lost[0], lost[0].failed(error))
+            del lost[0]
+        for job in lost:
+            job.is_retry = False
+            self._start(job, host)
+
+
+@dataclass(frozen=True)
+class RayEvaluation:
+    """An evaluation on hosts."""
+
+    executor: RayExecutor
+    jobs: list[Job]
+
+    def is_done(self) -> bool:
+        """Whether all chunks have come back."""
+        while not all(job.is_done for job in self.jobs) and self.executor.step(timeout_seconds=0):
+            pass
+        return all(job.is_done for job in self.jobs)
+
+    def sums(self) -> list[EvalSums]:
+        """The sums over each chunk, in order; waits for them."""
+        while not all(job.is_done for job in self.jobs):
+            self.executor.step(evaluations_first=True)
+        return [job.take() for job in self.jobs]
+
+
+def _told(error: Exception) -> str:
+    """An error in one line: its kind and what it says."""
+    name = "the host process died" if isinstance(error, RayActorError) else type(error).__name__
+    return f"{name}: {' '.join(str(error).split())}"

@@ -1,0 +1,332 @@
+"""A lot: the clients that one call to a worker carries out, as columns, and what comes back.
+
+The make-up of cohorts (which train stacked) and lots (which travel together) follows from the spec and the round alone, never
+from how many hosts there are; each lot's updates are summed in its own order, and the lots in theirs. So the result is the
+same bits on one host or many.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+import numpy as np
+
+from fleetune.engine.checkpoint.client_store import MAX_LOTS, PrivateStore, place_of
+from fleetune.engine.round.ranks import cut, laid_over
+from fleetune.errors import RunFailed
+from fleetune.methods.base import Method, Payload
+from fleetune.tensors import Packed, RunningSum, Stack, Tensors, add_weighted, all_finite, finite_rows, pack
+from fleetune.training.plan import ClientTask, CohortUpdate
+from fleetune.training.worker import Worker
+
+# There are at most MAX_LOTS calls per round, so that a round of 10,000 clients costs no more calls than one of a thousand;
+# fewer where clients do not train, because a call costs as much as a hundred of them (benchmarks/engine.py: 2.4 ms) and there
+# is little to balance.
+CLIENTS_PER_LOT_WITHOUT_STEPS = 256
+MIN_LOTS_WITHOUT_STEPS, MAX_LOTS_WITHOUT_STEPS = 2, 8
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Clients [start, stop) of a lot, which share a payload and train stacked."""
+
+    start: int
+    stop: int
+    payload: int
+    batch_size: int
+    """Examples of each step of its clients."""
+
+
+@dataclass(frozen=True)
+class Lot:
+    """Columns over the clients of a lot."""
+
+    index: int
+    round_idx: int
+    stage: int
+    run_seed: int
+    client_ids: np.ndarray
+    weights: np.ndarray
+    learning_rate: float
+    rows: np.ndarray
+    """Examples of all steps of all clients, (sum of steps, largest batch); smaller batches are filled up with -1."""
+    row_offsets: np.ndarray
+    cohorts: tuple[Cohort, ...]
+    ranks: np.ndarray
+    """Of the adapters that they train."""
+    store: PrivateStore
+    places: Mapping[int, int] = field(default_factory=dict)
+    """Where what each of them kept lies in the store."""
+    private: Mapping[int, Packed] = field(default_factory=dict)
+    """What they kept, for a host that has no access to the store."""
+
+    def with_private(self) -> Lot:
+        """The lot with what its clients kept."""
+        return replace(self, private=dict(self.store.read(self.places))) if self.places else self
+
+    def before(self, cohort: Cohort) -> dict[int, Tensors]:
+        """What the cohort's clients kept last, of those that did."""
+        ids = self.client_ids[cohort.start : cohort.stop].tolist()
+        missing = {
+            client: self.places[client] for client in ids if client in self.places and client not in self.private
+        }
+        found = {client: self.private[client] for client in ids if client in self.private}
+        found.update(self.store.read(missing))
+        return {client: packed.unpack() for client, packed in found.items()}
+
+    def tasks(self, cohort: Cohort, before: Mapping[int, Tensors] = MappingProxyType({})) -> list[ClientTask]:
+        """The cohort's tasks; ``before``: what its clients kept, which they go on with at the rank that they train."""
+        out = []
+        for i in range(cohort.start, cohort.stop):
+            client_id = int(self.client_ids[i])
+            private = before.get(client_id)
+            out.append(
+                ClientTask(
+                    client_id=client_id,
+                    weight=float(self.weights[i]),
+                    rows=self.rows[self.row_offsets[i] : self.row_offsets[i + 1], : cohort.batch_size],
+                    learning_rate=self.learning_rate,
+                    address=(self.run_seed, self.round_idx),
+                    private=None if private is None else cut(private, int(self.ranks[i])),
+                )
+            )
+        return out
+
+
+@dataclass
+class LotReply:
+    """Columns over the clients of a lot, and their tensors: a partial sum per payload, or each by itself."""
+
+    index: int
+    client_ids: np.ndarray
+    losses: np.ndarray
+    num_tokens: np.ndarray
+    upload_bytes: np.ndarray
+    cut_bytes: np.ndarray
+    wall_seconds: np.ndarray
+    keeps: np.ndarray
+    """Whether the client keeps something of its own."""
+    diverged: np.ndarray
+    """Whether its loss or its tensors are not finite; the sums are of no use where such a client has a weight."""
+    partial_sums: dict[int, Packed] = field(default_factory=dict)
+    each: dict[int, Packed] = field(default_factory=dict)
+    server: Packed | None = None
+    private: dict[int, Packed] = field(default_factory=dict)
+    """What the clients keep, from a host that has no access to the store; others have written it there."""
+    has_store: bool = True
+
+    def let_go(self) -> None:
+        """Drop the tensors that were used. The columns are copied, because they lie in the buffer that came with them."""
+        self.partial_sums, self.server, self.each, self.private = {}, None, {}, {}
+        for name in (
+            "client_ids",
+            "losses",
+            "num_tokens",
+            "upload_bytes",
+            "cut_bytes",
+            "wall_seconds",
+            "keeps",
+            "diverged",
+        ):
+            setattr(self, name, getattr(self, name).copy())
+
+
+def make_lots(
+    *,
+    round_idx: int,
+    stage: int,
+    run_seed: int,
+    client_ids: np.ndarray,
+    weights: np.ndarray,
+    payloads: np.ndarray,
+    rows: Sequence[np.ndarray],
+    learning_rate: float,
+    cohort_size: int,
+    coupled: bool,
+    ranks: np.ndarray,
+    store: PrivateStore,
+    places: Mapping[int, int],
+) -> list[Lot]:
+    """Cohorts of at most ``cohort_size`` clients of one payload (all of them, if coupled), dealt to a bounded number of lots.
+
+    Clients with equally many steps stand together, the longest first; so do the lots, and a late host has little left to do.
+    """
+    if not len(client_ids):
+        return []
+    steps = np.array([len(r) for r in rows])
+    order = np.lexsort((client_ids, -steps, payloads))
+    cohorts: list[np.ndarray] = []
+    for key in np.unique(payloads):
+        members = order[payloads[order] == key]
+        size = len(members) if coupled else cohort_size
+        num_cohorts = -(-len(members) // size)
+        cohorts += np.array_split(members, num_cohorts)
+    cohorts.sort(key=lambda members: (-int(steps[members].sum()), int(client_ids[members[0]])))
+    lots = []
+    num_lots = min(MAX_LOTS if steps.any() else _lots_without_steps(len(client_ids)), len(cohorts))
+    for index, part in enumerate(np.array_split(np.arange(len(cohorts)), num_lots)):
+        members = np.concatenate([cohorts[c] for c in part])
+        stops = np.cumsum([len(cohorts[c]) for c in part])
+        spans = tuple(
+            Cohort(int(stop - len(cohorts[c])), int(stop), int(payloads[cohorts[c][0]]), rows[cohorts[c][0]].shape[1])
+            for c, stop in zip(part, stops, strict=True)
+        )
+        ids = client_ids[members]
+        mine = [rows[i] for i in members]
+        lots.append(
+            Lot(
+                index=index,
+                round_idx=round_idx,
+                stage=stage,
+                run_seed=run_seed,
+                client_ids=ids,
+                weights=weights[members],
+                learning_rate=learning_rate,
+                rows=_as_one(mine),
+                row_offsets=np.concatenate([[0], np.cumsum(steps[members])]),
+                cohorts=spans,
+                ranks=ranks[members],
+                store=store,
+                places={client: places[client] for client in ids.tolist() if client in places},
+            )
+        )
+    return lots
+
+
+def _lots_without_steps(num_clients: int) -> int:
+    wanted = -(-num_clients // CLIENTS_PER_LOT_WITHOUT_STEPS)
+    return min(max(wanted, MIN_LOTS_WITHOUT_STEPS), MAX_LOTS_WITHOUT_STEPS)
+
+
+def _as_one(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """The steps of all clients below each other, as wide as the largest batch."""
+    width = max(r.shape[1] for r in rows)
+    if all(r.shape[1] == width for r in rows):
+        return np.concatenate(rows)
+    return np.concatenate([np.pad(r, ((0, 0), (0, width - r.shape[1])), constant_values=-1) for r in rows])
+
+
+def run_lot(
+    worker: Worker, method: Method, payloads: Mapping[int, Payload], lot: Lot, *, locate: bool = False
+) -> LotReply:
+    """Carry out a lot. With ``locate`` an error is traced to its client by running the cohort's clients one by one."""
+    n = len(lot.client_ids)
+    reply = LotReply(
+        lot.index,
+        lot.client_ids,
+        np.zeros(n),
+        np.zeros(n, np.int64),
+        np.zeros(n, np.int64),
+        np.zeros((2, n), np.int64),
+        np.zeros(n),
+        np.zeros(n, bool),
+        np.zeros(n, bool),
+        has_store=lot.store.is_here,
+    )
+    totals: dict[int, RunningSum] = {}
+    server: Tensors = {}
+    kept: dict[int, Packed] = {}
+    for cohort in lot.cohorts:
+        before = lot.before(cohort)
+        tasks = lot.tasks(cohort, before)
+        started = time.perf_counter()
+        try:
+            update = _update(worker, method, payloads[cohort.payload], tasks)
+        except Exception as error:
+            if not locate:
+                raise
+            raise _located(error, worker, method, payloads[cohort.payload], tasks, lot) from error
+        span = slice(cohort.start, cohort.stop)
+        reply.wall_seconds[span] = (time.perf_counter() - started) / len(tasks)
+        reply.losses[span], reply.num_tokens[span] = update.losses, update.num_tokens
+        if update.cut_bytes is not None:
+            reply.cut_bytes[:, span] = update.cut_bytes
+        reply.diverged[span] = _diverged(update, coupled=method.coupled)
+        _collect(reply, span, method, update, tasks, totals.setdefault(cohort.payload, RunningSum()))
+        if update.private is not None:
+            reply.keeps[span] = ~reply.diverged[span]  # whose work came to nothing has what it had
+            mine = _kept(update.private, lot.ranks[span], tasks, before, worker.lora.rank)
+            kept.update({c: mine[c] for c in lot.client_ids[span][reply.keeps[span]].tolist()})
+        add_weighted(server, update.server, 1.0)
+    reply.partial_sums = {key: total.packed() for key, total in totals.items() if total}
+    reply.server = pack(server) if server else None
+    if not reply.has_store:
+        reply.private = kept
+    elif kept:
+        lot.store.write(place_of(lot.round_idx, lot.index), kept)
+    return reply
+
+
+def _update(worker: Worker, method: Method, payload: Payload, tasks: list[ClientTask]) -> CohortUpdate:
+    """One update for the cohort; methods that cannot stack (dropout) work one by one, by themselves."""
+    if len(tasks) == 1 or method.coupled or not worker.lora.dropout:
+        return method.local_update(worker, payload, tasks)
+    return CohortUpdate.joined([method.local_update(worker, payload, [task]) for task in tasks])
+
+
+def _diverged(update: CohortUpdate, *, coupled: bool) -> np.ndarray:
+    """Whose work is not finite, bool (K,); where clients share a server's half, who made it so: all, if that cannot be told."""
+    out = ~np.isfinite(update.losses)
+    for stack in (update.upload, update.private):
+        if stack is not None:
+            out |= ~finite_rows(stack.data)
+    if coupled and update.diverged_at is not None and np.isfinite(update.diverged_at).any():
+        return update.diverged_at == update.diverged_at.min()
+    if not out.any() and not all_finite(update.server.values()):
+        return np.ones(len(out), bool)
+    return out
+
+
+def _collect(
+    reply: LotReply,
+    span: slice,
+    method: Method,
+    update: CohortUpdate,
+    tasks: list[ClientTask],
+    total: RunningSum,
+) -> None:
+    """Add the cohort's upload to the lot's sum, or keep each client's; late clients count for nothing."""
+    counted = [k for k, task in enumerate(tasks) if task.weight > 0]
+    if update.upload is not None and update.upload.shapes:
+        reply.upload_bytes[span] = update.upload.data[0].nbytes
+        if method.partial_sums and counted:
+            rows = update.upload if len(counted) == len(tasks) else update.upload.rows(counted)
+            total.add(rows, [tasks[k].weight for k in counted])
+        elif not method.partial_sums:
+            reply.each.update({tasks[k].client_id: pack(update.upload.client(k)) for k in counted})
+
+
+def _kept(
+    private: Stack, ranks: np.ndarray, tasks: list[ClientTask], before: Mapping[int, Tensors], full_rank: int
+) -> dict[int, Packed]:
+    """What clients keep, at full rank: what a smaller rank left out stays as it was."""
+    out = {}
+    for k, (task, rank) in enumerate(zip(tasks, ranks.tolist(), strict=True)):
+        mine = private.client(k)
+        if rank < full_rank:
+            mine = laid_over(mine, before.get(task.client_id, {}), full_rank)
+        out[task.client_id] = pack(mine)
+    return out
+
+
+def _located(
+    error: Exception, worker: Worker, method: Method, payload: Payload, tasks: list[ClientTask], lot: Lot
+) -> RunFailed:
+    """The clients whose own work fails; all of the cohort where it fails only together."""
+    guilty = []
+    for task in tasks:
+        try:
+            method.local_update(worker, payload, [task])
+        except Exception:
+            guilty.append(task.client_id)
+    who = guilty or [task.client_id for task in tasks]
+    return RunFailed(f"{type(error).__name__}: {error}", round_idx=lot.round_idx, stage=lot.stage, client_ids=who)
+
+
+def in_client_order(replies: Sequence[LotReply]) -> Iterator[tuple[int, LotReply, int]]:
+    """(client id, its lot's reply, its place there) over all clients, ascending."""
+    places = [(int(c), reply, i) for reply in replies for i, c in enumerate(reply.client_ids)]
+    yield from sorted(places, key=lambda place: place[0])

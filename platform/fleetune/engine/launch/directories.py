@@ -1,0 +1,92 @@
+"""Around a run's directory: its name, what is known of the run besides its spec, and that one process at a time has it."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fleetune.content import identity
+from fleetune.errors import UserError
+from fleetune.problem import Problem
+from fleetune.records.run_directory import RunDirectory
+from fleetune.spec import RunSpec
+
+
+def run_meta(problem: Problem) -> dict[str, Any]:
+    """What is known of a run besides its spec: identity, data, version of the code."""
+    spec, content = problem.spec, problem.inputs.content
+    dataset = {
+        "name": problem.inputs.dataset_name,
+        "source": spec.data.dataset,
+        "digest": content.get("data.dataset"),
+        "num_examples": len(problem.inputs.train),
+        "num_eval_examples": len(problem.inputs.evaluation.data),
+    }
+    model = {"trained": spec.model.base, "costed": spec.cost.model or spec.model.base}
+    return {
+        "spec_hash": spec.spec_hash,
+        "identity": identity(spec, content),
+        "content": content,
+        "git_commit": git_commit(),
+        "dataset": dataset,
+        "model": model,
+    }
+
+
+def new_run_directory(spec: RunSpec, problem: Problem, workspace: Path, meta: dict[str, Any]) -> RunDirectory:
+    """A directory of a new name. UserError where the workspace cannot be written to."""
+    known = {**run_meta(problem), **meta}
+    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{slug(spec.name)}-{known['identity'][:6]}"
+    number = 1
+    while (workspace / "runs" / run_id).exists():
+        number += 1
+        run_id = f"{run_id.removesuffix(f'-{number - 1}')}-{number}"
+    try:
+        return RunDirectory.create(workspace, run_id, spec.to_dict(), meta=known)
+    except OSError as error:
+        raise UserError(
+            f"cannot be written to: {error.strerror or error}",
+            field="--workspace",
+            value=str(workspace),
+            hint="choose another with --workspace, or set FLEETUNE_WORKSPACE",
+        ) from None
+
+
+def slug(name: str) -> str:
+    """A name as part of a folder's."""
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in name.lower())[:40]
+
+
+def git_commit() -> str | None:
+    """The commit of the working directory's repository, where there is one."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        out = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+        return out.stdout.strip() or None
+    return None
+
+
+@contextlib.contextmanager
+def locked(run_dir: RunDirectory, *, field: str = "RUN_DIR", patience_seconds: float = 0.0) -> Iterator[None]:
+    """Nobody else runs this directory meanwhile; the lock goes with the process, which may take a moment to die."""
+    import fcntl
+
+    deadline = time.monotonic() + patience_seconds
+    with (run_dir.path / "checkpoint" / "lock").open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        "another process is running it",
+                        field=field,
+                        value=str(run_dir.path),
+                        hint="wait for it, or end it",
+                    ) from None
+                time.sleep(0.2)
+        yield

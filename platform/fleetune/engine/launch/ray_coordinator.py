@@ -1,0 +1,35 @@
+"""The coordinator as a Ray actor: it lives beside the process that started the run, and stays for further runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+
+from fleetune.engine.coordinator import Baselines, Coordinator, Event
+from fleetune.engine.execution.ray_pool import RayExecutor, SharedInputs
+from fleetune.problem import build_problem, set_threads
+from fleetune.records.run_directory import RunDirectory
+from fleetune.spec import RunSpec
+
+
+@ray.remote(num_cpus=0, max_restarts=0)
+class CoordinatorActor:
+    """The coordinator of runs on this cluster, with its hosts; it stays for further runs."""
+
+    def __init__(self, num_hosts: int, threads: int, gpus_per_host: float):
+        set_threads(threads)
+        self.executor = RayExecutor(num_hosts, threads, gpus_per_host)
+        self.baselines: Baselines = {}
+
+    def hosts(self) -> list[Any]:
+        """Handles of the host actors."""
+        return self.executor.hosts
+
+    def run(self, base_key: str, spec: RunSpec, shared: SharedInputs, run_path: str) -> Iterator[Event]:
+        """Run (or go on with) a run directory; yields the coordinator's events."""
+        problem = build_problem(spec, shared.get())
+        self.executor.prepare(base_key, spec, type(problem.method), shared)
+        run_dir = RunDirectory.open(run_path)
+        yield from Coordinator(problem, self.executor, run_dir, baselines=self.baselines).run()

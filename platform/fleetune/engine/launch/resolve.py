@@ -1,0 +1,120 @@
+"""What every ``auto`` of a job's execution becomes on the nodes that are there, and whether they hold what was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fleetune.errors import UserError
+from fleetune.methods import METHODS
+from fleetune.run_config import ExecutionConfig
+from fleetune.spec import RunSpec
+from fleetune.training.device import can_compile
+
+MAX_COHORT = 16
+# Padded tokens of one step of a cohort on processors. Measured (docs/benchmarks.md): products are full well before, and a stack
+# of 16 takes longer per client than one of 4 or 8 where each client brings hundreds of tokens. On GPUs this was not measured.
+MAX_STEP_TOKENS = 4096
+
+
+def resolve_execution(spec: RunSpec, *, node_cores: Sequence[int], node_gpus: Sequence[int] | None = None) -> RunSpec:
+    """Decide every ``auto`` of the execution: as many hosts as a round can keep busy, cores shared out, cohorts for all.
+
+    ``node_cores``, ``node_gpus`` (None: there are none): cores and GPUs of each node. A host lies on one node, so a node of
+    c cores holds c // threads of them, and on GPUs no more than ``hosts_per_gpu`` for each of its GPUs.
+    """
+    gpus = list(node_gpus) if node_gpus is not None else [0] * len(node_cores)
+    device = spec.execution.device
+    if device == "auto":
+        device = "cuda" if all(gpus) and _finds_room(spec, node_cores, gpus) else "cpu"
+    if device == "cuda" and not any(gpus):
+        raise UserError(
+            "there is no GPU that PyTorch can use" if len(gpus) == 1 else "no node has a GPU",
+            field="execution.device",
+            value="cuda",
+            hint="set it to auto or cpu, or run where a GPU and a PyTorch built for it are",
+        )
+    places = [n * spec.execution.hosts_per_gpu for n in gpus] if device == "cuda" else list(node_cores)
+    spec = _resolved(spec, device, node_cores, places)
+    chosen = spec.execution
+    if device == "cuda" and chosen.kind == "ray" and int(chosen.hosts) > _room(int(chosen.threads), node_cores, places):
+        raise UserError(
+            f"{chosen.hosts} hosts need more than the {sum(gpus)} GPU(s) there are, "
+            f"at execution.hosts_per_gpu={chosen.hosts_per_gpu}",
+            field="execution.device",
+            value="cuda",
+            hint="lower execution.hosts, raise execution.hosts_per_gpu, or set execution.device=cpu",
+        )
+    return spec
+
+
+def num_gpus() -> int:
+    """GPUs that PyTorch can use in this process."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def gpu_share(execution: ExecutionConfig) -> float:
+    """GPUs that each host asks Ray for, which counts them in ten-thousandths."""
+    return (10_000 // execution.hosts_per_gpu) / 10_000 if execution.device == "cuda" else 0.0
+
+
+def _room(threads: int, node_cores: Sequence[int], places: Sequence[int]) -> int:
+    """Hosts that fit on the nodes."""
+    return sum(min(cores // threads, most) for cores, most in zip(node_cores, places, strict=True))
+
+
+def _finds_room(spec: RunSpec, node_cores: Sequence[int], gpus: Sequence[int]) -> bool:
+    """Whether as many hosts as the job names fit on the GPUs."""
+    chosen = spec.execution
+    threads = 1 if chosen.threads == "auto" else int(chosen.threads)
+    places = [n * chosen.hosts_per_gpu for n in gpus]
+    return chosen.kind == "serial" or chosen.hosts == "auto" or int(chosen.hosts) <= _room(threads, node_cores, places)
+
+
+def _resolved(spec: RunSpec, device: str, node_cores: Sequence[int], places: Sequence[int]) -> RunSpec:
+    """The spec with everything decided; ``places``: hosts that each node holds at most, whatever their threads."""
+    chosen = spec.execution
+    per_round = spec.rounds.clients_per_round
+    coupled = METHODS[spec.method.name].couples(spec.method)
+    if chosen.hosts != "auto" and int(chosen.hosts) > _room(1, node_cores, places):
+        places = node_cores  # one process takes the place of all hosts, or they are refused
+    if chosen.threads != "auto":
+        threads = int(chosen.threads)
+    else:
+        wanted = int(chosen.hosts) if chosen.hosts != "auto" else min(_room(1, node_cores, places), per_round)
+        fitting = (t for t in range(max(node_cores), 0, -1) if t == 1 or _room(t, node_cores, places) >= wanted)
+        threads = next(fitting)
+    room = _room(threads, node_cores, places)
+    hosts = int(chosen.hosts) if chosen.hosts != "auto" else max(1, min(room, per_round))
+    if hosts > _room(threads, node_cores, node_cores):
+        raise UserError(
+            f"hosts of execution.threads={threads} do not fit on nodes of {', '.join(map(str, node_cores))} cores",
+            field="execution.hosts",
+            value=hosts,
+            hint="lower one of them, or set one to auto",
+        )
+    per_host = -(-per_round // hosts)
+    most = MAX_COHORT
+    if device == "cpu":
+        most = min(most, max(1, MAX_STEP_TOKENS // (spec.local.batch_size * spec.data.max_tokens)))
+    num_cohorts = -(-per_host // most)  # per host, so that all hosts get equally many
+    cohort = int(chosen.cohort) if chosen.cohort != "auto" else -(-per_host // num_cohorts)
+    kind = chosen.kind if chosen.kind != "auto" else ("ray" if hosts > 1 and not coupled else "serial")
+    values = {"kind": kind, "hosts": hosts, "threads": threads, "cohort": cohort, "device": device}
+    values["kernels"] = _kernels(chosen, device)
+    return spec.model_copy(update={"execution": chosen.model_copy(update=values)})
+
+
+def _kernels(chosen: ExecutionConfig, device: str) -> str:
+    has_use = device == "cpu" and chosen.precision == "fp32"
+    if chosen.kernels == "compiled" and not has_use:
+        raise UserError(
+            f"compiled kernels are for fp32 on processors, and this run computes in {chosen.precision} on {device}",
+            field="execution.kernels",
+            value="compiled",
+            hint="set it to auto or torch",
+        )
+    if chosen.kernels != "auto":
+        return chosen.kernels
+    return "compiled" if has_use and can_compile() else "torch"

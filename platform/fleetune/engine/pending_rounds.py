@@ -1,0 +1,107 @@
+"""What is written of a run, and when: a round goes on record once its evaluation is there, which may be a round later.
+
+A round's records are written first and the state that a killed run goes on from last, rounds in their order. While a round
+waits, the next one is already being worked on; a kill then costs both, and both are done again with the same bits. The
+state is written, and all of the round made to last, beside the next round's work too: fsyncs take one or two hundredths of a
+second, as long as a round of a hundred idle clients. A round waits for those of the one before it, never for its own.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fleetune import files
+from fleetune.engine.checkpoint.checkpoint import Checkpoint, Progress, Snapshot
+from fleetune.engine.execution.executor import Evaluation
+from fleetune.records.run_directory import RunDirectory
+from fleetune.training.evaluate import totals
+
+Quality = dict[str, float]
+
+# Rounds that may wait for their evaluation while a further one is worked on. An evaluation fills what hosts leave idle over a
+# round; were it longer than that, waiting would only be put off.
+MAX_OPEN = 1
+
+
+class Evaluating:
+    """A quality that may still be on its way."""
+
+    def __init__(self, evaluation: Evaluation):
+        self._evaluation = evaluation
+        self._quality: Quality | None = None
+
+    def is_done(self) -> bool:
+        """Whether `quality` would not wait."""
+        return self._quality is not None or self._evaluation.is_done()
+
+    def quality(self) -> Quality:
+        """Loss and accuracy; waits for them."""
+        if self._quality is None:
+            self._quality = totals(self._evaluation.sums())
+        return self._quality
+
+
+@dataclass
+class FinishedRound:
+    """A round whose work is done: its row, its clients' columns, the run as it stands after it, and its evaluation."""
+
+    row: dict[str, Any]
+    clients: dict[str, Any]
+    snapshot: Snapshot
+    evaluation: Evaluating | None
+
+    @property
+    def progress(self) -> Progress:
+        """Where the run stands after the round."""
+        return self.snapshot.progress
+
+
+class Ledger:
+    """Takes finished rounds and writes them, each once its evaluation is there."""
+
+    def __init__(self, run_dir: RunDirectory, checkpoint: Checkpoint):
+        self.run_dir, self.checkpoint = run_dir, checkpoint
+        self.baseline: Quality = {}
+        self._baseline: Evaluating | None = None
+        self._open: deque[FinishedRound] = deque()
+        self._behind = files.Behind()
+
+    def expect_baseline(self, evaluation: Evaluating) -> None:
+        """The untrained model's quality is on its way. No round waits for it: a run that goes on without it asks again."""
+        self._baseline = evaluation
+        self._settle_baseline(wait=False)
+
+    def add(self, finished: FinishedRound) -> None:
+        """A round that is to be written."""
+        self._open.append(finished)
+
+    def write(self, *, everything: bool = False) -> Iterator[FinishedRound]:
+        """Write the rounds that are ready, in order, and hand each out; wait for those that are too many."""
+        self._settle_baseline(wait=everything)
+        while self._open:
+            first = self._open[0]
+            if first.evaluation is not None:
+                if not (everything or len(self._open) > MAX_OPEN or first.evaluation.is_done()):
+                    return
+                first.row.update(first.evaluation.quality())
+            first.progress.baseline = self.baseline
+            self._behind.wait()
+            part = self.run_dir.append_round(first.row, first.clients)
+            self._behind.begin(self.checkpoint.saving(first.snapshot, after=[part]))
+            self._open.popleft()
+            yield first
+        if everything:
+            self._behind.wait()
+
+    def close(self) -> None:
+        """Nothing is under way any more. What could not be written is no error here: whoever closes early has another."""
+        self._behind.close()
+
+    def _settle_baseline(self, *, wait: bool) -> None:
+        if self._baseline is not None and (wait or self._baseline.is_done()):
+            self.baseline = self._baseline.quality()
+            self.run_dir.update_meta(baseline=self.baseline)
+            self._baseline = None

@@ -1,0 +1,127 @@
+"""A round's records as columns: one entry per sampled client, and one row for the round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fleetune.data.batches import NO_EXAMPLE, num_tokens
+from fleetune.engine.execution.work_units import LotReply
+from fleetune.engine.round.rules import DROPPED, FAILED, LATE, OK, OOM, REFUSED
+from fleetune.engine.round.schedule import Scheduled
+from fleetune.problem import Problem
+
+MEMORY = (
+    "peak_memory_bytes",
+    "weights_bytes",
+    "adapter_bytes",
+    "gradient_bytes",
+    "optimizer_bytes",
+    "activation_bytes",
+    "budget_bytes",
+)
+# What a turn spends, by the phase whose length it grows with. Energy grows with the whole turn.
+SPENT = {
+    "downlink_bytes": "downlink",
+    "downlink_seconds": "downlink",
+    "flops": "compute",
+    "server_flops": "compute",
+    "compute_seconds": "compute",
+    "server_seconds": "compute",
+    "uplink_bytes": "uplink",
+    "uplink_seconds": "uplink",
+    "energy_joules": "turn",
+}
+
+
+def client_columns(problem: Problem, now: Scheduled, replies: Sequence[LotReply]) -> dict[str, Any]:
+    """Columns of clients.parquet: what the work costs, and what the workers saw of it."""
+    return {**costed_columns(problem, now), **_measured(problem, now, replies)}
+
+
+def costed_columns(problem: Problem, now: Scheduled) -> dict[str, Any]:
+    """What is known without any work. A refused client spends nothing, one that leaves what it did until then."""
+    fleet, costs, work, started = problem.fleet, now.costs, now.work, now.outcome.started
+    out: dict[str, Any] = {
+        "client_id": now.client_ids,
+        "device": np.array(fleet.device_names, dtype=object)[fleet.device_index[now.client_ids]],
+        "status": now.outcome.status,
+        "refused_by": now.refused_by,
+        "refused_hint": now.hints,
+        "failure": np.array(["diverged" if status == FAILED else None for status in now.outcome.status], object),
+        "shard_examples": np.diff(problem.partition.offsets)[now.client_ids],
+    }
+    out.update({name: work.of_clients(name) for name in ("batch_size", "rank", "depth")})
+    out["checkpointing"] = work.checkpointing
+    out.update({name: costs[name] for name in MEMORY})
+    busy = np.where(now.outcome.status == DROPPED, now.busy_seconds, costs["sim_seconds"])
+    share = _shares_done(costs, busy)
+    out.update({name: np.where(started, share[phase] * costs[name], 0.0) for name, phase in SPENT.items()})
+    out["sim_seconds"] = np.where(started, busy, 0.0)
+    return out
+
+
+def _shares_done(costs: dict[str, np.ndarray], busy_seconds: np.ndarray) -> dict[str, np.ndarray]:
+    """What part of each phase, and of the whole turn, a client gets done in this time, (n,) each from 0 to 1."""
+    down, turn, up = (costs[f"{phase}_seconds"] for phase in ("downlink", "sim", "uplink"))
+    nothing = np.zeros(len(turn))
+    spans = {
+        "downlink": (nothing, down),
+        "compute": (down, turn - up),
+        "uplink": (turn - up, turn),
+        "turn": (nothing, turn),
+    }
+    out = {}
+    for phase, (start, end) in spans.items():
+        part = (busy_seconds - start) / np.where(end > start, end - start, 1.0)
+        out[phase] = np.where(busy_seconds >= end, 1.0, np.clip(part, 0.0, 1.0))
+    return out
+
+
+def _measured(problem: Problem, now: Scheduled, replies: Sequence[LotReply]) -> dict[str, np.ndarray]:
+    """What the workers saw: examples, tokens, loss, real time. Of several replies about a client the last one tells.
+
+    The loss is null where a client's work came to nothing and was not simulated, and where it is not finite.
+    """
+    n, rows, started = len(now.client_ids), now.work.rows, now.outcome.started
+    loss, wall = np.full(n, np.nan), np.zeros(n)
+    examples = np.array([int((r != NO_EXAMPLE).sum()) for r in rows], np.int64)
+    tokens = np.array([int(num_tokens(problem.inputs.train, r).sum()) for r in rows], np.int64)
+    for reply in replies:
+        where = np.searchsorted(now.client_ids, reply.client_ids)
+        loss[where], wall[where] = reply.losses, reply.wall_seconds
+    return {
+        "num_examples": np.where(started, examples, 0),
+        "num_tokens": np.where(started, tokens, 0),
+        "train_loss": np.where(np.isfinite(loss), loss, np.nan),
+        "wall_seconds": wall,
+    }
+
+
+def round_row(stage: int, now: Scheduled, clients: dict[str, Any], sim_seconds: float) -> dict[str, Any]:
+    """The round's own row; evaluation, the method's columns and real time are added to it."""
+    outcome, ran = now.outcome, now.outcome.started
+    ok = outcome.status == OK
+    weights = clients["shard_examples"][ok]
+    loss = clients["train_loss"][ok]
+    return {
+        "round": now.work.round_idx,
+        "stage": stage,
+        "num_available": now.num_available,
+        "num_clients": len(ok),
+        "num_ok": int(ok.sum()),
+        "num_oom": outcome.count(OOM),
+        "num_refused": outcome.count(REFUSED),
+        "num_dropped": outcome.count(DROPPED),
+        "num_late": outcome.count(LATE),
+        "num_failed": outcome.count(FAILED),
+        "train_loss": float((loss * weights).sum() / weights.sum()) if ok.any() else None,
+        "sim_seconds": sim_seconds,
+        "waited_seconds": now.waited_seconds,
+        "uplink_bytes": float(clients["uplink_bytes"].sum()),
+        "downlink_bytes": float(clients["downlink_bytes"].sum()),
+        "energy_joules": float(clients["energy_joules"].sum()),
+        "peak_memory_bytes_max": float(clients["peak_memory_bytes"][ran].max()) if ran.any() else None,
+    }

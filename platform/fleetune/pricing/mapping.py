@@ -1,0 +1,103 @@
+"""The architecture that is costed, and what the trained model's method and payloads are on it.
+
+Depth is mapped by fraction: block p of the costed architecture stands where block floor(p · trained / costed) stands in the
+trained one. A tensor ``layers.<n>.<linear>.lora_A`` takes the costed linear's sizes and keeps its rank.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fleetune.methods.base import Context, Method, Payload
+from fleetune.models.architectures import ModelShape
+from fleetune.models.base import BaseModel
+from fleetune.models.network import linear_sites
+from fleetune.models.outline import hf_values
+from fleetune.tensors import Tensors
+
+_OF_A_BLOCK = re.compile(r"(?P<before>(?:.*\.)?layers\.)(?P<block>\d+)\.(?P<rest>.+)")
+
+
+class CostedModel:
+    """How a trained architecture maps onto the costed one; they may be the same."""
+
+    def __init__(self, base: BaseModel, shape: ModelShape | None = None, *, depth_ratio: float | None = None):
+        self.of = base
+        self.trained = base.shape
+        self.shape = shape or base.shape
+        self.base = base if shape is None else base_of(shape)
+        self.depth_ratio = depth_ratio or self.shape.num_layers / self.trained.num_layers
+        # What else than a LoRA pair has a size of the trained model has that of the costed one.
+        self._sizes = {self.trained.intermediate_size: self.shape.intermediate_size}
+        self._sizes[self.trained.hidden_size] = self.shape.hidden_size
+
+    def at_depth(self, num_layers: int, *, of: int) -> CostedModel:
+        """The same architecture with ``num_layers`` blocks, standing for ``of`` trained ones."""
+        return CostedModel(self.of, replace(self.shape, num_layers=num_layers), depth_ratio=num_layers / of)
+
+    def layers(self, num_layers: int) -> int:
+        """Blocks of the costed architecture that stand for ``num_layers`` of the trained one."""
+        return max(1, round(num_layers * self.depth_ratio))
+
+    def method(self, method: Method) -> Method:
+        """The method, set up for the costed architecture's depth and sizes."""
+        context, config = method.context, method.config
+        blocks = {
+            name: min(self.layers(getattr(config, name)), self.shape.num_layers - 1) for name in config.counts_blocks
+        }
+        sites = linear_sites(self.base, context.lora)
+        costed = Context(self.base, context.lora, sites, context.num_rounds, context.seed)
+        return type(method)(config.model_copy(update=blocks), costed)
+
+    def payload(self, payload: Payload, num_layers: int) -> Payload:
+        """A payload about ``num_layers`` trained blocks, as it would be on the costed architecture. Tensors have no content."""
+        blocks = self.layers(num_layers)
+        source = [p * num_layers // blocks for p in range(blocks)]
+        return replace(
+            payload,
+            tensors=self._tensors(payload.tensors, source),
+            server=self._tensors(payload.server, source),
+            values={name: _deepened(value, source, num_layers) for name, value in payload.values.items()},
+        )
+
+    def _tensors(self, tensors: Mapping[str, Tensor], source: list[int]) -> Tensors:
+        of_block: dict[tuple[str, int], list[tuple[str, Tensor]]] = {}
+        out: Tensors = {}
+        for name, tensor in tensors.items():
+            found = _OF_A_BLOCK.fullmatch(name)
+            if found is None:
+                out[name] = torch.empty(self._size(name, tensor), dtype=tensor.dtype)
+            else:
+                key = (found["before"], int(found["block"]))
+                of_block.setdefault(key, []).append((found["rest"], tensor))
+        for before in dict.fromkeys(before for before, _ in of_block):
+            for p, n in enumerate(source):
+                for rest, tensor in of_block.get((before, n), ()):
+                    out[f"{before}{p}.{rest}"] = torch.empty(self._size(rest, tensor), dtype=tensor.dtype)
+        return out
+
+    def _size(self, name: str, tensor: Tensor) -> list[int]:
+        """The costed size of a tensor: of a LoRA pair by its linear layer, of another by the sizes that it has."""
+        *_, linear, kind = ("", *name.split("."))
+        if kind in ("lora_A", "lora_B") and linear in self.shape.linears:
+            num_in, num_out = self.shape.linears[linear]
+            return [tensor.shape[0], num_in] if kind == "lora_A" else [num_out, tensor.shape[1]]
+        return [self._sizes.get(size, size) for size in tensor.shape]
+
+
+def base_of(shape: ModelShape) -> BaseModel:
+    """A base model without weights, for what only asks for its sizes."""
+    return BaseModel(shape.name, hf_values(shape), {}, "none", "")
+
+
+def _deepened(value: Any, source: list[int], num_layers: int) -> Any:
+    """A list with an entry for every trained block becomes one for every costed block; all else stays as it is."""
+    if isinstance(value, list) and len(value) == num_layers:
+        return [value[n] for n in source]
+    return value

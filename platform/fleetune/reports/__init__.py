@@ -1,0 +1,1 @@
+"""Pages, figures and statistics, made from run directories."""

@@ -1,0 +1,62 @@
+"""A round's row -> MLflow's metrics of that step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fleetune.columns import ROUND_COLUMNS
+
+# Column of rounds.parquet -> metric, once a round with step = round.
+METRICS = {
+    "train_loss": "train/loss",
+    "eval_loss": "eval/loss",
+    "eval_accuracy": "eval/accuracy",
+    "sim_seconds": "sim/seconds",
+    "wall_seconds": "wall/seconds",
+    "uplink_bytes": "cost/uplink_bytes",
+    "downlink_bytes": "cost/downlink_bytes",
+    "energy_joules": "cost/energy_joules",
+    "peak_memory_bytes_max": "cost/peak_memory_bytes_max",
+    "num_ok": "clients/ok",
+    "num_oom": "clients/oom",
+    "num_refused": "clients/refused",
+    "num_dropped": "clients/dropped",
+    "num_late": "clients/late",
+    "num_failed": "clients/failed",
+}
+# Sums since the first round: what a run's row in MLflow's table should show, and an x-axis for its charts.
+TOTALS = {
+    "uplink_bytes": "total/uplink_bytes",
+    "downlink_bytes": "total/downlink_bytes",
+    "energy_joules": "total/energy_joules",
+}
+OWN = {column.name for column in ROUND_COLUMNS}
+
+
+class RoundMetrics:
+    """Rounds in order -> metrics; keeps the running totals."""
+
+    def __init__(self) -> None:
+        self.next_round = 0
+        self._totals = dict.fromkeys(TOTALS, 0.0)
+
+    def of(self, row: Mapping[str, Any]) -> dict[str, float]:
+        """The metrics of one round. Values that are missing or not finite are left out; a method's columns
+        are ``method/…``.
+        """
+        self.next_round = int(row["round"]) + 1
+        metrics: dict[str, float | None] = {key: number(row.get(name)) for name, key in METRICS.items()}
+        for name, key in TOTALS.items():
+            self._totals[name] += number(row.get(name)) or 0.0
+            metrics[key] = self._totals[name]
+        metrics |= {f"method/{name}": number(value) for name, value in row.items() if name not in OWN}
+        return {key: value for key, value in metrics.items() if value is not None}
+
+
+def number(value: Any) -> float | None:
+    """A finite number as float, or None."""
+    if isinstance(value, bool | int | float) and math.isfinite(value):
+        return float(value)
+    return None
