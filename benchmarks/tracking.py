@@ -1,7 +1,7 @@
 """Many trials that write at once, and one process that brings them all into MLflow: how far behind it is, and what it costs.
 
 python benchmarks/tracking.py                                                          # an SQLite store
-python tests/services.py python benchmarks/tracking.py --uri '$MLFLOW_TRACKING_URI'    # a server on PostgreSQL and S3
+python tests/support/services.py python benchmarks/tracking.py --uri '$MLFLOW_TRACKING_URI'    # a server on PostgreSQL and S3
 """
 
 from __future__ import annotations

@@ -95,6 +95,7 @@ class Campaign:
     """Runs of one job, held to an undisturbed one."""
 
     def __init__(self, folder: Path, kind: str):
+        sys.path.insert(0, str(Path(__file__).parent / "records"))
         import test_damage
 
         self.folder, self.plan_folder, self.tests = folder, folder / "plan", test_damage

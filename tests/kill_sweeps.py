@@ -19,10 +19,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-import commands
 from fleetune.records import find_runs
-from sweeping import in_mlflow, sweep_file
-from test_kill import started
+from support import commands
+from support.commands import started
+from support.sweeping import in_mlflow, sweep_file
 
 
 def launch(path: Path, workspace: Path, *, kill_after_seconds: float | None = None) -> bool:

@@ -21,22 +21,25 @@ from typing import NamedTuple
 
 TESTS = Path(__file__).parent
 NUMERIC = (
-    *(
-        f"tests/test_{name}.py"
-        for name in ("kernels", "network", "trainer", "trace", "contract", "precision", "quantize")
-    ),
-    *(f"tests/test_{name}.py" for name in ("optimizer", "submodel", "tensors", "peft_format")),
+    "tests/cost/test_trace.py",
     "tests/methods",
+    *(
+        f"tests/models/test_{name}.py"
+        for name in ("kernels", "network", "peft_format", "precision", "quantize", "submodel")
+    ),
+    "tests/test_tensors.py",
+    "tests/training/test_optimizer.py",
+    "tests/training/test_trainer.py",
 )
 # Products in fp32, bf16 and four bits, attention, norms and the loss, forward and backward.
 SHORT = (
-    "tests/test_kernels.py",
-    "tests/test_network.py",
-    "tests/test_trainer.py",
-    "tests/test_quantize.py",
-    "tests/test_precision.py::test_no_more_is_lost_than_by_transformers_under_autocast",
-    "tests/test_trace.py::test_storage_precision_optimizer_and_adapters_show[bf16, head norms]",
-    "tests/test_trace.py::test_storage_precision_optimizer_and_adapters_show[nf4]",
+    "tests/models/test_kernels.py",
+    "tests/models/test_network.py",
+    "tests/training/test_trainer.py",
+    "tests/models/test_quantize.py",
+    "tests/models/test_precision.py::test_no_more_is_lost_than_by_transformers_under_autocast",
+    "tests/cost/test_trace.py::test_storage_precision_optimizer_and_adapters_show[bf16, head norms]",
+    "tests/cost/test_trace.py::test_storage_precision_optimizer_and_adapters_show[nf4]",
 )
 AVX2 = ("avx2", "fma", "bmi2", "f16c")
 AVX512 = (*AVX2, "avx512f", "avx512dq", "avx512bw", "avx512vl")
@@ -107,7 +110,9 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="few tests at each level")
     short = parser.parse_args().short
     plan = [(level, SHORT if short else NUMERIC) for level in LIBRARIES]
-    plan += [(level, ("tests/test_kernels.py",)) for level in COMPILED if not short or level.flags]  # native: make test
+    plan += [
+        (level, ("tests/models/test_kernels.py",)) for level in COMPILED if not short or level.flags
+    ]  # native: make test
     present, failed = flags_of_this_processor(), 0
     for level, tests in plan:
         lacking = [flag for flag in level.flags if flag not in present]

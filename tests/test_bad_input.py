@@ -11,9 +11,8 @@ import pytest
 import ray
 import yaml
 
-import commands
-import tiny
-from commands import Output
+from support import commands, tiny
+from support.commands import Output
 
 Command = Callable[..., Output]
 

@@ -16,16 +16,14 @@ import pytest
 import ray
 import yaml
 
-import commands
-import runs
-import tiny
-from commands import Output
 from fleetune import cli
 from fleetune.catalogue import CATALOGUES
 from fleetune.engine.launch import run as launch
 from fleetune.engine.pending_rounds import FinishedRound, Ledger
 from fleetune.methods import METHODS
 from fleetune.records.run_directory import RunDirectory
+from support import commands, runs, tiny
+from support.commands import Output
 
 Command = Callable[..., Output]
 

@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-import commands
-import services
 from fleetune.cli import app
+from support import commands, services
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "cluster"

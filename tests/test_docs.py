@@ -13,14 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-import runs
-import tiny
 from fleetune import spec as specs
 from fleetune.cli import app
 from fleetune.methods import METHODS
 from fleetune.methods.base import Update, is_lora_a, is_lora_b
 from fleetune.tensors import select
 from fleetune.training.plan import ClientTask
+from support import runs, tiny
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

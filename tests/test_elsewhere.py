@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from elsewhere import NAME, Elsewhere, There, register
 from fleetune.methods import METHODS
+from support.elsewhere import NAME, Elsewhere, There, register
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in METHODS},
@@ -61,9 +61,8 @@ def outcome_of(case: str) -> dict[str, Any]:
     """One case in this process, on the CPU and on the device."""
     import torch
 
-    import runs
-    import tiny
     from fleetune.models.network import Network
+    from support import runs, tiny
 
     found = []
     set_adapter = Network.set_adapter

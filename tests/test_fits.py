@@ -10,9 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-import models
-import runs
-import tiny
 from fleetune.data.batches import collate, eval_prompts
 from fleetune.engine.execution.executor import SerialExecutor
 from fleetune.errors import UserError
@@ -22,6 +19,8 @@ from fleetune.models.network import Network
 from fleetune.models.submodel import Submodel
 from fleetune.problem import build_problem, load_inputs
 from fleetune.training.generate import generate
+from support import random_models as models
+from support import runs, tiny
 
 VOCABULARY = 721  # of micro-llama's tokenizer
 

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-import tiny
 from fleetune.engine.launch import run as launch
 from fleetune.errors import UserError
 from fleetune.fleet.fleet import build_fleet
 from fleetune.methods import METHODS
 from fleetune.records.run_directory import RunDirectory
 from fleetune.spec import RunSpec, from_dict
+from support import tiny
 
 # -- the spec's part: every field of it ---------------------------------------------------------------------------------
 NO_RESULT_CHANGES = {
@@ -27,8 +27,8 @@ NO_RESULT_CHANGES = {
     "tracking.uri": "where to",
     "tracking.experiment": "under which name",
     "tracking.system_metrics": "with the machine's load beside them",
-    "execution.kind": "serial and Ray give the same bits: tests/test_ray.py",
-    "execution.hosts": "as many as there are give the same bits: tests/test_ray.py",
+    "execution.kind": "serial and Ray give the same bits: tests/engine/test_ray.py",
+    "execution.hosts": "as many as there are give the same bits: tests/engine/test_ray.py",
     "execution.hosts_per_gpu": "likewise",
 }
 
@@ -297,9 +297,9 @@ def test_the_untrained_model_s_quality_is_shared_by_runs_that_read_the_same(
     """Not by those with other kernels, or with other answers in the same file."""
     import contextlib
 
-    import runs
     from fleetune.engine.coordinator import Coordinator
     from fleetune.engine.execution.executor import SerialExecutor
+    from support import runs
 
     data = tmp_path / "train.jsonl"
     shutil.copy(tiny.data_file(), data)

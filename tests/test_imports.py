@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import runs
-import tiny
+from support import runs, tiny
 
 ROOT = Path(__file__).parent.parent / "platform"
 PACKAGE = ROOT / "fleetune"

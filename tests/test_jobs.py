@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import tiny
 from fleetune.methods import METHODS
 from fleetune.plan.walk import outline
 from fleetune.problem import build_problem, load_inputs
 from fleetune.spec import RunSpec, load, read_yaml
 from fleetune.sweep.config import load as load_sweep
 from fleetune.sweep.expansion import trials_of
+from support import tiny
 
 JOBS = Path(__file__).parent.parent / "jobs"
 SWEEPS = sorted(JOBS.glob("sweeps/*.yaml"))

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 
-import commands
-import tiny
 from fleetune.errors import RunFailed, UserError
 from fleetune.records import RunDirectory
 from fleetune.redaction import redacted
 from fleetune.spec import job_text
 from fleetune.tracking.sync import sync
-from synthetic_runs import make_spec
+from support import commands, tiny
+from support.synthetic_runs import make_spec
 
 WITH_SECRETS = [
     "http://me:hunter2@host:5000/x",

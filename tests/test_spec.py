@@ -9,8 +9,6 @@ from typing import Any, get_args
 import pytest
 from pydantic import ValidationError
 
-import runs
-import tiny
 from fleetune.errors import UserError
 from fleetune.methods import METHODS
 from fleetune.spec import (
@@ -23,6 +21,7 @@ from fleetune.spec import (
     parse_overrides,
     read_yaml,
 )
+from support import runs, tiny
 
 
 def test_an_empty_job_is_the_default_one(tmp_path: Path):

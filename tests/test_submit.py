@@ -21,11 +21,9 @@ import pytest
 import yaml
 from ray.job_submission import JobDetails, JobStatus
 
-import commands
-import services
-import tiny
 from fleetune import submit as jobs
 from fleetune.errors import RunFailed
+from support import commands, services, tiny
 
 Access = dict[str, str]
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-import runs
 from fleetune import tensors
 from fleetune.tensors import Stack, add_weighted, num_bytes, pack, select, weighted_sum
+from support import runs
 
 
 def some(seed: int = 0) -> dict[str, torch.Tensor]:

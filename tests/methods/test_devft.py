@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-import runs
-import tiny
 from fleetune.errors import UserError
 from fleetune.methods.devft import DevFT, capacities, write_back
 from fleetune.methods.layer_groups import fuse, group_layers, layer_similarity, spectral_groups
 from fleetune.models.base import BaseModel
+from support import runs, tiny
 
 FAST = {"evaluation.generate": False}
 

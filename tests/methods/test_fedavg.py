@@ -6,8 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import runs
-import tiny
 from fleetune.data.batches import collate, draw_batches
 from fleetune.methods.base import State, Update
 from fleetune.models.network import Network
@@ -15,6 +13,7 @@ from fleetune.models.submodel import Submodel
 from fleetune.seeds import seed_of
 from fleetune.spec import RunSpec
 from fleetune.training.loss import cohort_loss
+from support import runs, tiny
 
 SGD = {"local.optimizer": "sgd", "local.learning_rate": 0.5, "local.max_grad_norm": None, "evaluation.generate": False}
 ONE_CLIENT = {

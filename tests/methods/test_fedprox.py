@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import torch
 
-import runs
-import tiny
 from fleetune.training.trainer import train_cohort
+from support import runs, tiny
 
 FAST = {"evaluation.generate": False}
 

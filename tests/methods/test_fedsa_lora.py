@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-import runs
-import tiny
+from support import runs, tiny
 
 FAST = {"evaluation.generate": False}
 SQUARE = {**FAST, "model.lora.targets": ["q_proj", "o_proj"]}

@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import runs
-import tiny
 from fleetune.data.batches import NO_EXAMPLE, collate
 from fleetune.errors import UserError
 from fleetune.methods.base import Payload, State, Update
@@ -21,6 +19,7 @@ from fleetune.problem import Problem
 from fleetune.tensors import Tensors
 from fleetune.training.loss import cohort_loss
 from fleetune.training.plan import ClientTask, CohortUpdate
+from support import runs, tiny
 
 FAST = {"evaluation.generate": False, "local.max_grad_norm": None}
 RATE = 0.5

@@ -1,7 +1,7 @@
 """A decoder of the Llama family: plain modules over weights that are there already, by the names of its checkpoint.
 
 transformers has the same modules, and importing them costs every worker seconds that a small model does not train in.
-tests/test_network.py holds the two to the same logits, gradients and generated tokens.
+tests/models/test_network.py holds the two to the same logits, gradients and generated tokens.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from fleetune.errors import UserError
 from fleetune.models.folder import refusal
 
 # Decoders that run as embed -> blocks(h, position embeddings) -> norm -> head, checked against their own forward
-# by tests/test_network.py.
+# by tests/models/test_network.py.
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral")
 
 # Rotary embeddings whose frequencies do not change within a model's positions (longrope's depend on the length of each text),

@@ -1,0 +1,357 @@
+"""Launching: what `auto` becomes, whose cluster is joined, what is left behind, and who may run a directory."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import pytest
+
+from fleetune.engine.checkpoint.checkpoint import saved_rounds
+from fleetune.engine.launch import run as launch
+from fleetune.engine.launch.cluster import connect, names_ray
+from fleetune.engine.launch.resolve import gpu_share, resolve_execution
+from fleetune.errors import UserError
+from fleetune.records.run_directory import RunDirectory
+from fleetune.run_config import ExecutionConfig
+from fleetune.spec import RunSpec
+from support import commands, tiny
+
+
+def resolved(
+    node_cores: list[int],
+    overrides: dict[str, Any] | None = None,
+    *,
+    method: str = "fedit",
+    node_gpus: list[int] | None = None,
+) -> dict[str, Any]:
+    auto = {"execution": "auto", "rounds.clients_per_round": 6}
+    spec = tiny.spec({**auto, **(overrides or {})}, method=method)
+    return resolve_execution(spec, node_cores=node_cores, node_gpus=node_gpus).execution.model_dump()
+
+
+# -- what auto becomes --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("node_cores", "overrides", "kind", "hosts", "threads", "cohort"),
+    [
+        ([1], {}, "serial", 1, 1, 6),
+        ([2], {}, "ray", 2, 1, 3),
+        ([4], {}, "ray", 4, 1, 2),
+        ([64], {}, "ray", 6, 10, 1),  # no more hosts than clients in a round; they share the cores
+        ([8, 8], {}, "ray", 6, 2, 1),
+        ([4], {"execution.hosts": 2}, "ray", 2, 2, 3),
+        ([4], {"execution.threads": 4}, "serial", 1, 4, 6),
+        ([4], {"execution.hosts": 2, "execution.threads": 1}, "ray", 2, 1, 3),
+        ([4], {"execution.cohort": 5}, "ray", 4, 1, 5),
+        ([1], {"local.batch_size": 64}, "serial", 1, 1, 2),  # 64 x 32 padded tokens each: two fill a step of 4,096
+        ([1], {"local.batch_size": 256}, "serial", 1, 1, 1),  # one is more than that
+        ([2], {"execution.kind": "serial"}, "serial", 2, 1, 3),  # the cohorts, and so the bits, of the run on Ray
+    ],
+)
+def test_auto_keeps_every_core_busy(
+    node_cores: list[int], overrides: dict[str, Any], kind: str, hosts: int, threads: int, cohort: int
+):
+    chosen = resolved(node_cores, overrides)
+    assert (chosen["kind"], chosen["hosts"], chosen["threads"], chosen["cohort"]) == (kind, hosts, threads, cohort)
+
+
+def test_clients_that_share_a_server_half_are_one_host_s_work():
+    """SplitLoRA's clients meet in every step: a second host would only wait."""
+    assert resolved([4], method="split-lora")["kind"] == "serial"
+
+
+def test_hosts_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match=r"execution\.hosts=3: .* of 2 cores \(lower one of them, or set one to auto\)"):
+        resolved([2], {"execution.hosts": 3, "execution.threads": 1})
+    with pytest.raises(UserError, match="nodes of 3, 3 cores"):  # six cores, but no host has a foot on two nodes
+        resolved([3, 3], {"execution.hosts": 3, "execution.threads": 2})
+
+
+# -- GPUs -----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("node_cores", "node_gpus", "overrides", "device", "kind", "hosts", "threads", "cohort"),
+    [
+        ([8], [1], {}, "cuda", "serial", 1, 8, 6),  # one host has the GPU, and all cores for what it prepares
+        ([8], [2], {}, "cuda", "ray", 2, 4, 3),
+        ([8], [2], {"execution.hosts_per_gpu": 2}, "cuda", "ray", 4, 2, 2),
+        ([8, 4], [1, 1], {}, "cuda", "ray", 2, 4, 3),
+        ([8, 8], [4, 0], {}, "cpu", "ray", 6, 2, 1),  # hosts would lie on both nodes
+        ([8, 8], [4, 0], {"execution.device": "cuda"}, "cuda", "ray", 4, 2, 2),
+        ([8], [1], {"execution.device": "cpu"}, "cpu", "ray", 6, 1, 1),
+        ([8], [1], {"execution.hosts": 2}, "cpu", "ray", 2, 4, 3),  # two hosts were asked for, no matter where
+        ([8], [1], {"execution.hosts": 2, "execution.hosts_per_gpu": 2}, "cuda", "ray", 2, 4, 3),
+        ([8], [1], {"execution.hosts": 2, "execution.kind": "serial"}, "cuda", "serial", 2, 4, 3),
+    ],
+)
+def test_auto_takes_the_gpus_where_the_hosts_find_room(
+    node_cores: list[int],
+    node_gpus: list[int],
+    overrides: dict[str, Any],
+    device: str,
+    kind: str,
+    hosts: int,
+    threads: int,
+    cohort: int,
+):
+    chosen = resolved(node_cores, overrides, node_gpus=node_gpus)
+    assert chosen["device"] == device
+    assert (chosen["kind"], chosen["hosts"], chosen["threads"], chosen["cohort"]) == (kind, hosts, threads, cohort)
+
+
+def test_what_was_decided_is_decided():
+    """A spec from a run directory is resolved again where it goes on, and nothing in it changes."""
+    spec = tiny.spec({"execution": "auto", "rounds.clients_per_round": 6})
+    once = resolve_execution(spec, node_cores=[8], node_gpus=[2])
+    assert resolve_execution(once, node_cores=[8, 16], node_gpus=[2, 4]) == once
+    with pytest.raises(UserError, match=r"execution\.device='?cuda"):
+        resolve_execution(once, node_cores=[8], node_gpus=[0])
+
+
+def test_a_gpu_that_is_not_there_is_told_and_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Before anything starts, on this machine as on a cluster."""
+    monkeypatch.setattr(launch, "num_gpus", lambda: 0)
+    with pytest.raises(UserError, match="there is no GPU that PyTorch can use") as error:
+        launch.run(tiny.spec({"execution.device": "cuda"}), workspace=tmp_path)
+    assert (error.value.field, error.value.value) == ("execution.device", "cuda")
+    assert "set it to auto or cpu" in str(error.value)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="no node has a GPU"):
+        resolved([4, 4], {"execution.device": "cuda"})
+
+
+def test_hosts_that_find_no_room_on_the_gpus_are_refused():
+    with pytest.raises(UserError, match=r"3 hosts need more than the 1 GPU\(s\) .* raise execution\.hosts_per_gpu"):
+        resolved([8], {"execution.device": "cuda", "execution.hosts": 3, "execution.hosts_per_gpu": 2}, node_gpus=[1])
+
+
+@pytest.mark.parametrize(("hosts_per_gpu", "share"), [(1, 1.0), (3, 0.3333), (6, 0.1666)])
+def test_the_shares_of_a_gpu_never_exceed_it(hosts_per_gpu: int, share: float):
+    """Ray counts in ten-thousandths and would round a sixth up: six of them would not fit."""
+    execution = ExecutionConfig(device="cuda", hosts_per_gpu=hosts_per_gpu)
+    assert gpu_share(execution) == share
+    assert gpu_share(execution.model_copy(update={"device": "cpu"})) == 0.0
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:x", "127.0.0.1:99999", "127.0.0.1:"])
+def test_an_address_that_is_none_is_told_at_once(address: str):
+    with pytest.raises(OSError, match="is no port"):
+        connect(address)
+
+
+@pytest.mark.parametrize(
+    ("text", "assignments", "says_so"),
+    [
+        ("execution: {kind: ray}", [], True),
+        ("execution: {kind: ray}", ["execution.kind=serial"], False),
+        ("name: x", ["execution.kind=serial", "execution.kind=ray"], True),
+        ("execution: auto", [], False),
+        ("fleet: {kind: ray}", [], False),
+        ("[[[[", [], False),
+        (None, [], False),
+    ],
+)
+def test_a_job_that_names_ray_is_known_before_it_is_loaded(
+    tmp_path: Path, text: str | None, assignments: list[str], says_so: bool
+):
+    """Ray is begun for those, while the rest is imported; what is wrong with a job is not told here."""
+    path = tmp_path / "job.yaml"
+    if text is not None:
+        path.write_text(text)
+    assert names_ray(path, assignments) is says_so
+
+
+# -- who may run a directory ----------------------------------------------------------------------------------------------
+def test_a_run_that_goes_on_elsewhere_is_not_resumed(tmp_path: Path):
+    spec = tiny.spec({**commands.QUICK, "rounds.num_rounds": 1})
+    result = launch.run(spec, workspace=tmp_path)
+    (result.run_dir / "result.json").unlink()
+    with (result.run_dir / "checkpoint" / "lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is running it"):
+            launch.resume(result.run_dir)
+    assert launch.resume(result.run_dir).metrics == result.metrics
+
+
+def test_the_hash_is_that_of_what_decides_results():
+    spec = tiny.spec()
+    same = {"name": "other", "tracking.enabled": True, "execution.kind": "ray", "execution.hosts": 1}
+    same |= {"execution.hosts_per_gpu": 2}
+    other = {"seed": 1, "execution.cohort": 1, "execution.threads": 2, "rounds.num_rounds": 4, "local.steps": 1}
+    other |= {"execution.device": "cuda", "execution.precision": "bf16"}
+    assert all(tiny.spec({path: value}).spec_hash == spec.spec_hash for path, value in same.items())
+    assert len({tiny.spec({path: value}).spec_hash for path, value in other.items()} | {spec.spec_hash}) == 8
+
+
+# -- clusters ---------------------------------------------------------------------------------------------------------------
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def cluster(folder: Path, variables: dict[str, str]) -> Iterator[str]:
+    """A cluster of somebody else on this machine: two cores, no dashboard. Yields its address."""
+    port = free_port()
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2"),
+            *(f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}", "--disable-usage-stats"),
+            *("--node-ip-address=127.0.0.1", f"--object-store-memory={200 * 2**20}"),
+        ],
+        env={**os.environ, **variables},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            assert process.poll() is None, "ray start ended"
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.2)
+        yield f"127.0.0.1:{port}"
+    finally:
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)  # what Ctrl-C in its terminal does: it ends its own processes
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=30)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        for child in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+
+
+def same_records(one: Path, other: Path) -> None:
+    a, b = (RunDirectory.open(path) for path in (one, other))
+    told = ["run_id", "wall_seconds"]
+    pd.testing.assert_frame_equal(a.rounds().drop(columns=told), b.rounds().drop(columns=told), check_exact=True)
+    pd.testing.assert_frame_equal(a.clients().drop(columns=told), b.clients().drop(columns=told), check_exact=True)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_joins_a_cluster_only_where_it_is_told_to(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path):
+    """The same job on a running cluster, beside it on a Ray of its own, and serially: three times the same records.
+
+    Its own Ray listens on this machine alone, and asks for a token that no file holds.
+    """
+    job = commands.job_file(tmp_path, {"execution.hosts": 1, "execution.kind": "ray"})
+    access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}  # its own, whatever this machine has
+    with cluster(tmp_path_factory.mktemp("r"), access) as address:
+        joined = commands.finish(commands.start("run", job, "-w", tmp_path, "--json", "--address", address, **access))
+        assert joined.status == 0, joined.stderr
+        assert joined.document["status"] == "finished"
+        # Without --address, Ray would join the cluster that runs here, whoever's it is.
+        home = tmp_path / "home"
+        home.mkdir()
+        process = commands.start("run", job, "-w", tmp_path, "--json", HOME=str(home))
+        seen: set[tuple[str, str]] = set()
+        modes: set[tuple[str | None, int]] = set()
+        while process.poll() is None:
+            for one in in_session(process.pid):
+                with contextlib.suppress(psutil.Error):
+                    seen |= {
+                        (one.name(), c.laddr.ip) for c in one.net_connections("inet") if c.status == psutil.CONN_LISTEN
+                    }
+                    if one.name() == "gcs_server":
+                        modes.add((one.environ().get("RAY_AUTH_MODE"), len(one.environ().get("RAY_AUTH_TOKEN", ""))))
+            time.sleep(0.1)
+        beside = commands.finish(process)
+        assert beside.status == 0, beside.stderr
+        assert {"gcs_server", "raylet"} <= {name for name, _ in seen}
+        assert {ip for _, ip in seen} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+        assert modes == {("token", 64)}
+        assert not (home / ".ray" / "auth_token").exists()
+    serial = launch.run(quiet(job), workspace=tmp_path)
+    for document in (joined.document, beside.document):
+        same_records(Path(document["run_dir"]), serial.run_dir)
+
+
+def quiet(job: Path) -> RunSpec:
+    from fleetune.spec import load
+
+    return load(job, {"execution.kind": "serial"})
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_mistake_that_shows_while_ray_starts_leaves_no_process_behind(tmp_path: Path):
+    """The model is looked for while Ray starts beside it."""
+    job = commands.job_file(tmp_path, {"execution.kind": "ray"})
+    process = commands.start("run", job, "-w", tmp_path, "--json", "--set", "model.base=./nowhere")
+    out = commands.finish(process)
+    assert (out.status, out.document["field"]) == (2, "model.base")
+    assert not (tmp_path / "runs").exists()
+    deadline = time.monotonic() + 30
+    while (left := in_session(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left, [one.cmdline() for one in left]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_three_signals_end_a_run_on_ray_in_one_sentence_and_leave_no_process(tmp_path: Path):
+    """SIGTERM, then Ctrl-C twice, within 0.3 s: what was done is on record, and how to go on is said once."""
+    overrides = {"rounds.num_rounds": 3000, "evaluation.every": 3000, "execution.kind": "ray", "execution.hosts": 1}
+    process = commands.start("run", commands.job_file(tmp_path, overrides, method="fedsa-lora"), "-w", tmp_path)
+    deadline = time.monotonic() + 150
+    while len(list(tmp_path.glob("runs/*/checkpoint/records/round_*.arrow"))) < 3:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    family = psutil.Process(process.pid).children(recursive=True)
+    began = time.monotonic()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+        process.send_signal(number)
+        time.sleep(0.1)
+    out = commands.finish(process)
+    assert time.monotonic() - began < 10
+    assert not psutil.wait_procs(family, timeout=max(0.0, began + 10 - time.monotonic()))[1]
+    (run_path,) = (tmp_path / "runs").iterdir()
+    assert out.status == 130
+    assert out.stderr.splitlines()[-1] == f"fleetune: stopped; go on with fleetune resume {run_path}"
+    told = max(int(line.split("/")[0].removeprefix("round ")) for line in out.stderr.splitlines() if "/3000 ·" in line)
+    assert saved_rounds(run_path / "checkpoint") >= told
+
+
+def in_session(session_id: int) -> list[psutil.Process]:
+    """Processes that a command started, whatever group they are in: all are in its session."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getsid(process.pid) == session_id and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+# -- what is costed -----------------------------------------------------------------------------------------------------
+def test_both_models_are_on_record_and_what_stands_for_a_missing_rate_is_said(tmp_path: Path):
+    """The tiny model is trained, llama2-7b costed: 32 blocks, rank 2 on all linears, 32 x 2 x (8 x 4096 + 3 x (4096 + 11008))
+    elements, 5,029,888 in fp32 each way."""
+    said: list[str] = []
+    spec = tiny.spec(
+        {"cost.model": "llama2-7b", "cost.precision": "bf16", "fleet.devices": {"server-a100": 0.5, "jetson-nano": 0.5}}
+    )
+    done = launch.run(spec, workspace=tmp_path, debug=True, warn=said.append)
+    run_dir = RunDirectory.open(done.run_dir)
+    assert run_dir.meta["model"] == {"trained": spec.model.base, "costed": "llama2-7b"}
+    assert run_dir.spec["model"]["base"] == spec.model.base
+    assert run_dir.spec["cost"]["model"] == "llama2-7b"
+    clients = run_dir.clients()
+    assert set(clients.loc[clients["status"] == "ok", "uplink_bytes"]) == {4 * 32 * 2 * (8 * 4096 + 3 * (4096 + 11008))}
+    assert said == ["no bf16 on jetson-nano: the fp16 rate stands for it"]

@@ -1,0 +1,250 @@
+"""What holds for every method: the matrix of invariants that a new entry in METHODS gets by itself.
+
+Each case is a real run of the tiny world: 6 clients, 3 a round, 3 rounds of 2 steps.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fleetune import spec as specs
+from fleetune.methods import METHODS
+from fleetune.methods.base import State
+from fleetune.models import architectures as shapes
+from fleetune.tensors import num_bytes
+from fleetune.training.plan import ClientTask
+from support import REPOSITORY, runs, tiny
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "devft+fedsa-lora": ("devft", {"method.aggregation": "fedsa-lora"}),
+    "split-lora in_turn": ("split-lora", {"method.server": "in_turn"}),
+    "split-lora per_client": ("split-lora", {"method.server": "per_client"}),
+}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {**{name: (name, {}) for name in METHODS}, **VARIANTS}
+
+every_method = pytest.mark.parametrize("case", CASES)
+
+
+def spec_of(case: str, **overrides: Any) -> specs.RunSpec:
+    method, variant = CASES[case]
+    fast = {"evaluation.generate": False}
+    return tiny.spec({**fast, **variant, **overrides}, method=method)
+
+
+@functools.cache
+def reference(case: str) -> tuple[runs.Finished, list[runs.Passed]]:
+    """The case's plain run, with all that crossed the seam."""
+    return runs.recorded(spec_of(case))
+
+
+def untrained(done: runs.Finished) -> State:
+    """The state after all rounds of a run in which nobody learnt anything."""
+    state = done.problem.method.start()
+    for round_idx in range(done.problem.spec.rounds.num_rounds):
+        state = done.problem.method.begin_round(state, round_idx)
+    return state
+
+
+def tasks_of(passed: runs.Passed) -> tuple[int, list[ClientTask]]:
+    """The first cohort of a lot: its payload's key and its tasks."""
+    cohort = passed.lot.cohorts[0]
+    return cohort.payload, passed.lot.tasks(cohort)
+
+
+@every_method
+def test_three_rounds_are_finite_and_learn(case: str):
+    """Every number is finite, and the state is not what an untrained one would be."""
+    done, _ = reference(case)
+    assert [e["kind"] for e in done.events] == ["start", "round", "round", "round", "end"]
+    assert done.rounds["round"].tolist() == [0, 1, 2]
+    assert done.rounds["num_ok"].tolist() == [3, 3, 3]
+    assert np.isfinite(done.rounds["train_loss"]).all()
+    assert np.isfinite(done.rounds["eval_loss"].iloc[-1])
+    assert np.isfinite(done.clients.select_dtypes("number").to_numpy()).all()
+    for name, tensor in done.state.tensors.items():
+        assert torch.isfinite(tensor).all(), name
+    fresh = untrained(done).tensors
+    assert any(not torch.equal(done.state.tensors[name], fresh[name]) for name in fresh)
+
+
+@every_method
+def test_the_same_seed_gives_the_same_bits(case: str):
+    runs.same_runs(runs.run(spec_of(case)), reference(case)[0])
+
+
+@every_method
+def test_another_seed_gives_other_numbers(case: str):
+    """Otherwise the test above would hold for a run that draws nothing."""
+    other = runs.run(spec_of(case, seed=1, **{"rounds.num_rounds": 3}))
+    assert other.rounds["train_loss"].tolist() != reference(case)[0].rounds["train_loss"].tolist()
+
+
+@every_method
+def test_a_run_that_is_stopped_goes_on_bit_for_bit(case: str, tmp_path: Path):
+    stopped = runs.run(spec_of(case), folder=tmp_path, stop_after=1)
+    assert len(stopped.rounds) == 1
+    resumed = runs.run(spec_of(case), folder=tmp_path)
+    assert [e["kind"] for e in resumed.events] == ["start", "round", "round", "end"]
+    whole = reference(case)[0]
+    runs.same_runs(resumed, whole)
+    assert resumed.events[-1]["sim_seconds"] == whole.events[-1]["sim_seconds"]
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        both = [run.run_dir.path / "adapter" / name for run in (resumed, whole)]
+        assert both[0].read_bytes() == both[1].read_bytes()
+
+
+@every_method
+def test_learning_rate_zero_leaves_the_model_as_it_is(case: str):
+    """Nobody learns: the state is that of rounds without clients, B stays 0, and the loss is the untrained model's."""
+    done = runs.run(spec_of(case, **{"local.learning_rate": 0.0}))
+    fresh = untrained(done).tensors
+    assert fresh.keys() <= done.state.tensors.keys()
+    runs.close_tensors({name: done.state.tensors[name] for name in fresh}, fresh)
+    assert not any(t.any() for name, t in done.deployed.adapter.items() if name.endswith(".lora_B"))
+    baseline = done.events[0]["baseline"]["eval_loss"]
+    assert done.rounds["eval_loss"].iloc[-1] == pytest.approx(baseline, rel=1e-6)
+
+
+@every_method
+def test_charged_bytes_are_those_of_the_tensors_passed(case: str):
+    """Up: the upload, and what crossed the cut. Down: the payload, and the gradients at the cut."""
+    done, passed = reference(case)
+    table = done.clients.set_index(["round", "client_id"])
+    for one in passed:
+        reply = one.reply
+        assert one.partial_sum is not None
+        assert (reply.upload_bytes == num_bytes(one.partial_sum.unpack())).all()
+        for cohort in one.lot.cohorts:
+            for i in range(cohort.start, cohort.stop):
+                row = table.loc[(one.lot.round_idx, reply.client_ids[i])]
+                assert row["uplink_bytes"] == reply.upload_bytes[i] + reply.cut_bytes[0, i]
+                assert row["downlink_bytes"] == num_bytes(one.payloads[cohort.payload].tensors) + reply.cut_bytes[1, i]
+                assert row["num_tokens"] == reply.num_tokens[i]
+                assert row["train_loss"] == reply.losses[i]
+    assert len(table) == sum(len(one.reply.client_ids) for one in passed) == 9
+    for name in ("uplink_bytes", "downlink_bytes"):
+        assert done.clients.groupby("round")[name].sum().tolist() == done.rounds[name].tolist()
+
+
+@pytest.fixture
+def heavy(monkeypatch: pytest.MonkeyPatch) -> str:
+    """An architecture to be costed: four blocks as wide as LLaMA2-70B's, 3.9 GB each in fp32, which are soon traced."""
+    shape = shapes.ModelShape("heavy", 4, 8192, 28672, 64, 64, 128, 32000)
+    monkeypatch.setitem(shapes.ARCHITECTURES, shape.name, shape)
+    return shape.name
+
+
+@every_method
+def test_a_client_over_its_budget_is_refused_and_the_round_goes_on(case: str, heavy: str):
+    """A Jetson Nano (4 GB) holds no share of the model that is trained here, an AGX Orin does."""
+    done = runs.run(spec_of(case, **{"cost.model": heavy, "fleet.num_clients": 4}))
+    clients = done.clients
+    nano = clients["device"] == "jetson-nano"
+    assert (clients["status"][nano] == "oom").all()
+    assert (clients["status"][~nano] == "ok").all()
+    assert nano.groupby(clients["round"]).sum().tolist() == done.rounds["num_oom"].tolist()
+    assert 0 < nano.sum() < len(clients)
+    assert (clients["peak_memory_bytes"][nano] > clients["budget_bytes"][nano]).all()
+    spent = ["flops", "uplink_bytes", "downlink_bytes", "sim_seconds", "energy_joules", "num_tokens"]
+    assert not clients.loc[nano, spent].to_numpy().any()
+    assert clients.loc[~nano, spent].to_numpy().all()
+    assert np.isfinite(done.rounds["train_loss"]).all()
+
+
+@every_method
+def test_a_round_of_refused_clients_changes_nothing(case: str, heavy: str):
+    done = runs.run(spec_of(case, **{"cost.model": heavy, "fleet.devices": {"jetson-nano": 1.0}}))
+    assert done.rounds["num_oom"].tolist() == [3, 3, 3]
+    assert done.rounds["train_loss"].isna().all()
+    assert done.rounds["uplink_bytes"].tolist() == [0, 0, 0]
+    runs.same_tensors(done.state.tensors, untrained(done).tensors)
+    assert done.private == {}
+
+
+@every_method
+def test_only_what_the_plan_names_changes_and_travels(case: str):
+    """One client's work: every trainable tensor moves, the others and all inputs keep their bits."""
+    done, passed = reference(case)
+    method = done.problem.method
+    key, tasks = tasks_of(passed[0])
+    payload = passed[0].payloads[key]
+    plan, start = method.plan(payload), method.client_adapter(payload)
+    sent = {name: t.clone() for name, t in payload.tensors.items()}
+    weights = {name: w.clone() for name, w in done.problem.inputs.base.weights.items()}
+    update = method.local_update(runs.worker(done.problem), payload, tasks[:1])
+    runs.same_tensors(payload.tensors, sent)
+    runs.same_tensors(done.problem.inputs.base.weights, weights)
+    assert update.upload is not None
+    assert set(update.upload.shapes) == {name for name in start if plan.uploads(name)}
+    for name, tensor in update.upload.client(0).items():
+        assert torch.equal(tensor, start[name]) != plan.trainable(name), name
+
+
+@every_method
+def test_stacked_clients_learn_what_they_learn_one_by_one(case: str):
+    """Cohorts of three against cohorts of one: the state agrees to 1e-4, for every method that stacks."""
+    together = runs.run(spec_of(case, **{"execution.cohort": 3}))
+    alone = runs.run(spec_of(case, **{"execution.cohort": 1}))
+    assert together.state.tensors.keys() == alone.state.tensors.keys()
+    for name, tensor in together.state.tensors.items():
+        torch.testing.assert_close(tensor, alone.state.tensors[name], rtol=1e-4, atol=1e-5, msg=name)
+    for client in together.private:
+        runs.close_tensors(together.private[client], alone.private[client], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(together.clients["train_loss"], alone.clients["train_loss"], rtol=1e-5)
+
+
+@every_method
+def test_private_state_stays_with_its_client(case: str):
+    """Every client resumes from the very bits that it kept last, and no two clients keep the same."""
+    _, passed = reference(case)
+    kept: dict[int, dict[str, Tensor]] = {}
+    for one in passed:
+        for client_id in one.lot.client_ids.tolist():
+            given = one.given.get(client_id)
+            assert (given is not None) == (client_id in kept)
+            if given is not None:
+                runs.same_tensors(given.unpack(), kept[client_id])
+        kept.update({client: packed.unpack() for client, packed in one.kept.items()})
+    for a in kept:
+        for b in kept:
+            assert a == b or any(not torch.equal(kept[a][name], kept[b][name]) for name in kept[a])
+    assert bool(kept) == ("fedsa-lora" in case)
+
+
+@every_method
+def test_stacked_work_is_in_the_order_of_its_tasks(case: str):
+    """Clients with fewer steps leave the stack early, yet each loss and upload is its own client's."""
+    done, passed = reference(case)
+    method = done.problem.method
+    if method.coupled:
+        pytest.skip("clients of a shared server half do not learn alone")
+    key, tasks = tasks_of(passed[0])
+    assert len(tasks) == 2
+    short = ClientTask(**{**vars(tasks[0]), "rows": tasks[0].rows[:1]})
+    payload, worker = passed[0].payloads[key], runs.worker(done.problem)
+    both = method.local_update(worker, payload, [short, tasks[1]])
+    assert both.upload is not None
+    for k, task in enumerate((short, tasks[1])):
+        alone = method.local_update(worker, payload, [task])
+        assert alone.upload is not None
+        assert both.losses[k] == pytest.approx(alone.losses[0], rel=1e-5)
+        assert both.num_tokens[k] == alone.num_tokens[0]
+        runs.close_tensors(both.upload.client(k), alone.upload.client(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_names_its_source_and_has_a_job_file(name: str):
+    doc = sys.modules[METHODS[name].__module__].__doc__ or ""
+    assert re.search(r"arXiv \d{4}\.\d{5}|\b(ICLR|ICML|NeurIPS|ACL|EMNLP) 20\d\d", doc)
+    assert re.search(r"\b(19|20)\d\d\b", METHODS[name].source)
+    job = REPOSITORY / "jobs" / "methods" / f"{name}.yaml"
+    assert specs.load(job).method.name == name
