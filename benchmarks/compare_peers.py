@@ -50,12 +50,12 @@ def systems(work: str, num_clients: int, num_elements: int, num_rounds: int, pla
     two_processes = [str(pfl / "torchrun"), "--standalone", "--nproc_per_node=2"]
     out: dict[str, list[str]] = {}
     if work == "lora":
-        out["fleetune, 2 hosts"] = [sys.executable, str(HERE / "lora.py"), "--hosts", "2", *sizes]
-        out["fleetune, 1 host"] = [sys.executable, str(HERE / "lora.py"), "--hosts", "1", *sizes]
+        out["fleetune, 2 workers"] = [sys.executable, str(HERE / "lora.py"), "--workers", "2", *sizes]
+        out["fleetune, 1 worker"] = [sys.executable, str(HERE / "lora.py"), "--workers", "1", *sizes]
         out["Flower, model kept in the worker"] = [*run_flower, "--keep-model"]
         out["Flower, model built per client"] = run_flower
     else:
-        out["fleetune, 2 hosts"] = [sys.executable, str(HERE / "engine.py"), "--elements", str(num_elements), *sizes]
+        out["fleetune, 2 workers"] = [sys.executable, str(HERE / "engine.py"), "--elements", str(num_elements), *sizes]
         out["Flower, 2 workers"] = run_flower
     out["pfl-research, 2 processes"] = [*two_processes, *run_pfl]
     out["pfl-research, 1 process"] = [str(pfl / "python"), *run_pfl]

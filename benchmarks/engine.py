@@ -94,7 +94,7 @@ def with_files(args: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=("ray", "serial"), default="ray")
-    parser.add_argument("--hosts", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
         "--rounds", type=int, default=10, help="rounds that are measured, beside the first and the last"
     )
@@ -110,7 +110,7 @@ def main() -> None:
     if args.files:
         measure.report("engine, files", with_files(args))
         return
-    execution = {"kind": args.kind, "hosts": args.hosts, "threads": 1}
+    execution = {"kind": args.kind, "workers": args.workers, "threads": 1}
     cases = CASES if args.clients is None else ((args.clients, args.elements),)
     name = "noop-batches" if args.batches else "noop"
     rows = []

@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8, help="of the cohort")
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
-    measure.like_a_host()
+    measure.like_a_worker()
     set_threads(1)
     rows = [{"what": name, **in_turn(work, args.repeats, calls=50)} for name, work in pieces().items()]
     for name in args.model:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 
-def like_a_host() -> None:
-    """Begin this program anew with the allocator's settings that a host has, which a process reads when it starts."""
+def like_a_worker() -> None:
+    """Begin this program anew with the allocator's settings that a worker has, which a process reads when it starts."""
     # Here, because it imports Ray, and some of these measure memory and imports.
     from fleetune.engine.launch.cluster import ALLOCATOR
 

@@ -1,4 +1,4 @@
-"""Where the memory goes: per idle client, per host, per node. Linux: it reads /proc.
+"""Where the memory goes: per idle client, per worker, per node. Linux: it reads /proc.
 
     python benchmarks/memory.py                 # about two minutes
     python benchmarks/memory.py --part clients  # only the registered clients
@@ -46,12 +46,12 @@ def idle_clients() -> list[dict[str, Any]]:
     return [{"what": "an idle registered client", "bytes": (taken[2] - taken[1]) / (many - few)}]
 
 
-def hosts(model: workload.Llama) -> list[dict[str, Any]]:
-    """Processes of a run on one host and on two, and how much of the base model each host maps and owns."""
+def workers(model: workload.Llama) -> list[dict[str, Any]]:
+    """Processes of a run on one worker and on two, and how much of the base model each worker maps and owns."""
     base = model.build()
     weights = sum(t.nbytes for t in base.weights.values())
     rows: list[dict[str, Any]] = [{"what": "base model's weights", "bytes": weights}]
-    for num_hosts in (1, 2):
+    for num_workers in (1, 2):
         spec = workload.spec(
             {
                 "fleet.num_clients": 8,
@@ -59,47 +59,50 @@ def hosts(model: workload.Llama) -> list[dict[str, Any]]:
                 "rounds.num_rounds": 4,
                 "local.steps": 1,
                 "local.batch_size": 1,  # the activations are not what is asked for here
-                "execution": {"kind": "ray", "hosts": num_hosts, "threads": 1, "cohort": 4},
+                "execution": {"kind": "ray", "workers": num_workers, "threads": 1, "cohort": 4},
             }
         )
         found: dict[str, dict[str, Any]] = {}
 
-        def look(round_idx: int, found: dict[str, dict[str, Any]] = found, num_hosts: int = num_hosts) -> None:
+        def look(round_idx: int, found: dict[str, dict[str, Any]] = found, num_workers: int = num_workers) -> None:
             if round_idx == 1:
-                found.update(_host_rows(num_hosts))
+                found.update(_worker_rows(num_workers))
 
         workload.timed_rounds(spec, workload.inputs(spec, base), after=look)
         rows += found.values()
     return rows
 
 
-def _host_rows(num_hosts: int) -> dict[str, dict[str, Any]]:
+def _worker_rows(num_workers: int) -> dict[str, dict[str, Any]]:
     everyone = measure.descendants(os.getpid())
     names = {pid: command_line(pid) for pid in everyone}
     out: dict[str, dict[str, Any]] = {}
     for pid, name in names.items():
-        if name.startswith("ray::HostActor"):
+        if name.startswith("ray::RayWorker"):
             mapped = measure.mapping_bytes(pid, path_contains=STORE)
-            out[f"{num_hosts}/{pid}"] = {
-                "what": f"a host of {num_hosts}",
+            out[f"{num_workers}/{pid}"] = {
+                "what": f"a worker of {num_workers}",
                 "bytes": measure.pss_bytes([pid]),
                 "store_mapped": mapped["Rss"],
                 "store_pss": mapped["Pss"],
                 "store_shared": mapped["Shared_Clean"] + mapped["Shared_Dirty"],
                 "store_private": mapped["Private_Clean"] + mapped["Private_Dirty"],
             }
-    coordinator = [pid for pid, name in names.items() if name.startswith("ray::CoordinatorActor")]
-    out[f"{num_hosts}/coordinator"] = {"what": "coordinator", "bytes": measure.pss_bytes(coordinator)}
-    out[f"{num_hosts}/all"] = {"what": f"everything with {num_hosts} host(s)", "bytes": measure.pss_bytes(everyone)}
+    coordinator = [pid for pid, name in names.items() if name.startswith("ray::RayCoordinator")]
+    out[f"{num_workers}/coordinator"] = {"what": "coordinator", "bytes": measure.pss_bytes(coordinator)}
+    out[f"{num_workers}/all"] = {
+        "what": f"everything with {num_workers} worker(s)",
+        "bytes": measure.pss_bytes(everyone),
+    }
     return out
 
 
 def many_clients() -> list[dict[str, Any]]:
-    """The most that a run with 10,000 registered clients, 100 of them each round, took on two hosts."""
+    """The most that a run with 10,000 registered clients, 100 of them each round, took on two workers."""
     spec = workload.spec({"fleet.num_clients": 10_000, "rounds.num_rounds": 4, "execution.threads": 1})
     with measure.PeakMemory(os.getpid()) as peak:
         workload.timed_rounds(spec, workload.inputs(spec, workload.Llama().build()))
-    return [{"what": "10,000 clients, 100 per round, 2 hosts: peak", "bytes": peak.bytes}]
+    return [{"what": "10,000 clients, 100 per round, 2 workers: peak", "bytes": peak.bytes}]
 
 
 def large_replies() -> list[dict[str, Any]]:
@@ -119,13 +122,13 @@ def large_replies() -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("clients", "many", "replies", "hosts"), nargs="*")
+    parser.add_argument("--part", choices=("clients", "many", "replies", "workers"), nargs="*")
     args = parser.parse_args()
     parts = {
         "clients": idle_clients,
         "many": many_clients,
         "replies": large_replies,
-        "hosts": lambda: hosts(workload.Llama(num_layers=8, hidden_size=512, intermediate_size=1376, num_heads=8)),
+        "workers": lambda: workers(workload.Llama(num_layers=8, hidden_size=512, intermediate_size=1376, num_heads=8)),
     }
     rows = [row for name, part in parts.items() if not args.part or name in args.part for row in part()]
     for row in rows:

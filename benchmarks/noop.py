@@ -1,6 +1,6 @@
 """A method whose local work is nothing: what is left is what the engine itself costs.
 
-Importing this module makes the method known. The hosts import it when they receive a spec that holds its config, because the
+Importing this module makes the method known. The workers import it when they receive a spec that holds its config, because the
 directory of a script that starts Ray is on its workers' path.
 """
 

@@ -1,7 +1,7 @@
-"""Where a round of the LoRA workload goes: processor time of every process on Ray, and of a host's step by kind of work.
+"""Where a round of the LoRA workload goes: processor time of every process on Ray, and of a worker's step by kind of work.
 
 python benchmarks/round_profile.py
-python benchmarks/round_profile.py --hosts 1 --kernels torch
+python benchmarks/round_profile.py --workers 1 --kernels torch
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def seconds_by_process(root: int) -> dict[str, float]:
                 fields = file.read().rpartition(")")[2].split()
         except OSError:
             continue
-        names = {"HostActor": "hosts", "CoordinatorActor": "coordinator"}
+        names = {"RayWorker": "workers", "RayCoordinator": "coordinator"}
         kind = next((kind for name, kind in names.items() if name in command), "Ray's own processes")
         kind = "the process that started the run" if pid == root else kind
         out[kind] = out.get(kind, 0.0) + (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     return out
 
 
-def of_processes(num_hosts: int, num_rounds: int, kernels: str) -> list[dict[str, Any]]:
+def of_processes(num_workers: int, num_rounds: int, kernels: str) -> list[dict[str, Any]]:
     """Processor time per client-round by process, and what the clock says."""
     marks: list[tuple[float, dict[str, float]]] = []
 
@@ -62,7 +62,7 @@ def of_processes(num_hosts: int, num_rounds: int, kernels: str) -> list[dict[str
         if round_idx in (1, num_rounds + 1):  # the first rounds warm up
             marks.append((time.perf_counter(), seconds_by_process(os.getpid())))
 
-    execution = {"hosts": num_hosts, "threads": 1, "kernels": kernels}
+    execution = {"workers": num_workers, "threads": 1, "kernels": kernels}
     spec = workload.spec({"rounds.num_rounds": num_rounds + 3, "execution": {"kind": "ray", **execution}})
     workload.timed_rounds(spec, workload.inputs(spec, workload.Llama().build()), after=after)
     (started, before), (ended, used) = marks
@@ -70,7 +70,7 @@ def of_processes(num_hosts: int, num_rounds: int, kernels: str) -> list[dict[str
     rows = [
         {"where": kind, "ms": 1e3 * (seconds - before.get(kind, 0.0)) / client_rounds} for kind, seconds in used.items()
     ]
-    rows.append({"where": f"the clock, {num_hosts} hosts", "ms": 1e3 * (ended - started) / client_rounds})
+    rows.append({"where": f"the clock, {num_workers} workers", "ms": 1e3 * (ended - started) / client_rounds})
     return rows
 
 
@@ -98,13 +98,13 @@ def of_a_step(num_clients: int, kernels: str, *, repeats: int = 5) -> list[dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hosts", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--clients", type=int, default=8, help="of the cohort whose step is looked into")
     parser.add_argument("--kernels", choices=("compiled", "torch"), default="compiled")
     args = parser.parse_args()
-    measure.like_a_host()
-    rows = of_processes(args.hosts, args.rounds, args.kernels)
+    measure.like_a_worker()
+    rows = of_processes(args.workers, args.rounds, args.kernels)
     rows += of_a_step(args.clients, args.kernels)
     measure.report("round_profile", rows)
 

@@ -115,7 +115,7 @@ def main() -> None:
         "--matmul", type=int, default=1024, help="size of the product to compare with; on a GPU take 8192"
     )
     args = parser.parse_args()
-    measure.like_a_host()
+    measure.like_a_worker()
     clock = time.process_time if args.cpu_time else time.perf_counter
     rows = []
     for threads in [1] if args.cpu_time else args.threads:

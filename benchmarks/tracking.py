@@ -49,7 +49,7 @@ def main() -> None:
 
     from fleetune.records import RunDirectory, SweepDirectory
     from fleetune.spec import from_dict
-    from fleetune.tracking.stream import Follower, Tracker
+    from fleetune.tracking.stream import RecordStream, Tracker
 
     uri = os.path.expandvars(args.uri) if args.uri else None
     with tempfile.TemporaryDirectory(prefix="fleetune-bench-") as folder:
@@ -58,7 +58,7 @@ def main() -> None:
         sweep = SweepDirectory.create(folder, "s", {"name": name, "base": values}, directory=Path(folder) / "sweeps",
                                       meta={"sweep": name})  # fmt: skip
         warnings: list[str] = []
-        follower = Follower.start(warn=warnings.append)
+        follower = RecordStream.start(warn=warnings.append)
         child = psutil.Process(follower._process.pid)
         started = time.perf_counter()
         follower.watch(sweep.path)

@@ -74,7 +74,7 @@ SPEC: dict[str, Any] = {
     "local": {"steps": 4, "batch_size": 4, "learning_rate": 0.05, "optimizer": "sgd", "max_grad_norm": None},
     "method": {"name": "fedavg"},
     "evaluation": {"every": 1_000_000, "generate": False},
-    "execution": {"kind": "ray", "hosts": 2},
+    "execution": {"kind": "ray", "workers": 2},
     "tracking": {"enabled": False},
 }
 """The LoRA workload: 100 clients a round, 4 SGD steps of batch 4 on q and v with r = 8."""
@@ -119,11 +119,14 @@ def timed_rounds(of: RunSpec, data: Inputs, *, after: Callable[[int], None] | No
     started = time.perf_counter()
     marks: list[float] = []
     loss = float("nan")
-    with tempfile.TemporaryDirectory(prefix="fleetune-bench-") as folder, engine(of, address=None, debug=False) as eng:
-        of = eng.resolve(of)
+    with (
+        tempfile.TemporaryDirectory(prefix="fleetune-bench-") as folder,
+        engine(of, address=None, debug=False) as backend,
+    ):
+        of = backend.resolve(of)
         problem = build_problem(of, data)
         run_dir = RunDirectory.create(folder, "run", of.model_dump(mode="json", warnings=False))
-        for event in eng.events(problem, run_dir):
+        for event in backend.events(problem, run_dir):
             marks.append(time.perf_counter())
             if event["kind"] == "round":
                 loss = float(event["row"]["train_loss"])

@@ -99,7 +99,7 @@ class Campaign:
         import test_damage
 
         self.folder, self.plan_folder, self.tests = folder, folder / "plan", test_damage
-        self.spec = test_damage.spec_of(**{"execution.kind": kind, "execution.hosts": 1 if kind == "serial" else 2})
+        self.spec = test_damage.spec_of(**{"execution.kind": kind, "execution.workers": 1 if kind == "serial" else 2})
         self.undisturbed = folder
         self.counts: collections.Counter[str] = collections.Counter()
         self.wrong: list[str] = []
@@ -163,7 +163,7 @@ class Campaign:
             shutil.rmtree(workspace, ignore_errors=True)
 
     def kills_of_actors(self, number: int, *, draw: random.Random) -> None:
-        """The run itself goes on: a host is replaced and its lot run again, a coordinator goes on after the last round."""
+        """The run itself goes on: a worker is replaced and its unit run again, a coordinator goes on after the last round."""
         plan(self.plan_folder, 0)
         self.run(self.folder / "counted")
         num_steps = (self.plan_folder / "steps").stat().st_size

@@ -50,8 +50,8 @@ MISTAKES: dict[str, tuple[list[str], str, Any, str]] = {
     "negative rate": (["local.learning_rate=-1"], "local.learning_rate", -1, "greater than or equal to 0"),
     "not a number": (["local.learning_rate=.nan"], "local.learning_rate", None, "should be a finite number"),
     "infinite": (["local.learning_rate=.inf"], "local.learning_rate", None, "should be a finite number"),
-    "neither auto nor a number": (["execution.hosts=few"], "execution.hosts", "few", "auto"),
-    "no host": (["execution.hosts=0"], "execution.hosts", 0, "auto"),
+    "neither auto nor a number": (["execution.workers=few"], "execution.workers", "few", "auto"),
+    "no worker": (["execution.workers=0"], "execution.workers", 0, "auto"),
     "no such choice": (["rounds.close=never"], "rounds.close", "never", "'all', 'deadline'"),
     "unknown target": (["model.lora.targets=[qproj]"], "model.lora.targets", ["qproj"], "q_proj, k_proj"),
     "too many clients a round": (

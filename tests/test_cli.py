@@ -19,7 +19,7 @@ import yaml
 from fleetune import cli
 from fleetune.catalogue import CATALOGUES
 from fleetune.engine.launch import run as launch
-from fleetune.engine.pending_rounds import FinishedRound, Ledger
+from fleetune.engine.pending_rounds import FinishedRound, PendingRounds
 from fleetune.methods import METHODS
 from fleetune.records.run_directory import RunDirectory
 from support import commands, runs, tiny
@@ -180,11 +180,11 @@ def test_debug_gives_the_same_results_in_this_thread_and_lets_exceptions_through
     job = commands.job_file(tmp_path)
     plain = fleetune("run", job, "-w", tmp_path, "--json").document
     seen: list[Any] = []
-    run_lot = launch.SerialExecutor._run_one
+    run_work_unit = launch.SerialExecutor._run_one
 
     def spy(*args: Any) -> Any:
         seen.append((threading.current_thread() is threading.main_thread(), ray.is_initialized()))
-        return run_lot(*args)
+        return run_work_unit(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(launch.SerialExecutor, "_run_one", spy)
@@ -205,7 +205,7 @@ def test_ctrl_c_leaves_a_run_that_can_be_gone_on_with(
     job = commands.job_file(tmp_path)
     whole = fleetune("run", job, "-w", tmp_path / "whole", "--json").document
     with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "add", interrupted_in_round(1, Ledger.add))
+        patch.setattr(PendingRounds, "add", interrupted_in_round(1, PendingRounds.add))
         out = fleetune("run", job, "-w", tmp_path, "--json")
     assert out.status == 130
     assert out.document == {"error": "stopped"}
@@ -218,7 +218,7 @@ def test_ctrl_c_leaves_a_run_that_can_be_gone_on_with(
 def interrupted_in_round(round_idx: int, add: Callable[..., None]) -> Callable[..., None]:
     """Ctrl-C after the round's work, before anything of it is recorded."""
 
-    def interrupt(ledger: Ledger, finished: FinishedRound) -> None:
+    def interrupt(ledger: PendingRounds, finished: FinishedRound) -> None:
         if finished.row["round"] == round_idx:
             raise KeyboardInterrupt
         add(ledger, finished)

@@ -263,7 +263,7 @@ def test_the_slurm_script_runs_a_job_on_two_nodes(tmp_path: Path, tmp_path_facto
         (programs / name).chmod(0o755)
     (programs / "fleetune").write_text(f'#!/bin/sh\nexec {sys.executable} -m fleetune "$@"\n')
     (programs / "fleetune").chmod(0o755)
-    job = commands.job_file(tmp_path, {"rounds.num_rounds": 1, "execution.hosts": 2})
+    job = commands.job_file(tmp_path, {"rounds.num_rounds": 1, "execution.workers": 2})
     env = {
         **os.environ,
         "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",

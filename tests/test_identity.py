@@ -28,8 +28,8 @@ NO_RESULT_CHANGES = {
     "tracking.experiment": "under which name",
     "tracking.system_metrics": "with the machine's load beside them",
     "execution.kind": "serial and Ray give the same bits: tests/engine/test_ray.py",
-    "execution.hosts": "as many as there are give the same bits: tests/engine/test_ray.py",
-    "execution.hosts_per_gpu": "likewise",
+    "execution.workers": "as many as there are give the same bits: tests/engine/test_ray.py",
+    "execution.workers_per_gpu": "likewise",
 }
 
 
@@ -354,8 +354,8 @@ def test_a_trial_whose_data_changed_is_not_finished(tmp_path: Path):
     from fleetune.sweep.config import SweepSpec
     from fleetune.sweep.driver import take_stock
     from fleetune.sweep.expansion import sweep_id, trials_of
-    from fleetune.sweep.status import Board
-    from fleetune.sweep.trial_runner import Order, Resident
+    from fleetune.sweep.status import SweepStatus
+    from fleetune.sweep.trial_runner import Order, TrialRunner
 
     data = tmp_path / "train.jsonl"
     shutil.copy(tiny.data_file(), data)
@@ -364,13 +364,13 @@ def test_a_trial_whose_data_changed_is_not_finished(tmp_path: Path):
     trials, place = trials_of(sweep), tmp_path / "sweeps" / sweep_id(sweep)
 
     def stock() -> tuple[Any, Any]:
-        board = Board(sweep, num_trials=1)
+        board = SweepStatus(sweep, num_trials=1)
         return board, take_stock(board, trials, place)
 
     def work(board: Any) -> dict[str, Any]:
         entry = board.entries[0]
         order = Order(0, entry.trial.spec.to_dict(), str(tmp_path), entry.run.path.name, {})
-        return list(Resident().run(order))[-1]
+        return list(TrialRunner().run(order))[-1]
 
     first, _ = stock()
     assert first.entries[0].status == "missing"
@@ -395,7 +395,7 @@ def test_a_trial_whose_data_changed_is_not_finished(tmp_path: Path):
 
 def test_trials_over_other_traces_share_no_inputs(tmp_path: Path):
     """A process keeps what it has read for the next trial; intervals are part of that."""
-    from fleetune.sweep.trial_runner import Resident, inputs_key
+    from fleetune.sweep.trial_runner import TrialRunner, inputs_key
 
     specs = []
     for name, clients in (("one", (0, 1, 2)), ("two", (3, 4, 5))):
@@ -403,7 +403,7 @@ def test_trials_over_other_traces_share_no_inputs(tmp_path: Path):
         file.write_text("\n".join(["client_id,start_seconds,end_seconds", *(f"{c},0,1e9" for c in clients)]))
         specs.append(tiny.spec({"fleet.availability": {"kind": "trace", "path": str(file)}}))
     assert len({inputs_key(spec) for spec in (*specs, tiny.spec(), tiny.spec({"fleet.dropout": 0.5}))}) == 3
-    resident = Resident()
+    resident = TrialRunner()
     traces = [resident.inputs(spec).availability for spec in specs]
     assert [trace.client_ids.tolist() for trace in traces if trace is not None] == [[0, 1, 2], [3, 4, 5]]
 
@@ -413,7 +413,7 @@ def test_a_base_model_that_was_kept_is_read_again_once_its_files_change(tmp_path
     folder = tmp_path / "model"
     shutil.copytree(tiny.model_folder(), folder)
     spec = tiny.spec({"model.base": str(folder)})
-    engine = launch.RayEngine.__new__(launch.RayEngine)
+    engine = launch.RayBackend.__new__(launch.RayBackend)
     engine._coordinators, engine._bases = {(1, 1, 0.0): None}, {}
     first = engine.inputs(spec).base
     engine._bases[launch.base_key(spec)] = (first, None)

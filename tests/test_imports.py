@@ -296,7 +296,7 @@ def test_ray_is_begun_before_pytorch_is_there():
 
 
 def test_a_worker_needs_no_transformers(tmp_path: Path):
-    """It trains and evaluates with generation on a pickled problem: the library's import would cost each host seconds."""
+    """It trains and evaluates with generation on a pickled problem: the library's import would cost each worker seconds."""
     spec = tiny.spec()
     inputs = runs.inputs(spec)
     file = tmp_path / "inputs.pickle"

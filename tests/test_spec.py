@@ -104,7 +104,7 @@ def test_assignments_are_yaml():
         ("data.eval_dataset", "~/held #out.jsonl"),
         ("data.answer_pattern", "# (.*)"),
         ("data.partition.key", "true"),
-        ("tracking.uri", "http://host/#x"),
+        ("tracking.uri", "http://worker/#x"),
         ("tracking.experiment", "1e3"),
         ("model.base", "0x10"),
     ],
@@ -123,8 +123,8 @@ def test_a_field_of_text_takes_what_was_typed(field: str, text: str):
         ("fleet.network=wifi", "wifi"),
         ("fleet.network={wifi: 0.5, lte: 0.5}", {"wifi": 0.5, "lte": 0.5}),
         ("fleet.network.wifi=1", 1),
-        ("execution.hosts=auto", "auto"),
-        ("execution.hosts=3", 3),
+        ("execution.workers=auto", "auto"),
+        ("execution.workers=3", 3),
         ("model.lora.targets=[q_proj, v_proj]", ["q_proj", "v_proj"]),
         ("model.lora.targets=q_proj # one", "q_proj"),
         ("local.max_grad_norm=null", None),
@@ -179,7 +179,7 @@ SAME = {
     "tracking.enabled": False,
     "tracking.uri": "http://x",
     "execution.kind": "serial",
-    "execution.hosts": 3,
+    "execution.workers": 3,
 }
 ANOTHER = {
     "seed": 1,
@@ -258,7 +258,7 @@ def test_an_unknown_field_is_named_with_its_neighbours(values: dict[str, Any], f
         ({"fleet": {"network": 3}}, "fleet.network", 3),
         ({"fleet": {"network": {"wifi": 0.5}}}, "fleet.network", {"wifi": 0.5}),
         ({"model": {"lora": {"targets": 3}}}, "model.lora.targets", 3),
-        ({"execution": {"hosts": "few"}}, "execution.hosts", "few"),
+        ({"execution": {"workers": "few"}}, "execution.workers", "few"),
         ({"execution": {"threads": 0}}, "execution.threads", 0),
         ({"execution": {"cohort": 1.5}}, "execution.cohort", 1.5),
         ({"cost": {"model": "llama9"}}, "cost.model", "llama9"),
@@ -458,3 +458,9 @@ def test_every_field_says_what_it_is():
     ]
     assert silent == []
     assert {METHODS[name].Config.__name__ for name in METHODS} <= set(schema["$defs"])
+
+
+@pytest.mark.parametrize("name", ["hosts", "hosts_per_gpu"])
+def test_a_field_of_an_earlier_version_is_refused_with_its_new_name(name: str):
+    with pytest.raises(UserError, match=rf"has another name now.*execution\.{name.replace('hosts', 'workers')}"):
+        from_dict({"execution": {name: 2}})

@@ -162,7 +162,7 @@ def test_a_sweep_runs_on_the_cluster_and_its_end_is_ours(cluster: tuple[str, Acc
 def test_ctrl_c_leaves_the_job_running(cluster: tuple[str, Access, Path], project: Path):
     """Ctrl-C ends the following, not the job. Meanwhile two submissions are not let in."""
     address, access, _ = cluster
-    left = submit(project, address, access, "--set", "rounds.num_rounds=5000", "--set", "execution.hosts=1", "--json")
+    left = submit(project, address, access, "--set", "rounds.num_rounds=5000", "--set", "execution.workers=1", "--json")
     strangers = [
         submit(project, address, {}, "--json", HOME=str(project)),
         submit(project, address, {**access, "RAY_AUTH_TOKEN": uuid.uuid4().hex}, "--json", HOME=str(project)),

@@ -135,7 +135,7 @@ def _heading(title: str, event: dict[str, Any]) -> str:
     where = (
         "this process"
         if chosen["kind"] == "serial"
-        else f"{chosen['hosts']} Ray hosts of {chosen['threads']} thread(s)"
+        else f"{chosen['workers']} Ray workers of {chosen['threads']} thread(s)"
     )
     how = chosen["device"] if chosen["precision"] == "fp32" else f"{chosen['device']} in {chosen['precision']}"
     if chosen["kernels"] == "compiled":

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, field
 
 from fleetune.config import Config
 
-MAX_PARTS = 100_000  # assumed: of hosts, of their threads, and of clients that are stacked
+MAX_PARTS = 100_000  # assumed: of workers, of their threads, and of clients that are stacked
 
 
 class RoundsConfig(Config):
@@ -44,30 +44,30 @@ class ExecutionConfig(Config):
     """Where the work runs. Only cohort, threads, device, precision and kernels change results: they round differently."""
 
     kind: Literal["auto", "ray", "serial"] = "auto"
-    """ray: a pool of host actors; serial: in this process; auto: ray where more than one host can be busy."""
-    hosts: int | Literal["auto"] = "auto"
-    """Host actors through which clients pass. auto: one per core, as many as a round can keep busy."""
+    """ray: a pool of worker actors; serial: in this process; auto: ray where more than one worker can be busy."""
+    workers: int | Literal["auto"] = "auto"
+    """Worker actors through which clients pass. auto: one per core, as many as a round can keep busy."""
     cohort: int | Literal["auto"] = "auto"
-    """Clients that train stacked, as one batch over the shared base. auto: enough for every host, at most 16, and
+    """Clients that train stacked, as one batch over the shared base. auto: enough for every worker, at most 16, and
     on processors no more than 4,096 padded tokens per step (local.batch_size times data.max_tokens for each client)."""
     threads: int | Literal["auto"] = "auto"
-    """CPU threads per host; hosts times threads never exceed the cores. auto: cores / hosts."""
+    """CPU threads per worker; workers times threads never exceed the cores. auto: cores / workers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where hosts compute. auto: cuda where every node has a GPU and the hosts find room there, else cpu."""
+    """Where workers compute. auto: cuda where every node has a GPU and the workers find room there, else cpu."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the products in training and evaluation; bf16: autocast. Adapters, gradients and optimizer are fp32 in both."""
     kernels: Literal["auto", "compiled", "torch"] = "auto"
     """What norms, rotations, gates and the loss are computed by; compiled: by this machine's C compiler, once, in a
     quarter of a second, for fp32 on processors. auto: compiled where the machine that starts the run can, else torch."""
-    hosts_per_gpu: int = Field(1, ge=1, le=10_000)
-    """Hosts that share a GPU (device: cuda); each holds the base model once in the GPU's memory."""
+    workers_per_gpu: int = Field(1, ge=1, le=10_000)
+    """Workers that share a GPU (device: cuda); each holds the base model once in the GPU's memory."""
 
     @model_validator(mode="before")
     @classmethod
     def _auto(cls, value: Any) -> Any:
         return {} if value == "auto" else value
 
-    @field_validator("hosts", "cohort", "threads", mode="wrap")
+    @field_validator("workers", "cohort", "threads", mode="wrap")
     @classmethod
     def _auto_or_positive(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         try:

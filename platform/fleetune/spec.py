@@ -46,10 +46,16 @@ MAX_INTEGER = 2**63 - 1
 NO_RESULT_CHANGES = {
     "name": "what a run is called",
     "tracking": "where records are sent",
-    "execution.kind": "serial or Ray: lots, cohorts and the order of sums follow from the job alone",
-    "execution.hosts": "how many processes the same lots go through",
-    "execution.hosts_per_gpu": "which of them share a GPU",
+    "execution.kind": "serial or Ray: units, cohorts and the order of sums follow from the job alone",
+    "execution.workers": "how many processes the same units go through",
+    "execution.workers_per_gpu": "which of them share a GPU",
 }
+
+FORMER_NAMES = {
+    "execution.hosts": "execution.workers",
+    "execution.hosts_per_gpu": "execution.workers_per_gpu",
+}
+"""Fields of job files of earlier versions -> what they are called now."""
 
 
 class RunSpec(Config):
@@ -269,6 +275,8 @@ def as_user_error(error: ValidationError, root: type[Config]) -> UserError:
     first = errors[0]
     where = _place(first["loc"])
     field = ".".join(where)
+    if first["type"] == "extra_forbidden" and field in FORMER_NAMES:
+        return UserError("has another name now", field=field, hint=f"it is called {FORMER_NAMES[field]}")
     if first["type"] == "extra_forbidden":
         known = _fields_at(root, where[:-1], first["loc"])
         misspelt = unknown_name("field", where[-1], known, field=field)

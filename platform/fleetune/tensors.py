@@ -23,8 +23,8 @@ from fleetune import files
 
 Tensors = dict[str, Tensor]
 
-# Buffers from here on have pages of their own, which go back to the system with them. Hosts keep the pages of their heap, and
-# such buffers, let go among small objects, would leave holes there: 170 MiB on two hosts after 100 replies of 4.5 MB.
+# Buffers from here on have pages of their own, which go back to the system with them. Workers keep the pages of their heap, and
+# such buffers, let go among small objects, would leave holes there: 170 MiB on two workers after 100 replies of 4.5 MB.
 LARGE_BYTES = 1 << 20
 
 ALIGNMENT = 16

@@ -10,7 +10,7 @@ import pytest
 from fleetune.cost.overlap import overlapped
 from fleetune.errors import UserError
 from fleetune.fleet.devices import device
-from fleetune.records.timeline import write_trace
+from fleetune.records.timeline import write_timeline
 from support import runs, tiny
 
 
@@ -47,7 +47,7 @@ def test_pipelining_shortens_turns_and_changes_nothing_else():
     np.testing.assert_allclose(saved, idle * (a["sim_seconds"] - b["sim_seconds"]), rtol=1e-6)
     same = [*parts, "flops", "server_flops", "uplink_bytes", "downlink_bytes", "peak_memory_bytes", "train_loss"]
     assert (a[same] == b[same]).all(axis=None)
-    slices = write_trace(piped.run_dir).read_text().count('"pipelined"')
+    slices = write_timeline(piped.run_dir).read_text().count('"pipelined"')
     assert slices == len(b)
 
 

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from fleetune import scopes as marks
+from fleetune import scopes
 from fleetune.cost.polynomials import FORMS, POINTS, Fitter, Point, evaluate, monomials
 from fleetune.cost.trace import PARTS, StepTrace, live_bytes, possible_peaks
 from fleetune.methods import METHODS
@@ -186,7 +186,7 @@ def test_another_architecture_is_laid_out_by_fraction_of_its_depth(architecture_
     shape = architecture(architecture_name)
     this = world("split-lora")
     model = CostedModel(this.method.context.base, shape)
-    client = model.method(this.method).plan(model.payload(this.payload, 3)).split
+    client = model.method(this.method).local_plan(model.payload(this.payload, 3)).split
     assert client == {32: 11, 36: 12}[shape.num_layers]
     sent = model.payload(this.payload, 3).tensors
     assert {int(name.split(".")[1]) for name in sent} == set(range(client))
@@ -238,7 +238,7 @@ def test_a_deep_model_is_traced_on_two_shallow_ones(case: str, checkpointing: bo
     basis = np.concatenate([monomials(*([x] for x in point)) for point in (*BATCHES, Point(1, 4000, 1))])
     assert fast.peak(basis).tolist() == whole.peak(basis).tolist()
     uneven = {n: t for n, t in this.payload.tensors.items() if n != "layers.5.mlp.up_proj.lora_A"}
-    plan = this.method.plan(this.payload)
+    plan = this.method.local_plan(this.payload)
     assert this.tracing._alike(this.payload, plan)
     assert not this.tracing._alike(Payload(uneven), plan)
 
@@ -326,9 +326,9 @@ def met(this: World) -> None:
     """The traced peak is the allocator's, to 0.5 %, once what only the simulation holds (a second gradient) stands beside it."""
     trace = this.trace()
     (first, _), (second, _) = this.tracing.watched(this.tracing.model, this.payload, this.shape)
-    both_sides = possible_peaks(live_bytes(first, second, (marks.CLIENT, marks.SERVER)))
-    simulated = (*PARTS, marks.SIMULATION)
-    with_simulation = possible_peaks(live_bytes(first, second, (marks.CLIENT, marks.SERVER), simulated))
+    both_sides = possible_peaks(live_bytes(first, second, (scopes.CLIENT, scopes.SERVER)))
+    simulated = (*PARTS, scopes.SIMULATION)
+    with_simulation = possible_peaks(live_bytes(first, second, (scopes.CLIENT, scopes.SERVER), simulated))
     for point in BATCHES:
         basis = monomials(*([x] for x in point))
         dynamic = dynamic_peak(both_sides, basis)
@@ -363,7 +363,7 @@ def kept_bytes(this: World, point: Point) -> int:
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         place = tensor.untyped_storage().data_ptr()
-        if marks.current.side == marks.CLIENT and place not in known and not is_adapter(tensor):
+        if scopes.current.side == scopes.CLIENT and place not in known and not is_adapter(tensor):
             kept.setdefault(place, tensor)
         return tensor
 

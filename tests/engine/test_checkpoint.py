@@ -12,7 +12,7 @@ import torch
 
 from fleetune import files
 from fleetune.engine.checkpoint.checkpoint import Checkpoint, Progress
-from fleetune.engine.checkpoint.client_store import PrivateStore, place_of
+from fleetune.engine.checkpoint.client_store import ClientStore, slot_of
 from fleetune.errors import UserError
 from fleetune.methods.base import State
 from fleetune.tensors import Packed, pack, save
@@ -26,8 +26,8 @@ def kept(value: float) -> Packed:
 
 
 def keep(checkpoint: Checkpoint, round_idx: int, private: dict[int, Packed]) -> None:
-    """As the first lot of a round does."""
-    checkpoint.store.write(place_of(round_idx, 0), private)
+    """As the first unit of a round does."""
+    checkpoint.store.write(slot_of(round_idx, 0), private)
     checkpoint.kept(round_idx, 0, np.array(list(private)))
 
 
@@ -43,7 +43,7 @@ def files_of(checkpoint: Checkpoint) -> list[str]:
 def test_there_is_nothing_before_the_first_round(tmp_path: Path):
     checkpoint = Checkpoint(tmp_path, num_clients=3)
     assert checkpoint.load() is None
-    assert checkpoint.places_of(np.arange(3)) == {}
+    assert checkpoint.slots_of(np.arange(3)) == {}
     assert values_of(checkpoint) == {}
 
 
@@ -73,7 +73,7 @@ def test_clients_keep_what_they_had_in_their_last_round(tmp_path: Path):
         assert values_of(one) == pytest.approx({1: 0.1, 2: 1.2, 5: 1.5})
         assert [c for c, _, _ in one.all_private(np.arange(10))] == [1, 2, 5]
         assert [n for _, n, _ in one.all_private(10 * np.arange(6))] == [10, 20, 50]
-        assert one.places_of(np.array([0, 2, 5])) == {2: place_of(1, 0), 5: place_of(1, 0)}
+        assert one.slots_of(np.array([0, 2, 5])) == {2: slot_of(1, 0), 5: slot_of(1, 0)}
 
 
 def test_files_that_no_client_needs_are_deleted(tmp_path: Path):
@@ -81,7 +81,7 @@ def test_files_that_no_client_needs_are_deleted(tmp_path: Path):
     for round_idx in range(3):
         keep(checkpoint, round_idx, {0: kept(round_idx), round_idx: kept(round_idx)})
         checkpoint.save(checkpoint.snapshot(STATE, Progress(round_idx + 1)))
-    assert files_of(checkpoint) == ["round_000001_lot_00.safetensors", "round_000002_lot_00.safetensors"]
+    assert files_of(checkpoint) == ["round_000001_unit_00.safetensors", "round_000002_unit_00.safetensors"]
     assert values_of(checkpoint) == {0: 2.0, 1: 1.0, 2: 2.0}
 
 
@@ -103,17 +103,17 @@ def test_a_round_that_waits_is_saved_as_it_was(tmp_path: Path):
         assert (found[1].next_round, found[1].totals) == (round_idx + 1, {"uplink_bytes": float(round_idx)})
         assert values_of(resumed) == {0: float(round_idx)}
         assert resumed.provisioned == {0: f"stage-{round_idx}"}
-    assert files_of(checkpoint) == ["round_000000_lot_00.safetensors", "round_000001_lot_00.safetensors"]
+    assert files_of(checkpoint) == ["round_000000_unit_00.safetensors", "round_000001_unit_00.safetensors"]
 
 
 def test_the_files_of_a_round_that_is_under_way_stay(tmp_path: Path):
-    """Hosts write round 1's while round 0 goes on record."""
+    """Workers write round 1's while round 0 goes on record."""
     checkpoint = Checkpoint(tmp_path, num_clients=2)
     keep(checkpoint, 0, {0: kept(0.0)})
     snapshot = checkpoint.snapshot(STATE, Progress(1))
-    checkpoint.store.write(place_of(1, 3), {1: kept(1.0)})
+    checkpoint.store.write(slot_of(1, 3), {1: kept(1.0)})
     checkpoint.save(snapshot)
-    assert files_of(checkpoint) == ["round_000000_lot_00.safetensors", "round_000001_lot_03.safetensors"]
+    assert files_of(checkpoint) == ["round_000000_unit_00.safetensors", "round_000001_unit_03.safetensors"]
 
 
 def test_clients_of_unlike_tensors_share_a_file(tmp_path: Path):
@@ -123,7 +123,7 @@ def test_clients_of_unlike_tensors_share_a_file(tmp_path: Path):
         1: {"b": torch.arange(6.0).view(2, 3)},
         7: {"b": torch.arange(3.0) + 1, "a": torch.zeros(2, 2, dtype=torch.bfloat16)},
     }
-    store = PrivateStore.open(tmp_path)
+    store = ClientStore.open(tmp_path)
     store.write(5, {client: pack(tensors) for client, tensors in private.items()})
     found = dict(store.read(dict.fromkeys(private, 5)))
     assert list(found) == [1, 4, 7]
@@ -133,9 +133,9 @@ def test_clients_of_unlike_tensors_share_a_file(tmp_path: Path):
 
 
 def test_a_folder_of_the_same_name_elsewhere_is_not_the_store(tmp_path: Path):
-    store = PrivateStore.open(tmp_path / "here")
+    store = ClientStore.open(tmp_path / "here")
     assert store.is_here
-    assert PrivateStore.open(tmp_path / "here") == store
+    assert ClientStore.open(tmp_path / "here") == store
     assert not replace(store, token="another run's").is_here
     assert not replace(store, folder=str(tmp_path / "there")).is_here
 
@@ -207,18 +207,18 @@ def test_what_a_state_points_to_is_on_the_disk_before_it_and_the_records_too(
     snapshot = checkpoint.snapshot(STATE, Progress(1))
     seen.clear()
     checkpoint.saving(snapshot, after=[part])()
-    assert seen[:4] == [part.name, tmp_path.name, "round_000000_lot_00.safetensors", "clients"]
+    assert seen[:4] == [part.name, tmp_path.name, "round_000000_unit_00.safetensors", "clients"]
     assert seen[4].startswith(".state.safetensors")
     assert seen[5:] == ["c"]
 
 
 def test_a_row_that_was_damaged_while_the_run_goes_on_is_told(tmp_path: Path):
-    store = PrivateStore.open(tmp_path)
+    store = ClientStore.open(tmp_path)
     store.write(5, {1: kept(0.25), 2: kept(0.5)})
     (path,) = tmp_path.glob("*.safetensors")
     content = bytearray(path.read_bytes())
-    place = content.index(np.float32(0.5).tobytes())
-    content[place] ^= 1
+    slot = content.index(np.float32(0.5).tobytes())
+    content[slot] ^= 1
     path.write_bytes(content)
     assert [client for client, _ in store.read({1: 5})] == [1]
     with pytest.raises(files.Damaged, match=r"what clients keep since round 0: the checksum of client 2"):

@@ -371,10 +371,10 @@ def test_epochs_give_clients_steps_by_their_examples():
     tokens = done.clients.set_index("client_id")["num_tokens"]
     assert {int(n) % 4 for n in np.diff(part.offsets)} != {0}
     for one in passed:
-        steps = np.diff(one.lot.row_offsets)
-        assert steps.tolist() == [2 * -(-len(part.shard(c)) // 4) for c in one.lot.client_ids.tolist()]
-        for i, c in enumerate(one.lot.client_ids.tolist()):
-            rows = one.lot.rows[one.lot.row_offsets[i] : one.lot.row_offsets[i + 1]]
+        steps = np.diff(one.unit.row_offsets)
+        assert steps.tolist() == [2 * -(-len(part.shard(c)) // 4) for c in one.unit.client_ids.tolist()]
+        for i, c in enumerate(one.unit.client_ids.tolist()):
+            rows = one.unit.rows[one.unit.row_offsets[i] : one.unit.row_offsets[i + 1]]
             assert sorted(rows[rows >= 0].tolist()) == sorted([*part.shard(c).tolist()] * 2)
             assert tokens[c] == 2 * lengths[part.shard(c)].sum() == one.reply.num_tokens[i]
 

@@ -18,7 +18,7 @@ from fleetune.engine import divergence
 from fleetune.engine.coordinator import Coordinator
 from fleetune.engine.execution.executor import SerialExecutor
 from fleetune.engine.execution.work_units import _diverged
-from fleetune.engine.round.schedule import Schedule, Scheduled
+from fleetune.engine.round.planner import RoundPlan, RoundPlanner
 from fleetune.errors import RunFailed
 from fleetune.methods import METHODS
 from fleetune.methods.base import Method, Payload, State
@@ -53,12 +53,12 @@ def hot(method: type[Method], who: Who) -> type[Method]:
     return Hot
 
 
-class Unsampled(Schedule):
+class Unsampled(RoundPlanner):
     """The schedule of a run in which some clients never count."""
 
     who: Who
 
-    def round(self, state: State, round_idx: int, *args: Any, **more: Any) -> Scheduled:
+    def round(self, state: State, round_idx: int, *args: Any, **more: Any) -> RoundPlan:
         """The round, with those as failed from the outset."""
         now = super().round(state, round_idx, *args, **more)
         return divergence.fail(now, np.isin(now.client_ids, self.who.get(round_idx, ())))
@@ -89,8 +89,8 @@ def run_without(spec: Any, who: Who, folder: Path) -> runs.Finished:
     plain = runs.problem(spec)
     run_dir = RunDirectory.create(folder, "tiny", spec.to_dict())
     coordinator = Coordinator(plain, SerialExecutor(plain), run_dir)
-    coordinator.schedule = Unsampled(plain)
-    coordinator.schedule.who = who
+    coordinator.planner = Unsampled(plain)
+    coordinator.planner.who = who
     return runs.finished(plain, run_dir, list(coordinator.run()))
 
 

@@ -57,7 +57,7 @@ def test_a_killed_run_goes_on_bit_for_bit(kind: str, method: str, tmp_path: Path
         "rounds.num_rounds": NUM_ROUNDS,
         "evaluation.every": NUM_ROUNDS,
         "execution.kind": kind,
-        "execution.hosts": 1,
+        "execution.workers": 1,
     }
     job = commands.job_file(tmp_path, overrides, method=method)
     with started("run", job, "-w", tmp_path / "killed") as process:

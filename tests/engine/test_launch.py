@@ -44,16 +44,16 @@ def resolved(
 
 # -- what auto becomes --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("node_cores", "overrides", "kind", "hosts", "threads", "cohort"),
+    ("node_cores", "overrides", "kind", "workers", "threads", "cohort"),
     [
         ([1], {}, "serial", 1, 1, 6),
         ([2], {}, "ray", 2, 1, 3),
         ([4], {}, "ray", 4, 1, 2),
-        ([64], {}, "ray", 6, 10, 1),  # no more hosts than clients in a round; they share the cores
+        ([64], {}, "ray", 6, 10, 1),  # no more workers than clients in a round; they share the cores
         ([8, 8], {}, "ray", 6, 2, 1),
-        ([4], {"execution.hosts": 2}, "ray", 2, 2, 3),
+        ([4], {"execution.workers": 2}, "ray", 2, 2, 3),
         ([4], {"execution.threads": 4}, "serial", 1, 4, 6),
-        ([4], {"execution.hosts": 2, "execution.threads": 1}, "ray", 2, 1, 3),
+        ([4], {"execution.workers": 2, "execution.threads": 1}, "ray", 2, 1, 3),
         ([4], {"execution.cohort": 5}, "ray", 4, 1, 5),
         ([1], {"local.batch_size": 64}, "serial", 1, 1, 2),  # 64 x 32 padded tokens each: two fill a step of 4,096
         ([1], {"local.batch_size": 256}, "serial", 1, 1, 1),  # one is more than that
@@ -61,53 +61,55 @@ def resolved(
     ],
 )
 def test_auto_keeps_every_core_busy(
-    node_cores: list[int], overrides: dict[str, Any], kind: str, hosts: int, threads: int, cohort: int
+    node_cores: list[int], overrides: dict[str, Any], kind: str, workers: int, threads: int, cohort: int
 ):
     chosen = resolved(node_cores, overrides)
-    assert (chosen["kind"], chosen["hosts"], chosen["threads"], chosen["cohort"]) == (kind, hosts, threads, cohort)
+    assert (chosen["kind"], chosen["workers"], chosen["threads"], chosen["cohort"]) == (kind, workers, threads, cohort)
 
 
-def test_clients_that_share_a_server_half_are_one_host_s_work():
-    """SplitLoRA's clients meet in every step: a second host would only wait."""
+def test_clients_that_share_a_server_half_are_one_worker_s_work():
+    """SplitLoRA's clients meet in every step: a second worker would only wait."""
     assert resolved([4], method="split-lora")["kind"] == "serial"
 
 
 def test_hosts_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match=r"execution\.hosts=3: .* of 2 cores \(lower one of them, or set one to auto\)"):
-        resolved([2], {"execution.hosts": 3, "execution.threads": 1})
-    with pytest.raises(UserError, match="nodes of 3, 3 cores"):  # six cores, but no host has a foot on two nodes
-        resolved([3, 3], {"execution.hosts": 3, "execution.threads": 2})
+    with pytest.raises(
+        UserError, match=r"execution\.workers=3: .* of 2 cores \(lower one of them, or set one to auto\)"
+    ):
+        resolved([2], {"execution.workers": 3, "execution.threads": 1})
+    with pytest.raises(UserError, match="nodes of 3, 3 cores"):  # six cores, but no worker has a foot on two nodes
+        resolved([3, 3], {"execution.workers": 3, "execution.threads": 2})
 
 
 # -- GPUs -----------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("node_cores", "node_gpus", "overrides", "device", "kind", "hosts", "threads", "cohort"),
+    ("node_cores", "node_gpus", "overrides", "device", "kind", "workers", "threads", "cohort"),
     [
-        ([8], [1], {}, "cuda", "serial", 1, 8, 6),  # one host has the GPU, and all cores for what it prepares
+        ([8], [1], {}, "cuda", "serial", 1, 8, 6),  # one worker has the GPU, and all cores for what it prepares
         ([8], [2], {}, "cuda", "ray", 2, 4, 3),
-        ([8], [2], {"execution.hosts_per_gpu": 2}, "cuda", "ray", 4, 2, 2),
+        ([8], [2], {"execution.workers_per_gpu": 2}, "cuda", "ray", 4, 2, 2),
         ([8, 4], [1, 1], {}, "cuda", "ray", 2, 4, 3),
-        ([8, 8], [4, 0], {}, "cpu", "ray", 6, 2, 1),  # hosts would lie on both nodes
+        ([8, 8], [4, 0], {}, "cpu", "ray", 6, 2, 1),  # workers would lie on both nodes
         ([8, 8], [4, 0], {"execution.device": "cuda"}, "cuda", "ray", 4, 2, 2),
         ([8], [1], {"execution.device": "cpu"}, "cpu", "ray", 6, 1, 1),
-        ([8], [1], {"execution.hosts": 2}, "cpu", "ray", 2, 4, 3),  # two hosts were asked for, no matter where
-        ([8], [1], {"execution.hosts": 2, "execution.hosts_per_gpu": 2}, "cuda", "ray", 2, 4, 3),
-        ([8], [1], {"execution.hosts": 2, "execution.kind": "serial"}, "cuda", "serial", 2, 4, 3),
+        ([8], [1], {"execution.workers": 2}, "cpu", "ray", 2, 4, 3),  # two workers were asked for, no matter where
+        ([8], [1], {"execution.workers": 2, "execution.workers_per_gpu": 2}, "cuda", "ray", 2, 4, 3),
+        ([8], [1], {"execution.workers": 2, "execution.kind": "serial"}, "cuda", "serial", 2, 4, 3),
     ],
 )
-def test_auto_takes_the_gpus_where_the_hosts_find_room(
+def test_auto_takes_the_gpus_where_the_workers_find_room(
     node_cores: list[int],
     node_gpus: list[int],
     overrides: dict[str, Any],
     device: str,
     kind: str,
-    hosts: int,
+    workers: int,
     threads: int,
     cohort: int,
 ):
     chosen = resolved(node_cores, overrides, node_gpus=node_gpus)
     assert chosen["device"] == device
-    assert (chosen["kind"], chosen["hosts"], chosen["threads"], chosen["cohort"]) == (kind, hosts, threads, cohort)
+    assert (chosen["kind"], chosen["workers"], chosen["threads"], chosen["cohort"]) == (kind, workers, threads, cohort)
 
 
 def test_what_was_decided_is_decided():
@@ -132,14 +134,16 @@ def test_a_gpu_that_is_not_there_is_told_and_what_to_do(tmp_path: Path, monkeypa
 
 
 def test_hosts_that_find_no_room_on_the_gpus_are_refused():
-    with pytest.raises(UserError, match=r"3 hosts need more than the 1 GPU\(s\) .* raise execution\.hosts_per_gpu"):
-        resolved([8], {"execution.device": "cuda", "execution.hosts": 3, "execution.hosts_per_gpu": 2}, node_gpus=[1])
+    with pytest.raises(UserError, match=r"3 workers need more than the 1 GPU\(s\) .* raise execution\.workers_per_gpu"):
+        resolved(
+            [8], {"execution.device": "cuda", "execution.workers": 3, "execution.workers_per_gpu": 2}, node_gpus=[1]
+        )
 
 
-@pytest.mark.parametrize(("hosts_per_gpu", "share"), [(1, 1.0), (3, 0.3333), (6, 0.1666)])
-def test_the_shares_of_a_gpu_never_exceed_it(hosts_per_gpu: int, share: float):
+@pytest.mark.parametrize(("workers_per_gpu", "share"), [(1, 1.0), (3, 0.3333), (6, 0.1666)])
+def test_the_shares_of_a_gpu_never_exceed_it(workers_per_gpu: int, share: float):
     """Ray counts in ten-thousandths and would round a sixth up: six of them would not fit."""
-    execution = ExecutionConfig(device="cuda", hosts_per_gpu=hosts_per_gpu)
+    execution = ExecutionConfig(device="cuda", workers_per_gpu=workers_per_gpu)
     assert gpu_share(execution) == share
     assert gpu_share(execution.model_copy(update={"device": "cpu"})) == 0.0
 
@@ -186,8 +190,8 @@ def test_a_run_that_goes_on_elsewhere_is_not_resumed(tmp_path: Path):
 
 def test_the_hash_is_that_of_what_decides_results():
     spec = tiny.spec()
-    same = {"name": "other", "tracking.enabled": True, "execution.kind": "ray", "execution.hosts": 1}
-    same |= {"execution.hosts_per_gpu": 2}
+    same = {"name": "other", "tracking.enabled": True, "execution.kind": "ray", "execution.workers": 1}
+    same |= {"execution.workers_per_gpu": 2}
     other = {"seed": 1, "execution.cohort": 1, "execution.threads": 2, "rounds.num_rounds": 4, "local.steps": 1}
     other |= {"execution.device": "cuda", "execution.precision": "bf16"}
     assert all(tiny.spec({path: value}).spec_hash == spec.spec_hash for path, value in same.items())
@@ -250,7 +254,7 @@ def test_a_run_joins_a_cluster_only_where_it_is_told_to(tmp_path_factory: pytest
 
     Its own Ray listens on this machine alone, and asks for a token that no file holds.
     """
-    job = commands.job_file(tmp_path, {"execution.hosts": 1, "execution.kind": "ray"})
+    job = commands.job_file(tmp_path, {"execution.workers": 1, "execution.kind": "ray"})
     access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}  # its own, whatever this machine has
     with cluster(tmp_path_factory.mktemp("r"), access) as address:
         joined = commands.finish(commands.start("run", job, "-w", tmp_path, "--json", "--address", address, **access))
@@ -307,7 +311,7 @@ def test_a_mistake_that_shows_while_ray_starts_leaves_no_process_behind(tmp_path
 @pytest.mark.slow
 def test_three_signals_end_a_run_on_ray_in_one_sentence_and_leave_no_process(tmp_path: Path):
     """SIGTERM, then Ctrl-C twice, within 0.3 s: what was done is on record, and how to go on is said once."""
-    overrides = {"rounds.num_rounds": 3000, "evaluation.every": 3000, "execution.kind": "ray", "execution.hosts": 1}
+    overrides = {"rounds.num_rounds": 3000, "evaluation.every": 3000, "execution.kind": "ray", "execution.workers": 1}
     process = commands.start("run", commands.job_file(tmp_path, overrides, method="fedsa-lora"), "-w", tmp_path)
     deadline = time.monotonic() + 150
     while len(list(tmp_path.glob("runs/*/checkpoint/records/round_*.arrow"))) < 3:

@@ -1,4 +1,4 @@
-"""Runs on a real Ray cluster of this machine: the same bits as serially, on any number of hosts, and whoever dies."""
+"""Runs on a real Ray cluster of this machine: the same bits as serially, on any number of workers, and whoever dies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import ray
 
 from fleetune.engine.execution.executor import SerialExecutor
 from fleetune.engine.execution.ray_pool import RayExecutor, SharedInputs
-from fleetune.engine.execution.work_units import Lot, LotReply
+from fleetune.engine.execution.work_units import WorkUnit, WorkUnitReply
 from fleetune.engine.launch import run as launch
 from fleetune.engine.launch.cluster import Cluster
 from fleetune.engine.launch.cluster import _clusters as joined
@@ -39,7 +39,7 @@ pytestmark = [
 ]
 
 GPU_SHARE = 0.25  # of a GPU that Ray counts as well, and on which nothing is computed
-NUM_CORES = 5  # those that Ray counts, not those of this machine: three hosts, and two of a coordinator
+NUM_CORES = 5  # those that Ray counts, not those of this machine: three workers, and two of a coordinator
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in METHODS},
@@ -68,7 +68,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def spec_of(case: str, **overrides: Any) -> RunSpec:
-    """Cohorts of one, so that a round of three clients has three lots to hand out."""
+    """Cohorts of one, so that a round of three clients has three units to hand out."""
     method, variant = CASES[case]
     return tiny.spec({"evaluation.generate": False, "execution.cohort": 1, **variant, **overrides}, method=method)
 
@@ -79,7 +79,7 @@ def serially(case: str) -> runs.Finished:
 
 
 def on(executor: RayExecutor) -> runs.MakeExecutor:
-    """Hand the problem to hosts that are there already."""
+    """Hand the problem to workers that are there already."""
 
     def make(problem: Problem) -> RayExecutor:
         key = f"{problem.spec.model.base}/{problem.spec.model.quantization}"
@@ -116,145 +116,145 @@ def cluster() -> Iterator[None]:
         namespace="fleetune",
     )
     yield
-    launch._engines.clear()
+    launch._backends.clear()
     joined.clear()
     ray.shutdown()
 
 
 @pytest.fixture(scope="module")
-def hosts() -> Iterator[list[Any]]:
-    """Three hosts for all tests: each is prepared for a run while it still holds the former. They ask for shares of a GPU."""
-    executor = RayExecutor(3, threads=1, gpus_per_host=GPU_SHARE)
-    yield executor.hosts
-    for host in executor.hosts:
-        ray.kill(host)
+def workers() -> Iterator[list[Any]]:
+    """Three workers for all tests: each is prepared for a run while it still holds the former. They ask for shares of a GPU."""
+    executor = RayExecutor(3, threads=1, gpus_per_worker=GPU_SHARE)
+    yield executor.workers
+    for worker in executor.workers:
+        ray.kill(worker)
 
 
 class Borrowed(RayExecutor):
-    """An executor over the first few of the hosts that are there; successors of dead ones stay when it is gone."""
+    """An executor over the first few of the workers that are there; successors of dead ones stay when it is gone."""
 
     num_borrowed = itertools.count()
 
-    def __init__(self, hosts: list[Any], num_hosts: int):
-        super().__init__(0, threads=1, gpus_per_host=GPU_SHARE)
-        self.num_hosts, self.hosts = num_hosts, hosts
-        self._run_number = 1000 * next(Borrowed.num_borrowed)  # no host mistakes its run for that of another executor
+    def __init__(self, workers: list[Any], num_workers: int):
+        super().__init__(0, threads=1, gpus_per_worker=GPU_SHARE)
+        self.num_workers, self.workers = num_workers, workers
+        self._run_number = 1000 * next(Borrowed.num_borrowed)  # no worker mistakes its run for that of another executor
 
 
-@pytest.mark.parametrize("num_hosts", [1, 2, 3])
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
 @pytest.mark.parametrize("case", CASES)
-def test_any_number_of_hosts_gives_the_bits_of_a_serial_run(hosts: list[Any], case: str, num_hosts: int):
-    run = runs.run(spec_of(case), on(Borrowed(hosts, num_hosts)))
+def test_any_number_of_workers_gives_the_bits_of_a_serial_run(workers: list[Any], case: str, num_workers: int):
+    run = runs.run(spec_of(case), on(Borrowed(workers, num_workers)))
     runs.same_runs(run, serially(case))
     same_adapters(run, serially(case))
 
 
 class Apart(Borrowed):
-    """Hosts on a machine that does not have the run's folder."""
+    """Workers on a machine that does not have the run's folder."""
 
-    def run(self, lots: Sequence[Lot], payloads: Mapping[int, Payload]) -> Iterator[LotReply]:
-        return super().run([replace(lot, store=replace(lot.store, token="elsewhere")) for lot in lots], payloads)
+    def run(self, units: Sequence[WorkUnit], payloads: Mapping[int, Payload]) -> Iterator[WorkUnitReply]:
+        return super().run([replace(unit, store=replace(unit.store, token="elsewhere")) for unit in units], payloads)
 
 
-def test_what_clients_keep_travels_where_it_cannot_be_shared(hosts: list[Any]):
-    run = runs.run(spec_of("fedsa-lora"), on(Apart(hosts, 2)))
+def test_what_clients_keep_travels_where_it_cannot_be_shared(workers: list[Any]):
+    run = runs.run(spec_of("fedsa-lora"), on(Apart(workers, 2)))
     runs.same_runs(run, serially("fedsa-lora"))
 
 
-def test_hosts_share_the_gpu_that_ray_gives_them(hosts: list[Any]):
-    """Three hosts with a quarter each: all see GPU 0 and no other, and a quarter of it is left."""
+def test_hosts_share_the_gpu_that_ray_gives_them(workers: list[Any]):
+    """Three workers with a quarter each: all see GPU 0 and no other, and a quarter of it is left."""
 
     def sees(_: Any) -> str | None:
         return os.environ.get("CUDA_VISIBLE_DEVICES")
 
-    assert ray.get([host.__ray_call__.remote(sees) for host in hosts]) == ["0", "0", "0"]
+    assert ray.get([worker.__ray_call__.remote(sees) for worker in workers]) == ["0", "0", "0"]
     assert ray.available_resources()["GPU"] == pytest.approx(1 - 3 * GPU_SHARE)
 
 
 def test_a_cluster_s_gpus_are_found(monkeypatch: pytest.MonkeyPatch):
     """One node of five cores with one GPU, as Ray counts them, whatever this machine has."""
     monkeypatch.setattr(Cluster, "_connect", lambda joining: joining._ready.set())
-    engine = launch.RayEngine("auto")
+    engine = launch.RayBackend("auto")
 
     def chosen(**execution: Any) -> Any:
         return engine.resolve(tiny.spec({"execution": execution})).execution
 
     alone = chosen()
-    assert (alone.device, alone.hosts, alone.threads) == ("cuda", 1, NUM_CORES)
-    shared = chosen(hosts_per_gpu=2)
-    assert (shared.device, shared.hosts, shared.threads) == ("cuda", 2, 2)
-    with pytest.raises(UserError, match="3 hosts need more than the 1 GPU"):
-        chosen(device="cuda", hosts=3, hosts_per_gpu=2)
+    assert (alone.device, alone.workers, alone.threads) == ("cuda", 1, NUM_CORES)
+    shared = chosen(workers_per_gpu=2)
+    assert (shared.device, shared.workers, shared.threads) == ("cuda", 2, 2)
+    with pytest.raises(UserError, match="3 workers need more than the 1 GPU"):
+        chosen(device="cuda", workers=3, workers_per_gpu=2)
 
 
-# -- hosts that die ---------------------------------------------------------------------------------------------------
+# -- workers that die ---------------------------------------------------------------------------------------------------
 @pytest.fixture
-def pair(hosts: list[Any]) -> RayExecutor:
-    return Borrowed(hosts, 2)
+def pair(workers: list[Any]) -> RayExecutor:
+    return Borrowed(workers, 2)
 
 
 class Dying(Borrowed):
-    """Hosts die right after they were handed one of these lots, counted from 0 over the whole run."""
+    """Workers die right after they were handed one of these units, counted from 0 over the whole run."""
 
     max_deaths = 2
 
-    def __init__(self, hosts: list[Any], dies_at: range):
-        super().__init__([Watched(host, self) for host in hosts], len(hosts))
+    def __init__(self, workers: list[Any], dies_at: range):
+        super().__init__([Watched(worker, self) for worker in workers], len(workers))
         self.dies_at = dies_at
         self.num_calls = 0
         self.killed: list[Any] = []
 
-    def _new_host(self) -> Any:
-        return Watched(super()._new_host(), self)
+    def _new_worker(self) -> Any:
+        return Watched(super()._new_worker(), self)
 
     @property
     def unwatched(self) -> list[Any]:
-        """The hosts as they are now."""
-        return [watched.host for watched in self.hosts]
+        """The workers as they are now."""
+        return [watched.worker for watched in self.workers]
 
 
 class Watched:
-    """A host's handle that counts the lots it is handed."""
+    """A worker's handle that counts the units it is handed."""
 
-    def __init__(self, host: Any, pool: Dying):
-        self.host, self.pool = host, pool
-        self.prepare, self.evaluate, self.run = host.prepare, host.evaluate, self
+    def __init__(self, worker: Any, pool: Dying):
+        self.worker, self.pool = worker, pool
+        self.prepare, self.evaluate, self.run = worker.prepare, worker.evaluate, self
 
     def remote(self, *args: Any) -> Any:
-        ref = self.host.run.remote(*args)
+        ref = self.worker.run.remote(*args)
         if self.pool.num_calls in self.pool.dies_at:
-            self.pool.killed.append(self.host)
-            ray.kill(self.host, no_restart=True)
+            self.pool.killed.append(self.worker)
+            ray.kill(self.worker, no_restart=True)
         self.pool.num_calls += 1
         return ref
 
 
-def test_a_host_that_is_killed_changes_nothing(hosts: list[Any]):
-    """Lot 4 is the second of round 1: one of two hosts dies with it, and its successor carries it out."""
-    pool = Dying(hosts[:2], range(4, 5))
+def test_a_worker_that_is_killed_changes_nothing(workers: list[Any]):
+    """WorkUnit 4 is the second of round 1: one of two workers dies with it, and its successor carries it out."""
+    pool = Dying(workers[:2], range(4, 5))
     run = runs.run(spec_of("fedsa-lora"), on(pool))
-    hosts[:2] = pool.unwatched
+    workers[:2] = pool.unwatched
     assert len(pool.killed) == 1
-    assert pool.killed[0] not in hosts
-    assert pool.num_calls > 9  # three rounds of three lots, and those that the host took with it
+    assert pool.killed[0] not in workers
+    assert pool.num_calls > 9  # three rounds of three units, and those that the worker took with it
     runs.same_runs(run, serially("fedsa-lora"))
     same_adapters(run, serially("fedsa-lora"))
 
 
-def test_a_host_that_died_between_two_runs_is_replaced(hosts: list[Any], pair: RayExecutor):
-    before = list(hosts)
-    ray.kill(hosts[1], no_restart=True)
+def test_a_worker_that_died_between_two_runs_is_replaced(workers: list[Any], pair: RayExecutor):
+    before = list(workers)
+    ray.kill(workers[1], no_restart=True)
     runs.same_runs(runs.run(spec_of("fedit"), on(pair)), serially("fedit"))
-    assert hosts[0] is before[0]
-    assert hosts[1] is not before[1]
+    assert workers[0] is before[0]
+    assert workers[1] is not before[1]
 
 
-def test_work_that_always_kills_its_host_ends_the_run(hosts: list[Any]):
-    """A crash in native code, or a client too big for the machine: it is given another host, then it is named."""
-    pool = Dying(hosts[:1], range(3, 99))
-    with pytest.raises(RunFailed, match=r"^client \d, round 1, stage 0: the host process died") as failure:
+def test_work_that_always_kills_its_worker_ends_the_run(workers: list[Any]):
+    """A crash in native code, or a client too big for the machine: it is given another worker, then it is named."""
+    pool = Dying(workers[:1], range(3, 99))
+    with pytest.raises(RunFailed, match=r"^client \d, round 1, stage 0: the worker process died") as failure:
         runs.run(spec_of("fedit"), on(pool))
-    hosts[:1] = pool.unwatched
+    workers[:1] = pool.unwatched
     assert len(pool.killed) >= pool.max_deaths
     assert failure.value.round_idx == 1
     assert len(failure.value.client_ids) == 1
@@ -309,12 +309,12 @@ def test_a_diverging_client_is_left_out_alike_on_any_host(pair: RayExecutor, mon
 
 
 class Unpreparable(FedIT):
-    """Cannot be made on a host."""
+    """Cannot be made on a worker."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
         if ray.get_runtime_context().worker.mode == ray.WORKER_MODE:
-            raise OSError("no room on this host")
+            raise OSError("no room on this worker")
 
 
 @pytest.mark.parametrize("place", ["serial", "ray"])
@@ -326,9 +326,9 @@ def test_a_passing_trouble_is_cured_by_a_second_try(place: str, pair: RayExecuto
     runs.same_runs(run, serially("fedit"))
 
 
-def test_a_host_that_cannot_take_up_the_run_says_why(pair: RayExecutor, monkeypatch: pytest.MonkeyPatch):
+def test_a_worker_that_cannot_take_up_the_run_says_why(pair: RayExecutor, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(METHODS, "fedit", Unpreparable)
-    with pytest.raises(RunFailed, match="OSError: no room on this host"):
+    with pytest.raises(RunFailed, match="OSError: no room on this worker"):
         runs.run(spec_of("fedit"), on(pair))
 
 
@@ -350,8 +350,8 @@ def cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "num_cores", lambda: NUM_CORES)
 
 
-def on_ray(num_hosts: int = 1) -> RunSpec:
-    return spec_of("fedit", **{"execution.kind": "ray", "execution.hosts": num_hosts})
+def on_ray(num_workers: int = 1) -> RunSpec:
+    return spec_of("fedit", **{"execution.kind": "ray", "execution.workers": num_workers})
 
 
 def same_records(run_path: Path, whole: runs.Finished) -> None:
@@ -364,7 +364,7 @@ def same_records(run_path: Path, whole: runs.Finished) -> None:
 
 
 def coordinators() -> dict[tuple[int, int, float], Any]:
-    return launch._engines[None]._coordinators
+    return launch._backends[None]._coordinators
 
 
 @pytest.mark.usefixtures("cores")
@@ -375,13 +375,13 @@ def test_further_runs_find_the_actors_warm(tmp_path: Path):
     assert first.status == "finished"
     same_records(first.run_dir, serially("fedit"))
     coordinator = coordinators()[1, 1, 0.0]
-    hosts = ray.get(coordinator.hosts.remote())
+    workers = ray.get(coordinator.workers.remote())
 
     again = launch.run(on_ray(), workspace=tmp_path)
     assert again.run_dir != first.run_dir
     assert (again.metrics, again.totals["sim_seconds"]) == (first.metrics, first.totals["sim_seconds"])
     assert coordinators() == {(1, 1, 0.0): coordinator}
-    assert ray.get(coordinator.hosts.remote()) == hosts
+    assert ray.get(coordinator.workers.remote()) == workers
 
 
 @pytest.mark.usefixtures("cores")
@@ -407,7 +407,7 @@ def test_a_failed_run_names_its_client_and_can_be_gone_on_with(tmp_path: Path, m
 
 @pytest.mark.usefixtures("cores")
 def test_a_coordinator_that_dies_is_replaced_and_goes_on(tmp_path: Path):
-    """Killed after round 0 (and however much of round 1): its hosts go with it, and new ones do the rest."""
+    """Killed after round 0 (and however much of round 1): its workers go with it, and new ones do the rest."""
     events: list[dict[str, Any]] = []
 
     def kill_once(event: dict[str, Any]) -> None:
@@ -434,9 +434,9 @@ def test_a_coordinator_that_always_dies_ends_the_run(tmp_path: Path):
 
 
 @pytest.mark.usefixtures("cores")
-def test_another_number_of_hosts_takes_the_place_of_the_former(hosts: list[Any], tmp_path: Path):
-    """Three hosts of the tests above, then 1 + 2: one more than the cluster has cores for, so the former has to go."""
-    assert len(hosts) + 1 + 2 == NUM_CORES + 1
+def test_another_number_of_workers_takes_the_place_of_the_former(workers: list[Any], tmp_path: Path):
+    """Three workers of the tests above, then 1 + 2: one more than the cluster has cores for, so the former has to go."""
+    assert len(workers) + 1 + 2 == NUM_CORES + 1
     launch.run(on_ray(1), workspace=tmp_path)
     assert list(coordinators()) == [(1, 1, 0.0)]
     result = launch.run(on_ray(2), workspace=tmp_path)

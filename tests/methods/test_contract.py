@@ -55,9 +55,9 @@ def untrained(done: runs.Finished) -> State:
 
 
 def tasks_of(passed: runs.Passed) -> tuple[int, list[ClientTask]]:
-    """The first cohort of a lot: its payload's key and its tasks."""
-    cohort = passed.lot.cohorts[0]
-    return cohort.payload, passed.lot.tasks(cohort)
+    """The first cohort of a unit: its payload's key and its tasks."""
+    cohort = passed.unit.cohorts[0]
+    return cohort.payload, passed.unit.tasks(cohort)
 
 
 @every_method
@@ -123,9 +123,9 @@ def test_charged_bytes_are_those_of_the_tensors_passed(case: str):
         reply = one.reply
         assert one.partial_sum is not None
         assert (reply.upload_bytes == num_bytes(one.partial_sum.unpack())).all()
-        for cohort in one.lot.cohorts:
+        for cohort in one.unit.cohorts:
             for i in range(cohort.start, cohort.stop):
-                row = table.loc[(one.lot.round_idx, reply.client_ids[i])]
+                row = table.loc[(one.unit.round_idx, reply.client_ids[i])]
                 assert row["uplink_bytes"] == reply.upload_bytes[i] + reply.cut_bytes[0, i]
                 assert row["downlink_bytes"] == num_bytes(one.payloads[cohort.payload].tensors) + reply.cut_bytes[1, i]
                 assert row["num_tokens"] == reply.num_tokens[i]
@@ -177,7 +177,7 @@ def test_only_what_the_plan_names_changes_and_travels(case: str):
     method = done.problem.method
     key, tasks = tasks_of(passed[0])
     payload = passed[0].payloads[key]
-    plan, start = method.plan(payload), method.client_adapter(payload)
+    plan, start = method.local_plan(payload), method.client_adapter(payload)
     sent = {name: t.clone() for name, t in payload.tensors.items()}
     weights = {name: w.clone() for name, w in done.problem.inputs.base.weights.items()}
     update = method.local_update(runs.worker(done.problem), payload, tasks[:1])
@@ -208,7 +208,7 @@ def test_private_state_stays_with_its_client(case: str):
     _, passed = reference(case)
     kept: dict[int, dict[str, Tensor]] = {}
     for one in passed:
-        for client_id in one.lot.client_ids.tolist():
+        for client_id in one.unit.client_ids.tolist():
             given = one.given.get(client_id)
             assert (given is not None) == (client_id in kept)
             if given is not None:

@@ -76,8 +76,8 @@ def test_the_engine_weights_clients_by_their_examples():
     worker, method = runs.worker(done.problem), done.problem.method
     expected: dict[str, Tensor] = {}
     for one in passed:
-        for cohort in one.lot.cohorts:
-            for task in one.lot.tasks(cohort):
+        for cohort in one.unit.cohorts:
+            for task in one.unit.tasks(cohort):
                 update = method.local_update(worker, one.payloads[cohort.payload], [task]).upload
                 assert update is not None
                 for name, tensor in update.client(0).items():

@@ -28,7 +28,7 @@ def test_the_penalty_of_two_clients():
     method = runs.problem(tiny.spec({"method.mu": 2.0}, method="fedprox")).method
     start = {"a": torch.zeros(2, 1), "b": torch.ones(2, 1, 1)}
     params = {"a": torch.tensor([[1.0], [0.0]]), "b": torch.tensor([[[3.0]], [[4.0]]])}
-    penalty = method.plan(method.broadcast(method.start(), 0, None)).penalty
+    penalty = method.local_plan(method.broadcast(method.start(), 0, None)).penalty
     assert penalty is not None
     assert penalty(params, start).tolist() == [5.0, 9.0]
 
@@ -38,9 +38,9 @@ def test_the_gradient_gains_mu_times_the_distance():
     sgd = {"local.optimizer": "sgd", "local.learning_rate": 0.5, "local.max_grad_norm": None}
     made = runs.problem(tiny.spec({**sgd, "method.mu": 0.5}, method="fedprox"))
     payload = made.method.broadcast(made.method.start(), 0, None)
-    plan = made.method.plan(payload)
+    plan = made.method.local_plan(payload)
     _, passed = runs.recorded(tiny.spec({**FAST, "rounds.num_rounds": 1}))
-    task = passed[0].lot.tasks(passed[0].lot.cohorts[0])[0]
+    task = passed[0].unit.tasks(passed[0].unit.cohorts[0])[0]
     network = runs.worker(made).network(plan.submodel)
 
     def train(plan, start, rows):

@@ -51,6 +51,6 @@ def test_a_late_client_keeps_its_b_but_its_a_does_not_count():
     assert sorted(done.clients["status"]) == ["late", "ok", "ok"]
     late = int(done.clients.loc[done.clients["status"] == "late", "client_id"].iloc[0])
     assert late in done.private
-    weights = {int(c): float(w) for one in passed for c, w in zip(one.lot.client_ids, one.lot.weights, strict=True)}
+    weights = {int(c): float(w) for one in passed for c, w in zip(one.unit.client_ids, one.unit.weights, strict=True)}
     assert weights[late] == 0
     assert sum(weights.values()) == 1

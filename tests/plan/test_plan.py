@@ -15,12 +15,12 @@ import pandas as pd
 import pytest
 
 from fleetune.cost.polynomials import BASIS
-from fleetune.engine.round.schedule import Schedule
+from fleetune.engine.round.planner import RoundPlanner
 from fleetune.errors import UserError
 from fleetune.methods import METHODS
 from fleetune.models.outline import outline_base
 from fleetune.plan import walk
-from fleetune.plan.schedule import ExpectedSchedule, expected_longest
+from fleetune.plan.schedule import ExpectedRounds, expected_longest
 from fleetune.plan.summary import by_stage, comparison
 from fleetune.plan.variants import variants
 from fleetune.plan.walk import Plan, outline, plan
@@ -73,7 +73,7 @@ def test_a_plan_is_what_the_run_records(method: str, costs: dict[str, Any], tmp_
     done = runs.run(spec)
     problem, assumed = outline(spec, cache_dir=tmp_path)
     assert assumed == []
-    rows, clients = zip(*walk.walk(problem, Schedule(problem)), strict=True)
+    rows, clients = zip(*walk.walk(problem, RoundPlanner(problem)), strict=True)
     ours, theirs = pd.DataFrame(rows), done.rounds
     assert {"sim_seconds", "uplink_bytes", "energy_joules", "num_ok"} <= set(ours)
     for name in ours:
@@ -112,7 +112,7 @@ def test_expected_lengths_are_near_those_drawn(tmp_path: Path):
     """600 batches of the tiny world: the mean of the padded lengths to 1 %, steps exactly, the longest never exceeded."""
     spec = tiny.spec({"rounds.num_rounds": 60, "rounds.clients_per_round": 5, "local.epochs": 0.4})
     problem, _ = outline(spec, cache_dir=tmp_path)
-    drawn, expected = Schedule(problem), ExpectedSchedule(problem)
+    drawn, expected = RoundPlanner(problem), ExpectedRounds(problem)
     state = problem.method.start()
     padded: list[float] = []
     learnt: list[float] = []

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fleetune.engine.checkpoint.client_store import PrivateStore
+from fleetune.engine.checkpoint.client_store import ClientStore
 from fleetune.engine.launch import run as launch
 from fleetune.errors import RunFailed, Stopped, UserError
 from fleetune.records.run_directory import RunDirectory
@@ -171,11 +171,11 @@ def test_a_damaged_finished_run_is_told_by_whoever_reads_it(
 
 def test_a_damaged_token_is_replaced(tmp_path: Path):
     """It only tells this folder from others of its name."""
-    store = PrivateStore.open(tmp_path)
+    store = ClientStore.open(tmp_path)
     for content in (b"", b"\xff\xfe", b"x"):
         (tmp_path / "token").write_bytes(content)
         assert not store.is_here
-        assert PrivateStore.open(tmp_path).is_here
+        assert ClientStore.open(tmp_path).is_here
 
 
 def test_what_a_kill_left_half_written_is_gone_when_the_run_goes_on(stopped: Path, tmp_path: Path):

@@ -22,7 +22,7 @@ from fleetune import columns as schema
 from fleetune.errors import UserError
 from fleetune.records import RunDirectory, SweepDirectory, find_runs
 from fleetune.records.naming import flatten, group_labels, run_name, varied_fields
-from fleetune.records.timeline import write_trace
+from fleetune.records.timeline import write_timeline
 from support import REPOSITORY
 from support.synthetic_runs import make_run, make_spec, rounds_of
 
@@ -271,7 +271,7 @@ def test_trace_lays_the_phases_end_to_end(tmp_path: Path):
     refused = {"status": "oom", "refused_by": "memory", "refused_hint": "batch size 4"}
     run.append_round({"round": 0, "stage": 0, "sim_seconds": 10.0}, columns | refused)
     run.append_round({"round": 1, "stage": 0, "sim_seconds": 22.0, "waited_seconds": 2.0}, columns | phases)
-    events = json.loads(write_trace(run).read_text())["traceEvents"]
+    events = json.loads(write_timeline(run).read_text())["traceEvents"]
     slices = {(e["pid"], e["tid"], e["name"]): (e["ts"] / 1e6, e["dur"] / 1e6) for e in events if e["ph"] == "X"}
     assert slices == {
         (1, 0, "round 0"): (0, 10), (1, 0, "round 1"): (12, 10), (1, 1, "stage 0"): (0, 22),
@@ -292,7 +292,7 @@ def test_a_split_models_turn_has_the_servers_part_in_it(tmp_path: Path):
     columns = {"client_id": [0, 1], "device": "nano", "status": ["ok", "late"], "sim_seconds": [5.0, 7.0]}
     columns |= {"downlink_seconds": 1.0, "compute_seconds": 2.0, "server_seconds": [1.0, 3.0], "uplink_seconds": 1.0}
     run.append_round({"round": 0, "sim_seconds": 6.0}, columns)
-    events = json.loads(write_trace(run).read_text())["traceEvents"]
+    events = json.loads(write_timeline(run).read_text())["traceEvents"]
     lanes = {tid: [(e["name"], e["dur"] / 1e6) for e in events if e["ph"] == "X" and e["pid"] == 2 and e["tid"] == tid]
              for tid in (0, 1)}  # fmt: skip
     assert lanes[0] == [("downlink", 1), ("compute", 2), ("server", 1), ("uplink", 1), ("idle", 1)]
@@ -304,7 +304,7 @@ def test_a_split_models_turn_has_the_servers_part_in_it(tmp_path: Path):
 def test_trace_holds_what_the_format_asks_for(tmp_path: Path):
     """Every event has its fields, they are in order of time, no two slices of a lane overlap, and turns fill their rounds."""
     run = make_run(tmp_path, "a")
-    events = json.loads(write_trace(run).read_text())["traceEvents"]
+    events = json.loads(write_timeline(run).read_text())["traceEvents"]
     timed = [e for e in events if e["ph"] != "M"]
     assert {e["ph"] for e in events} == {"M", "X", "C", "i"}
     assert all(isinstance(e[key], int) for e in events for key in ("pid",))
@@ -327,7 +327,7 @@ def test_trace_holds_what_the_format_asks_for(tmp_path: Path):
 def test_trace_samples_clients_of_a_large_run(tmp_path: Path):
     """12 rounds x 20 clients x 4 slices = 960 events; with room for 480, half of the clients stay whole."""
     run = make_run(tmp_path, "a")
-    trace = json.loads(write_trace(run, max_events=480).read_text())
+    trace = json.loads(write_timeline(run, max_events=480).read_text())
     assert trace["otherData"]["clients"] == "10 of 20, evenly chosen by id"
     assert len({e["tid"] for e in trace["traceEvents"] if e["pid"] > 1 and e["name"] != "process_name"}) == 10
 

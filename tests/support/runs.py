@@ -15,10 +15,10 @@ import pandas as pd
 import torch
 
 from fleetune.engine.checkpoint.checkpoint import Checkpoint
-from fleetune.engine.checkpoint.client_store import place_of
+from fleetune.engine.checkpoint.client_store import slot_of
 from fleetune.engine.coordinator import Coordinator, Event
 from fleetune.engine.execution.executor import Evaluation, Executor, SerialExecutor
-from fleetune.engine.execution.work_units import Lot, LotReply
+from fleetune.engine.execution.work_units import WorkUnit, WorkUnitReply
 from fleetune.methods.base import GlobalModel, Payload, State
 from fleetune.models.config import ModelConfig
 from fleetune.models.load import load_base
@@ -94,8 +94,8 @@ def run(
     ``stop_after=n`` breaks off once n rounds are recorded, as a kill between two rounds does.
     """
     folder = folder or Path(tempfile.mkdtemp(prefix="tiny-run-"))
-    place = folder / "runs" / "tiny"
-    run_dir = RunDirectory.open(place) if place.exists() else RunDirectory.create(folder, "tiny", spec.to_dict())
+    slot = folder / "runs" / "tiny"
+    run_dir = RunDirectory.open(slot) if slot.exists() else RunDirectory.create(folder, "tiny", spec.to_dict())
     made = problem(spec)
     events: list[Event] = []
     with contextlib.closing(Coordinator(made, executor(made), run_dir).run()) as stream:
@@ -117,11 +117,11 @@ def finished(made: Problem, run_dir: RunDirectory, events: list[Event]) -> Finis
 
 @dataclass(frozen=True)
 class Passed:
-    """One lot as it crossed the seam: what was sent with it, and what came back."""
+    """One unit as it crossed the seam: what was sent with it, and what came back."""
 
-    lot: Lot
+    unit: WorkUnit
     payloads: dict[int, Payload]
-    reply: LotReply
+    reply: WorkUnitReply
     partial_sum: Packed | None
     given: dict[int, Packed]
     """What its clients had kept before."""
@@ -136,13 +136,13 @@ class Recorder:
     inner: Executor
     passed: list[Passed] = field(default_factory=list)
 
-    def run(self, lots: Sequence[Lot], payloads: Mapping[int, Payload]) -> Iterator[LotReply]:
+    def run(self, units: Sequence[WorkUnit], payloads: Mapping[int, Payload]) -> Iterator[WorkUnitReply]:
         """Pass on and note. The coordinator lets a reply's tensors go, so the sum is kept apart."""
-        given = [dict(lot.store.read(lot.places)) for lot in lots]
-        for lot, reply in zip(lots, self.inner.run(lots, payloads), strict=True):
-            place = place_of(lot.round_idx, lot.index)
-            kept = dict(lot.store.read(dict.fromkeys(reply.client_ids[reply.keeps].tolist(), place)))
-            self.passed.append(Passed(lot, dict(payloads), reply, reply.partial_sums.get(0), given[lot.index], kept))
+        given = [dict(unit.store.read(unit.slots)) for unit in units]
+        for unit, reply in zip(units, self.inner.run(units, payloads), strict=True):
+            slot = slot_of(unit.round_idx, unit.index)
+            kept = dict(unit.store.read(dict.fromkeys(reply.client_ids[reply.keeps].tolist(), slot)))
+            self.passed.append(Passed(unit, dict(payloads), reply, reply.partial_sums.get(0), given[unit.index], kept))
             yield reply
 
     def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> Evaluation:

@@ -18,7 +18,7 @@ from fleetune.records import RunDirectory, SweepDirectory
 from fleetune.sweep import config
 from fleetune.sweep import launch as sweeps
 from fleetune.sweep.expansion import trials_of
-from fleetune.sweep.status import Board
+from fleetune.sweep.status import SweepStatus
 from support import commands, runs, tiny
 
 NUM_ROUNDS = 4
@@ -29,17 +29,17 @@ GRID = {"method.growth_rate": [2, 4], "seed": [0, 1]}
 def local_ray() -> Iterator[None]:
     """Ray of this process, started by the first sweep and used by all."""
     ray.shutdown()
-    launch._engines.clear()
+    launch._backends.clear()
     cluster._clusters.clear()
     yield
     ray.shutdown()
-    launch._engines.clear()
+    launch._backends.clear()
     cluster._clusters.clear()
 
 
 def sweep_file(folder: Path, *, base: dict[str, Any] | None = None, **fields: Any) -> Path:
     """Two growth rates and two seeds of the tiny DevFT, four rounds each, unless told otherwise."""
-    quick = {"rounds.num_rounds": NUM_ROUNDS, "evaluation.every": 1, "execution.kind": "serial", "execution.hosts": 1}
+    quick = {"rounds.num_rounds": NUM_ROUNDS, "evaluation.every": 1, "execution.kind": "serial", "execution.workers": 1}
     spec = tiny.spec({**commands.QUICK, **quick, **(base or {})}, method="devft")
     values = {"name": "growth", "base": spec.to_dict(), "metric": "eval_loss", **(fields or {"grid": GRID})}
     path = folder / "growth.yaml"
@@ -48,7 +48,7 @@ def sweep_file(folder: Path, *, base: dict[str, Any] | None = None, **fields: An
 
 
 def sweep(
-    path: Path, workspace: Path, report: Callable[[Board], None] | None = None, *, address: str | None = None
+    path: Path, workspace: Path, report: Callable[[SweepStatus], None] | None = None, *, address: str | None = None
 ) -> sweeps.SweepResult:
     """Run a sweep in this process."""
     return sweeps.run(config.load(path), workspace=workspace, address=address, report=report, warn=print)

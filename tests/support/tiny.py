@@ -67,7 +67,7 @@ SPEC: dict[str, Any] = {
     "rounds": {"num_rounds": 3, "clients_per_round": 3},
     "local": {"steps": 2, "batch_size": 2, "learning_rate": 0.01},
     "evaluation": {"every": 3, "max_new_tokens": 4, "batch_size": 8},
-    "execution": {"kind": "serial", "hosts": 2, "cohort": 2, "threads": 1, "device": "cpu", "kernels": "torch"},
+    "execution": {"kind": "serial", "workers": 2, "cohort": 2, "threads": 1, "device": "cpu", "kernels": "torch"},
     "tracking": {"enabled": False},
 }
 

@@ -50,24 +50,26 @@ def test_a_grid_is_every_combination_the_last_field_fastest():
 def test_a_trial_is_one_process_of_one_thread_unless_it_asks_for_a_gang():
     """On every machine alike, because cohorts and threads are part of a job's identity."""
     (auto,) = expansion.trials_of(sweep_of(seeds=[0]))
-    assert (auto.spec.execution.kind, auto.spec.execution.hosts, auto.spec.execution.threads) == ("serial", 1, 1)
+    assert (auto.spec.execution.kind, auto.spec.execution.workers, auto.spec.execution.threads) == ("serial", 1, 1)
     assert auto.spec.execution.cohort == 3  # all clients of a round
-    (gang,) = expansion.trials_of(sweep_of(seeds=[0], base={"execution": {"hosts": 3, "threads": 2}}))
-    assert (gang.spec.execution.kind, gang.spec.execution.hosts, gang.spec.execution.threads) == ("ray", 3, 2)
+    (gang,) = expansion.trials_of(sweep_of(seeds=[0], base={"execution": {"workers": 3, "threads": 2}}))
+    assert (gang.spec.execution.kind, gang.spec.execution.workers, gang.spec.execution.threads) == ("ray", 3, 2)
 
 
 def test_a_trial_on_gpus_takes_its_share_of_them():
-    """A process takes half a GPU where two share one, and a gang of three hosts as much each; four halves hold one gang."""
+    """A process takes half a GPU where two share one, and a gang of three workers as much each; four halves hold one gang."""
     from fleetune.sweep import tune as tuning
 
-    shared = {"execution.device": "cuda", "execution.hosts_per_gpu": 2}
+    shared = {"execution.device": "cuda", "execution.workers_per_gpu": 2}
     alone = expansion.decided(tiny.spec({"execution": "auto", **shared}))
-    gang = expansion.decided(tiny.spec({"execution": "auto", **shared, "execution.kind": "ray", "execution.hosts": 3}))
+    gang = expansion.decided(
+        tiny.spec({"execution": "auto", **shared, "execution.kind": "ray", "execution.workers": 3})
+    )
     assert tuning.bundles_of(alone) == [{"CPU": 1.0, "GPU": 0.5}]
     assert tuning.bundles_of(gang) == [{"CPU": 1.0, "GPU": 0.5}] * 3
     assert tuning.bundles_of(expansion.decided(tiny.spec({"execution": "auto"}))) == [{"CPU": 1.0}]
     tuning.check_fits([alone, gang], [4], [2])
-    with pytest.raises(UserError, match=r"needs 3 host\(s\) with a GPU .* room for 2") as error:
+    with pytest.raises(UserError, match=r"needs 3 worker\(s\) with a GPU .* room for 2") as error:
         tuning.check_fits([gang], [4, 4], [1, 0])
     assert error.value.field == "execution.device"
 
@@ -210,7 +212,7 @@ def test_a_search_is_checked_at_its_ends():
             "early_stopping.reduction_factor",
             "greater than 1",
         ),
-        ({"grid": {"execution.kind": ["ray"], "execution.hosts": [99]}}, "execution.hosts", "needs 99 hosts"),
+        ({"grid": {"execution.kind": ["ray"], "execution.workers": [99]}}, "execution.workers", "needs 99 workers"),
         ({"grid": {"execution.threads": [999]}}, "execution.threads", "999 cores on one node"),
         ({"grid": {"method.initial_capacity": [1, 40]}}, "method.initial_capacity", "trial 1"),
         ({"search": {"num_trials": 2**40, "space": SPACE}}, "search.num_trials", "less than or equal to 100000"),

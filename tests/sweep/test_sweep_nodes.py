@@ -15,7 +15,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from fleetune.records import SweepDirectory
-from fleetune.sweep.status import Board
+from fleetune.sweep.status import SweepStatus
 from support.commands import started
 from support.sweeping import local_ray, one_by_one, same_as, sweep, sweep_file
 
@@ -54,17 +54,17 @@ class LoseNode:
     def __init__(self, cluster: Cluster, process_name: str):
         self.cluster, self.process_name, self.is_done = cluster, process_name, False
 
-    def __call__(self, board: Board) -> None:
-        if not self.is_done and any(entry.num_rounds == 2 for entry in board.entries.values()):
+    def __call__(self, sweep_status: SweepStatus) -> None:
+        if not self.is_done and any(entry.num_rounds == 2 for entry in sweep_status.entries.values()):
             self.is_done = True
             lose_node_of(self.cluster, self.process_name)
 
 
 def test_a_gang_that_fits_on_no_set_of_nodes_is_refused_at_once(cluster: Cluster, tmp_path: Path):
-    """Four hosts for three places, and two cores where no node has more than one."""
+    """Four workers for three places, and two cores where no node has more than one."""
     for wish, lack in (
-        ({"execution.hosts": 4}, "4 hosts"),
-        ({"execution.hosts": 2, "execution.threads": 2}, "2 hosts"),
+        ({"execution.workers": 4}, "4 workers"),
+        ({"execution.workers": 2, "execution.threads": 2}, "2 workers"),
     ):
         path = sweep_file(tmp_path, base={"execution.kind": "ray", **wish}, seeds=[0])
         with pytest.raises(ValueError, match=rf"a trial needs {lack} of .* nodes of 1, 1, 1 cores"):
@@ -91,10 +91,10 @@ def test_a_sweep_outlives_its_driver_and_a_node(cluster: Cluster, tmp_path: Path
 
 
 def test_a_gang_across_nodes_outlives_one_of_them(cluster: Cluster, tmp_path: Path):
-    """Two hosts on two nodes; one of these is lost, the third takes its place: the bits of one process."""
-    gang: dict[str, Any] = {"execution.kind": "ray", "execution.hosts": 2, "execution.cohort": 1}
+    """Two workers on two nodes; one of these is lost, the third takes its place: the bits of one process."""
+    gang: dict[str, Any] = {"execution.kind": "ray", "execution.workers": 2, "execution.cohort": 1}
     path = sweep_file(tmp_path, base=gang, seeds=[0])
-    lost = LoseNode(cluster, "HostActor")
+    lost = LoseNode(cluster, "RayWorker")
     result = sweep(path, tmp_path, lost, address=cluster.address)
     assert lost.is_done
     assert result.trials == {"finished": 1}

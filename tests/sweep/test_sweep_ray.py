@@ -14,7 +14,7 @@ import pytest
 from fleetune.records import SweepDirectory
 from fleetune.sweep import config
 from fleetune.sweep.expansion import sweep_id
-from fleetune.sweep.status import Board
+from fleetune.sweep.status import SweepStatus
 from support.commands import started
 from support.sweeping import NUM_ROUNDS, children, in_mlflow, local_ray, one_by_one, same_as, sweep, sweep_file
 
@@ -60,9 +60,9 @@ def test_a_trial_that_fails_or_dies_does_not_stop_the_others(tmp_path: Path):
     killed: list[int] = []
     terminal = threading.Lock()  # what shows progress on a terminal holds one, and cannot be stored
 
-    def kill_one(board: Board) -> None:
+    def kill_one(sweep_status: SweepStatus) -> None:
         assert not terminal.locked()
-        if not killed and any(entry.num_rounds == 2 for entry in board.entries.values()):
+        if not killed and any(entry.num_rounds == 2 for entry in sweep_status.entries.values()):
             process = next(p for p in psutil.process_iter() if "TrialProcess" in " ".join(p.cmdline()))
             killed.append(process.pid)
             process.kill()

@@ -21,7 +21,7 @@ from fleetune.records import RunDirectory, SweepDirectory
 from fleetune.tracking.access import without_password
 from fleetune.tracking.client import QUIET
 from fleetune.tracking.metrics import RoundMetrics
-from fleetune.tracking.stream import Follower
+from fleetune.tracking.stream import RecordStream
 from fleetune.tracking.sync import sync
 from fleetune.tracking.tracker import default_uri
 from support.stored import expected_steps, steps
@@ -246,7 +246,7 @@ def test_follower_streams_while_the_run_goes_on(workspace: Path):
     spec["tracking"]["system_metrics"] = True
     run, orphan = (RunDirectory.create(workspace, name, spec) for name in ("streamed", "orphan"))
     rounds = list(rounds_of(spec))
-    follower = Follower.start(warn=lambda line: pytest.fail(line))
+    follower = RecordStream.start(warn=lambda line: pytest.fail(line))
     follower.watch(run.path)
     follower.watch(orphan.path)
     for row, clients in rounds[:4]:
@@ -280,7 +280,7 @@ def test_a_store_that_is_away_breaks_nothing(tmp_path: Path):
     spec["tracking"]["uri"] = f"http://127.0.0.1:{free_port()}"
     run = make_run(tmp_path, "a", spec=spec)
     warnings: list[str] = []
-    follower = Follower.start(warn=warnings.append)
+    follower = RecordStream.start(warn=warnings.append)
     follower.watch(run.path)
     wait_for(lambda: warnings)
     assert not follower.finished(run.path, timeout_seconds=0.5)
@@ -303,7 +303,7 @@ def test_server_killed_in_the_middle_of_a_run(tmp_path: Path):
     rounds = list(rounds_of(spec))
     run = RunDirectory.create(tmp_path, "a", spec)
     warnings: list[str] = []
-    follower = Follower.start(warn=warnings.append)
+    follower = RecordStream.start(warn=warnings.append)
     with server(tmp_path, port):
         follower.watch(run.path)
         for row, clients in rounds[:4]:

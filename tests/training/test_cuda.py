@@ -58,8 +58,8 @@ def test_the_same_seed_gives_the_same_bits(precision: str):
 
 
 @pytest.mark.ray
-def test_two_hosts_on_one_gpu_give_the_bits_of_a_serial_run(tmp_path: Path):
-    changed = {**CUDA, "execution.hosts": 2, "execution.hosts_per_gpu": 2, "execution.cohort": 1}
+def test_two_workers_on_one_gpu_give_the_bits_of_a_serial_run(tmp_path: Path):
+    changed = {**CUDA, "execution.workers": 2, "execution.workers_per_gpu": 2, "execution.cohort": 1}
     done = [
         launch.run(tiny.spec({**changed, "execution.kind": kind}), workspace=tmp_path / kind)
         for kind in ("serial", "ray")

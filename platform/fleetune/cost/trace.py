@@ -137,7 +137,7 @@ class Recording:
         """What is to be known of a step."""
         return StepTrace(self.sides[CLIENT], self.sides[SERVER], possible_peaks(self.live), self.saved, self.cut)
 
-    def by_place(self) -> dict[tuple[int, int | None], list[int]]:
+    def by_slot(self) -> dict[tuple[int, int | None], list[int]]:
         """The operators of every step and block."""
         out: dict[tuple[int, int | None], list[int]] = {}
         for tick, place in enumerate(self.places):
@@ -151,7 +151,7 @@ def at_depth(small: Recording, large: Recording, num_more: int) -> StepTrace:
     Every count and size is linear in the depth. So is the memory at every operator, counted from the lowest block or from the
     highest one; in the blocks between, it lies between those two. Raises Unequal where an operator has no counterpart.
     """
-    ours, theirs = small.by_place(), large.by_place()
+    ours, theirs = small.by_slot(), large.by_slot()
     highest = max(block for _, block in ours if block is not None)
     moments = []
     for (step, block), ticks in ours.items():

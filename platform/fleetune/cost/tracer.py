@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fleetune import scopes as marks
+from fleetune import scopes
 
 WEIGHTS = "weights"
 PAYLOAD = (
@@ -111,7 +111,7 @@ class Tracer(TorchDispatchMode):
         outputs = list(_tensors(out))
         self._hold_all(inputs)
         self._hold_all(outputs)
-        side = marks.SIMULATION if marks.current.part == marks.SIMULATION else marks.current.side
+        side = scopes.SIMULATION if scopes.current.part == scopes.SIMULATION else scopes.current.side
         self.ops.append(Op(name, flops, _traffic(name, read, outputs), side, self.step))
         self.places.append((self.step, self._block()))
         self.clock += 1
@@ -139,22 +139,22 @@ class Tracer(TorchDispatchMode):
         return out, flops
 
     def _block(self) -> int | None:
-        block = marks.current.block
+        block = scopes.current.block
         if block not in self._blocks:
             self._blocks[block] = len(self._blocks) - 1
         return self._blocks[block]
 
     def _hold_all(self, tensors: Iterable[Tensor]) -> None:
         """The side at work holds these from now on, or has done so already."""
-        side = marks.current.side
+        side = scopes.current.side
         for tensor in tensors:
             held = self._hold(tensor, self._part(tensor))
             if side not in held.since:
                 held.since[side] = 0 if held.part == WEIGHTS else self.clock
 
     def _part(self, tensor: Tensor) -> str:
-        if marks.current.part is not None:
-            return marks.current.part
+        if scopes.current.part is not None:
+            return scopes.current.part
         return "logits" if tensor.shape[-1:] == (self.vocab_size,) else "workspace"
 
     def _hold(self, tensor: Tensor, part: str) -> Held:
@@ -173,18 +173,18 @@ class Tracer(TorchDispatchMode):
 
     def _pack(self, tensor: Tensor) -> tuple[Tensor, int | None]:
         held = self._hold(tensor, self._part(tensor))
-        if id(held) not in self._kept and held.part not in (WEIGHTS, PAYLOAD, marks.ADAPTERS):
+        if id(held) not in self._kept and held.part not in (WEIGHTS, PAYLOAD, scopes.ADAPTERS):
             self._kept.add(id(held))
-            if self.step == 0 and marks.current.side == marks.CLIENT:
+            if self.step == 0 and scopes.current.side == scopes.CLIENT:
                 self.saved_bytes.append(held.num_bytes)
         if held.part == "workspace":
             held.part = "saved"
-        return tensor, marks.current.block
+        return tensor, scopes.current.block
 
     @staticmethod
     def _unpack(packed: tuple[Tensor, int | None]) -> Tensor:
         """Called where the backward pass comes to what a block has saved."""
-        tensor, marks.current.block = packed
+        tensor, scopes.current.block = packed
         return tensor
 
     @contextmanager
@@ -192,7 +192,7 @@ class Tracer(TorchDispatchMode):
         """Watch what runs inside; collection of cycles waits, so that memory is held as long as the code holds it."""
         collected, attention = gc.isenabled(), getattr(nn.functional, ATTENTION)
         gc.disable()
-        marks.current.block = None
+        scopes.current.block = None
         # Not in the mode below, which is off while blocks are computed again inside a backward pass.
         setattr(nn.functional, ATTENTION, _cpu_attention)
         try:
@@ -208,8 +208,8 @@ class Tracer(TorchDispatchMode):
                 gc.enable()
 
     def _gradient(self, tensor: Tensor) -> None:
-        held = self._hold(tensor, marks.GRADIENTS)
-        held.part = marks.GRADIENTS
+        held = self._hold(tensor, scopes.GRADIENTS)
+        held.part = scopes.GRADIENTS
 
 
 class _Front(TorchFunctionMode):

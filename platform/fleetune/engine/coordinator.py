@@ -11,14 +11,14 @@ import numpy as np
 
 from fleetune import files
 from fleetune.engine.checkpoint.checkpoint import Checkpoint, Progress
-from fleetune.engine.checkpoint.client_store import place_of
+from fleetune.engine.checkpoint.client_store import slot_of
 from fleetune.engine.divergence import Diverged, check_progress, marked, settled
 from fleetune.engine.execution.executor import Executor
-from fleetune.engine.execution.work_units import LotReply, make_lots
-from fleetune.engine.pending_rounds import Evaluating, FinishedRound, Ledger
+from fleetune.engine.execution.work_units import WorkUnitReply, make_work_units
+from fleetune.engine.pending_rounds import FinishedRound, PendingQuality, PendingRounds
+from fleetune.engine.round.planner import RoundPlan, RoundPlanner
 from fleetune.engine.round.ranks import filled, shares_per_row
 from fleetune.engine.round.rules import FAILED, LATE, OK
-from fleetune.engine.round.schedule import Schedule, Scheduled
 from fleetune.engine.round.work import Work
 from fleetune.engine.rows import client_columns, round_row
 from fleetune.errors import RunFailed
@@ -28,7 +28,7 @@ from fleetune.records.run_directory import RunDirectory
 from fleetune.tensors import Tensors
 
 Event = dict[str, Any]
-Baselines = dict[str, Evaluating]
+Baselines = dict[str, PendingQuality]
 TOTALS = (
     "uplink_bytes",
     "downlink_bytes",
@@ -52,10 +52,10 @@ class Coordinator:
         self.problem, self.executor, self.run_dir = problem, executor, run_dir
         self.baselines = baselines if baselines is not None else {}
         self.spec, self.method = problem.spec, problem.method
-        self.schedule = Schedule(problem)
+        self.planner = RoundPlanner(problem)
         self.checkpoint = Checkpoint(run_dir.path / "checkpoint", problem.fleet.num_clients)
-        self.ledger = Ledger(run_dir, self.checkpoint)
-        self.sizes = self.schedule.sizes
+        self.pending = PendingRounds(run_dir, self.checkpoint)
+        self.sizes = self.planner.sizes
 
     def run(self) -> Iterator[Event]:
         """All rounds that are left. Yields an event when the run starts, when a round is on record, and at the end."""
@@ -68,7 +68,7 @@ class Coordinator:
 
                 # What the server sends, to whom, and what it costs each of them; so who is refused, leaves, or comes too late.
                 state = self.method.begin_round(state, round_idx)
-                now = self.schedule.round(
+                now = self.planner.round(
                     state,
                     round_idx,
                     self.checkpoint.provisioned,
@@ -77,11 +77,11 @@ class Coordinator:
                 )
                 progress.sim_seconds = now.start_seconds + now.outcome.sim_seconds
 
-                # The work itself. While hosts are at it, the round before is written and the next one's batches are drawn.
-                replies: list[LotReply] = []
+                # The work itself. While workers are at it, the round before is written and the next one's batches are drawn.
+                replies: list[WorkUnitReply] = []
                 updates = self._begin(now, replies)
                 yield from self._written()
-                self.schedule.draw_ahead(round_idx + 1, self.checkpoint.busy_until, sim_seconds=progress.sim_seconds)
+                self.planner.draw_ahead(round_idx + 1, self.checkpoint.busy_until, sim_seconds=progress.sim_seconds)
                 state, now = self._aggregate(state, now, updates, replies)
 
                 # What there is to record, and the evaluation, which goes on beside the next round's work.
@@ -91,7 +91,7 @@ class Coordinator:
                 evaluation = self._evaluate_round(state) if self._is_evaluated(round_idx) else None
                 row["wall_seconds"] = time.perf_counter() - started
                 _count(progress, row)
-                self.ledger.add(FinishedRound(row, clients, self.checkpoint.snapshot(state, progress), evaluation))
+                self.pending.add(FinishedRound(row, clients, self.checkpoint.snapshot(state, progress), evaluation))
             yield from self._written(everything=True)
             self._check(state, progress)
         except RunFailed:
@@ -105,7 +105,7 @@ class Coordinator:
                     pass
             raise
         finally:
-            self.ledger.close()
+            self.pending.close()
         yield self._finish(state, progress)
 
     # -- start and end ----------------------------------------------------------------------------------------------------
@@ -116,18 +116,18 @@ class Coordinator:
             raise files.damaged(self.checkpoint.state_file, "it is missing", holds="the run's state")
         if saved is not None:
             self.run_dir.truncate(saved[1].next_round)
-            self.ledger.baseline = saved[1].baseline
+            self.pending.baseline = saved[1].baseline
             if not saved[1].baseline:
-                self.ledger.expect_baseline(self._baseline(self.method.start()))
+                self.pending.expect_baseline(self._baseline(self.method.start()))
             return saved
         self.run_dir.truncate(0)
         state = self.method.start()
-        self.ledger.expect_baseline(self._baseline(state))
+        self.pending.expect_baseline(self._baseline(state))
         return state, Progress()
 
     def _written(self, *, everything: bool = False) -> Iterator[Event]:
         """Rounds that go on record now."""
-        for done in self.ledger.write(everything=everything):
+        for done in self.pending.write(everything=everything):
             yield self._event("round", done.progress, done.row)
 
     def _check(self, state: State, progress: Progress) -> None:
@@ -152,7 +152,7 @@ class Coordinator:
         return self._event("end", progress, rows[-1][0] if rows else {})
 
     # -- parts of a round -------------------------------------------------------------------------------------------------
-    def _begin(self, now: Scheduled, replies: list[LotReply]) -> Iterator[Update] | None:
+    def _begin(self, now: RoundPlan, replies: list[WorkUnitReply]) -> Iterator[Update] | None:
         """Begin the work of the clients that count (late ones too, where they keep something); None where none does."""
         client_ids, work, outcome = now.client_ids, now.work, now.outcome
         keeps = self._keeps(work)
@@ -163,7 +163,7 @@ class Coordinator:
         counted = sizes * (outcome.status == OK)
         weights = counted / (counted.sum() or 1.0)
         ids = client_ids[active]
-        lots = make_lots(
+        units = make_work_units(
             round_idx=work.round_idx,
             stage=self.method.stage(work.round_idx),
             run_seed=self.spec.seed,
@@ -176,14 +176,14 @@ class Coordinator:
             coupled=self.method.coupled,
             ranks=work.of_clients("rank")[active],
             store=self.checkpoint.store,
-            places=self.checkpoint.places_of(ids) if keeps else {},
+            slots=self.checkpoint.slots_of(ids) if keeps else {},
         )
-        run = self.executor.run(lots, dict(enumerate(work.payloads)))
+        run = self.executor.run(units, dict(enumerate(work.payloads)))
         return self._updates(run, work, weights, client_ids, replies)
 
     def _aggregate(
-        self, state: State, now: Scheduled, updates: Iterator[Update] | None, replies: list[LotReply]
-    ) -> tuple[State, Scheduled]:
+        self, state: State, now: RoundPlan, updates: Iterator[Update] | None, replies: list[WorkUnitReply]
+    ) -> tuple[State, RoundPlan]:
         """The next state from the updates as they come, and the round with those as failed who diverged.
 
         Where one of them was counted on, the others' work is done again without it (`engine.divergence`).
@@ -209,13 +209,13 @@ class Coordinator:
 
     def _updates(
         self,
-        stream: Iterable[LotReply],
+        stream: Iterable[WorkUnitReply],
         work: Work,
         weights: np.ndarray,
         client_ids: np.ndarray,
-        replies: list[LotReply],
+        replies: list[WorkUnitReply],
     ) -> Iterator[Update]:
-        """Lots become updates one by one; their tensors are let go as soon as they are added."""
+        """Work units become updates one by one; their tensors are let go as soon as they are added."""
         place = {client_id: i for i, client_id in enumerate(client_ids.tolist())}
         full = self.spec.model.lora.rank
         ranks = np.where(weights > 0, work.of_clients("rank"), full)
@@ -241,8 +241,8 @@ class Coordinator:
                         weight = float(weights[i])
                         upload = self._whole(reply.each[client_id].unpack(), work, key, 1.0, trained)
                         yield Update(upload, weight, (client_id,), {}, group, weight)
-            if reply.private:  # else the host has written it there
-                self.checkpoint.store.write(place_of(work.round_idx, reply.index), reply.private)
+            if reply.private:  # else the worker has written it there
+                self.checkpoint.store.write(slot_of(work.round_idx, reply.index), reply.private)
             reply.let_go()
             replies.append(reply)
         if has_diverged:
@@ -259,21 +259,21 @@ class Coordinator:
 
     def _keeps(self, work: Work) -> bool:
         """Whether clients of this work keep something of their own for the next time."""
-        plans = ((self.method.plan(payload), payload) for payload in work.payloads)
+        plans = ((self.method.local_plan(payload), payload) for payload in work.payloads)
         return any(plan.keeps(name) for plan, payload in plans for name in self.method.client_adapter(payload))
 
     # -- evaluation -------------------------------------------------------------------------------------------------------
-    def _evaluate_round(self, state: State) -> Evaluating:
+    def _evaluate_round(self, state: State) -> PendingQuality:
         return self._evaluate(self.method.evaluated(state, self._private_states))
 
-    def _evaluate(self, model: GlobalModel) -> Evaluating:
+    def _evaluate(self, model: GlobalModel) -> PendingQuality:
         """Loss and accuracy of a model on the held-out examples, in chunks that any worker can take."""
         num_examples = len(self.problem.inputs.evaluation.data)
         size = self.spec.evaluation.batch_size
         chunks = [np.arange(start, min(start + size, num_examples)) for start in range(0, num_examples, size)]
-        return Evaluating(self.executor.evaluate(model, chunks))
+        return PendingQuality(self.executor.evaluate(model, chunks))
 
-    def _baseline(self, state: State) -> Evaluating:
+    def _baseline(self, state: State) -> PendingQuality:
         """The untrained model's quality. With B = 0 it is the base model's, so runs on one base and data share it."""
         model = self.method.evaluated(state, lambda: iter(()))
         is_base = model.submodel.is_whole(self.problem.inputs.base.num_layers) and not any(
@@ -302,7 +302,7 @@ class Coordinator:
             "round": progress.next_round,
             "num_rounds": self.spec.rounds.num_rounds,
             "row": row or {},
-            "baseline": self.ledger.baseline,
+            "baseline": self.pending.baseline,
             "sim_seconds": progress.sim_seconds,
             "execution": self.spec.execution.model_dump(),
             "totals": dict(progress.totals),

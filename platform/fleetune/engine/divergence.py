@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from fleetune.engine.checkpoint.checkpoint import Progress
-from fleetune.engine.execution.work_units import LotReply
+from fleetune.engine.execution.work_units import WorkUnitReply
+from fleetune.engine.round.planner import RoundPlan
 from fleetune.engine.round.rules import FAILED, OK
-from fleetune.engine.round.schedule import Scheduled
 from fleetune.errors import RunFailed
 from fleetune.methods.base import State
 from fleetune.tensors import all_finite
@@ -33,13 +33,13 @@ class Diverged(Exception):
     """A client that was counted on has diverged: the sums of this round are not to be used. All replies are in."""
 
 
-def marked(now: Scheduled, replies: Sequence[LotReply]) -> Scheduled:
+def marked(now: RoundPlan, replies: Sequence[WorkUnitReply]) -> RoundPlan:
     """The round with those as failed of whom the replies say that they diverged."""
     ids = [reply.client_ids[reply.diverged] for reply in replies]
     return fail(now, np.isin(now.client_ids, np.concatenate(ids) if ids else ()))
 
 
-def fail(now: Scheduled, who: np.ndarray) -> Scheduled:
+def fail(now: RoundPlan, who: np.ndarray) -> RoundPlan:
     """The round with these clients as failed, bool (n,)."""
     if not who.any():
         return now
@@ -48,7 +48,7 @@ def fail(now: Scheduled, who: np.ndarray) -> Scheduled:
     return replace(now, outcome=replace(now.outcome, status=status))
 
 
-def settled(now: Scheduled, before: State, after: State) -> tuple[State, Scheduled]:
+def settled(now: RoundPlan, before: State, after: State) -> tuple[State, RoundPlan]:
     """The state after a round: the one before, if the sum of finite updates is not finite; then all that counted have failed."""
     if all_finite(tensor for name, tensor in after.tensors.items() if tensor is not before.tensors.get(name)):
         return after, now

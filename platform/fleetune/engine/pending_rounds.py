@@ -21,12 +21,12 @@ from fleetune.training.evaluate import totals
 
 Quality = dict[str, float]
 
-# Rounds that may wait for their evaluation while a further one is worked on. An evaluation fills what hosts leave idle over a
+# Rounds that may wait for their evaluation while a further one is worked on. An evaluation fills what workers leave idle over a
 # round; were it longer than that, waiting would only be put off.
 MAX_OPEN = 1
 
 
-class Evaluating:
+class PendingQuality:
     """A quality that may still be on its way."""
 
     def __init__(self, evaluation: Evaluation):
@@ -51,7 +51,7 @@ class FinishedRound:
     row: dict[str, Any]
     clients: dict[str, Any]
     snapshot: Snapshot
-    evaluation: Evaluating | None
+    evaluation: PendingQuality | None
 
     @property
     def progress(self) -> Progress:
@@ -59,17 +59,17 @@ class FinishedRound:
         return self.snapshot.progress
 
 
-class Ledger:
+class PendingRounds:
     """Takes finished rounds and writes them, each once its evaluation is there."""
 
     def __init__(self, run_dir: RunDirectory, checkpoint: Checkpoint):
         self.run_dir, self.checkpoint = run_dir, checkpoint
         self.baseline: Quality = {}
-        self._baseline: Evaluating | None = None
+        self._baseline: PendingQuality | None = None
         self._open: deque[FinishedRound] = deque()
         self._behind = files.Behind()
 
-    def expect_baseline(self, evaluation: Evaluating) -> None:
+    def expect_baseline(self, evaluation: PendingQuality) -> None:
         """The untrained model's quality is on its way. No round waits for it: a run that goes on without it asks again."""
         self._baseline = evaluation
         self._settle_baseline(wait=False)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from fleetune.data.batches import NO_EXAMPLE, num_tokens
-from fleetune.engine.execution.work_units import LotReply
+from fleetune.engine.execution.work_units import WorkUnitReply
+from fleetune.engine.round.planner import RoundPlan
 from fleetune.engine.round.rules import DROPPED, FAILED, LATE, OK, OOM, REFUSED
-from fleetune.engine.round.schedule import Scheduled
 from fleetune.problem import Problem
 
 MEMORY = (
@@ -36,12 +36,12 @@ SPENT = {
 }
 
 
-def client_columns(problem: Problem, now: Scheduled, replies: Sequence[LotReply]) -> dict[str, Any]:
+def client_columns(problem: Problem, now: RoundPlan, replies: Sequence[WorkUnitReply]) -> dict[str, Any]:
     """Columns of clients.parquet: what the work costs, and what the workers saw of it."""
     return {**costed_columns(problem, now), **_measured(problem, now, replies)}
 
 
-def costed_columns(problem: Problem, now: Scheduled) -> dict[str, Any]:
+def costed_columns(problem: Problem, now: RoundPlan) -> dict[str, Any]:
     """What is known without any work. A refused client spends nothing, one that leaves what it did until then."""
     fleet, costs, work, started = problem.fleet, now.costs, now.work, now.outcome.started
     out: dict[str, Any] = {
@@ -80,7 +80,7 @@ def _shares_done(costs: dict[str, np.ndarray], busy_seconds: np.ndarray) -> dict
     return out
 
 
-def _measured(problem: Problem, now: Scheduled, replies: Sequence[LotReply]) -> dict[str, np.ndarray]:
+def _measured(problem: Problem, now: RoundPlan, replies: Sequence[WorkUnitReply]) -> dict[str, np.ndarray]:
     """What the workers saw: examples, tokens, loss, real time. Of several replies about a client the last one tells.
 
     The loss is null where a client's work came to nothing and was not simulated, and where it is not finite.
@@ -100,7 +100,7 @@ def _measured(problem: Problem, now: Scheduled, replies: Sequence[LotReply]) -> 
     }
 
 
-def round_row(stage: int, now: Scheduled, clients: dict[str, Any], sim_seconds: float) -> dict[str, Any]:
+def round_row(stage: int, now: RoundPlan, clients: dict[str, Any], sim_seconds: float) -> dict[str, Any]:
     """The round's own row; evaluation, the method's columns and real time are added to it."""
     outcome, ran = now.outcome, now.outcome.started
     ok = outcome.status == OK

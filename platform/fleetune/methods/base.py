@@ -129,7 +129,7 @@ class Method:
     source: ClassVar[str]
     """One line for `fleetune list methods`: what it is and where it comes from."""
     partial_sums: ClassVar[bool] = True
-    """Whether `aggregate` needs only weighted sums, which workers then form per lot; otherwise it gets each update."""
+    """Whether `aggregate` needs only weighted sums, which workers then form per unit; otherwise it gets each update."""
 
     draws_batches: ClassVar[bool] = True
     """Whether clients work on batches of their examples; methods that only compose or forward do not."""
@@ -201,7 +201,7 @@ class Method:
             return Submodel.from_values(payload.values["submodel"])
         return Submodel.prefix(self.context.num_layers)
 
-    def plan(self, payload: Payload) -> LocalPlan:
+    def local_plan(self, payload: Payload) -> LocalPlan:
         """What the clients of this payload do."""
         return LocalPlan(self.submodel(payload))
 
@@ -211,7 +211,7 @@ class Method:
 
     def local_update(self, worker: Worker, payload: Payload, tasks: Sequence[ClientTask]) -> CohortUpdate:
         """The clients' work. Default: the shared trainer carries out the plan for the whole cohort at once."""
-        plan = self.plan(payload)
+        plan = self.local_plan(payload)
         network = worker.network(plan.submodel)
         return train_cohort(network, plan, self.client_adapter(payload), tasks, data=worker.data, local=worker.local)
 

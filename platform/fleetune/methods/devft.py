@@ -193,9 +193,9 @@ class DevFT(Method):
         return write_back(upload, payload.values["merged"])
 
     # -- client ---------------------------------------------------------------------------------------------------------
-    def plan(self, payload: Payload) -> LocalPlan:
+    def local_plan(self, payload: Payload) -> LocalPlan:
         """The inner method's plan; its submodel is the stage's."""
-        return self.inner.plan(payload)
+        return self.inner.local_plan(payload)
 
     def client_adapter(self, payload: Payload) -> Tensors:
         """As the inner method starts a client."""

@@ -32,9 +32,9 @@ class FedProx(Method):
     Config = FedProxConfig
     source: ClassVar[str] = "FedAvg with a proximal term (Li et al. 2020, arXiv 1812.06127)"
 
-    def plan(self, payload: Payload) -> LocalPlan:
+    def local_plan(self, payload: Payload) -> LocalPlan:
         """The whole adapter, with the proximal term where mu > 0."""
-        plan = super().plan(payload)
+        plan = super().local_plan(payload)
         return replace(plan, penalty=self._proximal) if self.config.mu else plan
 
     def _proximal(self, params: Tensors, start: Tensors) -> Tensor:

@@ -44,9 +44,9 @@ class FedSALoRA(Method):
         """A of the fresh adapter."""
         return State(select(self.context.fresh_adapter(), is_lora_a))
 
-    def plan(self, payload: Payload) -> LocalPlan:
+    def local_plan(self, payload: Payload) -> LocalPlan:
         """Train both factors, send A, keep B."""
-        return replace(super().plan(payload), uploads=is_lora_a, keeps=is_lora_b)
+        return replace(super().local_plan(payload), uploads=is_lora_a, keeps=is_lora_b)
 
     def client_adapter(self, payload: Payload) -> Tensors:
         """The shared A and B = 0; a client's own B is laid over it."""

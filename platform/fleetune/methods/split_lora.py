@@ -86,7 +86,7 @@ class SplitLoRA(Method):
         """Whether an adapter tensor belongs to the client's blocks."""
         return int(name.split(".")[1]) < self.config.split_point
 
-    def plan(self, payload: Payload) -> LocalPlan:
+    def local_plan(self, payload: Payload) -> LocalPlan:
         """The client trains and uploads the adapters of its own blocks."""
         return LocalPlan(
             self.submodel(payload),
@@ -126,7 +126,7 @@ class SplitLoRA(Method):
     # -- the round's work -----------------------------------------------------------------------------------------------
     def local_update(self, worker: Worker, payload: Payload, tasks: Sequence[ClientTask]) -> CohortUpdate:
         """All steps of all clients of the cohort; both halves, cut by detached tensors."""
-        plan = self.plan(payload)
+        plan = self.local_plan(payload)
         network = worker.network(plan.submodel)
         run = _SplitRound(self.config, network, plan, payload, tasks, worker.local)
         begin_training(network, run.ranked, worker.local)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fleetune import scopes as marks
+from fleetune import scopes
 from fleetune.models.fused import attention as causal
 from fleetune.models.fused import rms_norm, swiglu
 from fleetune.models.lora import linears
@@ -18,7 +18,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 def run_block(layer: Any, h: Tensor, cos: Tensor, sin: Tensor, attend: Attend = causal) -> Tensor:
     """h (B, S, D) -> (B, S, D): attention and SwiGLU, each on a normed copy and added to the residual stream."""
-    marks.current.block = id(layer)
+    scopes.current.block = id(layer)
     h, x = norm(layer.input_layernorm, h)
     (h,) = linears(_attention(layer.self_attn, x, cos, sin, attend), [layer.self_attn.o_proj], residual=h)
     h, x = norm(layer.post_attention_layernorm, h)

@@ -27,7 +27,7 @@ NF4_TABLES = (
 )  # fp32 that bitsandbytes keeps per matrix: code tables of the scales and of the codes, an offset
 
 
-class PhantomNetwork(Network):
+class MetaNetwork(Network):
     """The network of an architecture in a storage type and a precision: ``weights`` fp32, bf16, int8 or nf4."""
 
     def __init__(self, shape: ModelShape, num_layers: int, lora: LoRAConfig, *, weights: str, precision: str):

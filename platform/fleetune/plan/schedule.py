@@ -18,12 +18,12 @@ import numpy as np
 
 from fleetune.cost.estimate import Load
 from fleetune.cost.polynomials import NUM, monomials
-from fleetune.engine.round.schedule import Schedule
+from fleetune.engine.round.planner import RoundPlanner
 from fleetune.engine.round.work import Work
 from fleetune.problem import Problem
 
 
-class ExpectedSchedule(Schedule):
+class ExpectedRounds(RoundPlanner):
     """Lengths per client, worked out once for all rounds."""
 
     def __init__(self, problem: Problem):

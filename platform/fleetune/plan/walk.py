@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from fleetune.engine.round.planner import RoundPlanner
 from fleetune.engine.round.rules import OOM, REFUSED
-from fleetune.engine.round.schedule import Schedule
 from fleetune.engine.rows import costed_columns, round_row
 from fleetune.input_checks import check_length
 from fleetune.models.network import linear_sites
 from fleetune.models.outline import outline_base
 from fleetune.plan.lengths import load_lengths, without_partition
-from fleetune.plan.schedule import ExpectedSchedule
+from fleetune.plan.schedule import ExpectedRounds
 from fleetune.problem import EvalSet, Inputs, Problem, build_problem
 from fleetune.spec import RunSpec
 
@@ -93,13 +93,13 @@ def plan(spec: RunSpec, *, label: str | None = None, cache_dir: Path | None = No
         )
     rounds: list[Row] = []
     devices: list[Row] = []
-    for row, clients in walk(problem, Schedule(problem) if drawn else ExpectedSchedule(problem)):
+    for row, clients in walk(problem, RoundPlanner(problem) if drawn else ExpectedRounds(problem)):
         rounds.append(row)
         devices += by_device(problem, row, clients)
     return Plan(label or spec.method.name, spec, rounds, devices, assumptions)
 
 
-def walk(problem: Problem, schedule: Schedule) -> Iterator[tuple[Row, dict[str, np.ndarray]]]:
+def walk(problem: Problem, schedule: RoundPlanner) -> Iterator[tuple[Row, dict[str, np.ndarray]]]:
     """Each round's row and its clients' columns, as a run would record them, less what only training shows."""
     method, sim_seconds = problem.method, 0.0
     provisioned: dict[int, str] = {}

@@ -48,7 +48,7 @@ def _median_ratio(runs: list[Measurement], fraction: float) -> float:
 
 
 def table() -> str:
-    """Fitted fractions beside the catalogue's, and those that measurements held out would ask for, as a Markdown table."""
+    """BudgetFit fractions beside the catalogue's, and those that measurements held out would ask for, as a Markdown table."""
     lines = ["| device | precision | fitted | in the catalogue | to | used |", "|---|---|---|---|---|---|"]
     groups = {(name, runs[0].source, "yes"): runs for name, runs in fitted_devices().items()}
     for run in MEASUREMENTS:

@@ -96,7 +96,7 @@ class Pricing:
             server=fleet.server,
         )
         costs = {**table.columns(), "downlink_bytes": down, "uplink_bytes": up}
-        if not self.problem.method.plan(payload).pipelined:
+        if not self.problem.method.local_plan(payload).pipelined:
             return costs
         idle_watts = np.array([profile.idle_watts for profile in fleet.devices])[fleet.device_index[client_ids]]
         return overlapped(

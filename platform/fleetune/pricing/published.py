@@ -121,7 +121,7 @@ _FP32 = "read as fp32 (its memory is that), q and v, r8: not told"
 _PROCESS = "the mean of the whole process, in an engine written for phones"
 LONGEST_BATCH = "the tokens of PEFT's longest batch"
 PEFT_LONGEST = 745
-"""Fitted to one peak of PEFT's comparison, with another model of memory; not published."""
+"""BudgetFit to one peak of PEFT's comparison, with another model of memory; not published."""
 
 
 def _qwen() -> list[Measurement]:

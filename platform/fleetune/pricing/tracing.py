@@ -24,7 +24,7 @@ from fleetune.cost.tracer import PAYLOAD, WEIGHTS, Tracer
 from fleetune.data.dataset import TokenizedDataset
 from fleetune.methods.base import Method, Payload
 from fleetune.models.config import LoRAConfig
-from fleetune.models.meta import PhantomNetwork
+from fleetune.models.meta import MetaNetwork
 from fleetune.models.network import Network
 from fleetune.models.submodel import Submodel
 from fleetune.pricing.mapping import CostedModel
@@ -81,12 +81,12 @@ class Tracing:
         """Bytes down and up of a client that gets this payload: those of the tensors, on the costed architecture."""
         with torch.device("meta"):
             costed = self.model.payload(payload, self.trained_method.submodel(payload).num_layers)
-            plan, adapter = self.method.plan(costed), self.method.client_adapter(costed)
+            plan, adapter = self.method.local_plan(costed), self.method.client_adapter(costed)
         return costed.num_bytes, num_bytes(select(adapter, plan.uploads))
 
     def _key(self, payload: Payload, shape: WorkShape) -> str:
         """All that a trace depends on: code, architecture, adapter, optimizer, plan, and the payload's tensors."""
-        method, plan = self.trained_method, self.trained_method.plan(payload)
+        method, plan = self.trained_method, self.trained_method.local_plan(payload)
         local = self.local.model_dump(exclude={"steps", "epochs", "batch_size", "learning_rate", "min_learning_rate"})
         tensors = [
             (name, tuple(t.shape), str(t.dtype), plan.trainable(name), plan.uploads(name), plan.keeps(name))
@@ -125,7 +125,7 @@ class Tracing:
 
     def _watched(self, payload: Payload, shape: WorkShape) -> StepTrace:
         """From two shallow copies where all blocks are alike, else from the whole model."""
-        plan = self.trained_method.plan(payload)
+        plan = self.trained_method.local_plan(payload)
         trained, costed = plan.submodel.num_layers, self.model.layers(plan.submodel.num_layers)
         if costed > SHALLOW + 1 and plan.split is None and self._alike(payload, plan):
             parts = [self._recorded(self.model.at_depth(n, of=trained), payload, shape) for n in (SHALLOW, SHALLOW + 1)]
@@ -152,7 +152,7 @@ class Tracing:
     def watched(self, model: CostedModel, payload: Payload, shape: WorkShape) -> list[tuple[Tracer, list[int]]]:
         """The work at the two points: who watched it, and a step's bytes over the cut each way."""
         with torch.device("meta"):
-            worker = _PhantomWorker(model, self.lora, self.local, shape)
+            worker = _MetaWorker(model, self.lora, self.local, shape)
             method = model.method(self.trained_method)
             costed = model.payload(payload, self.trained_method.submodel(payload).num_layers)
             network = worker.network(method.submodel(costed))  # assembled before anything is watched
@@ -161,7 +161,7 @@ class Tracing:
 
 
 def record(
-    method: Method, worker: _PhantomWorker, payload: Payload, point: Point, weights: list[torch.Tensor]
+    method: Method, worker: _MetaWorker, payload: Payload, point: Point, weights: list[torch.Tensor]
 ) -> tuple[Tracer, list[int]]:
     """Two steps of one client, watched: the second finds the optimizer's state there. Also a step's bytes over the cut."""
     worker.data = _examples(point)
@@ -188,7 +188,7 @@ class _Rows(np.ndarray):
         return np.asarray(self)[key]
 
 
-class _PhantomWorker(Worker):
+class _MetaWorker(Worker):
     """A worker of the costed architecture: networks without weights, examples without content."""
 
     def __init__(self, model: CostedModel, lora: LoRAConfig, local: LocalConfig, shape: WorkShape):
@@ -201,7 +201,7 @@ class _PhantomWorker(Worker):
         """A network of as many blocks."""
         depth, work = submodel.num_layers, self.work
         if depth not in self._by_depth:
-            self._by_depth[depth] = PhantomNetwork(
+            self._by_depth[depth] = MetaNetwork(
                 self.shape, depth, self.lora, weights=work.weights, precision=work.precision
             )
         return self._by_depth[depth]

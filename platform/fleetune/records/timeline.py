@@ -33,7 +33,7 @@ ROUNDS, STAGES, WORK = range(3)  # the server's lanes
 Event = dict[str, Any]
 
 
-def write_trace(run_dir: str | Path | RunDirectory, *, max_events: int = MAX_EVENTS) -> Path:
+def write_timeline(run_dir: str | Path | RunDirectory, *, max_events: int = MAX_EVENTS) -> Path:
     """Writes ``trace.json`` into the run directory and returns its path."""
     run = run_dir if isinstance(run_dir, RunDirectory) else RunDirectory.open(run_dir)
     rounds, clients = run.rounds(), run.clients()

@@ -60,12 +60,14 @@ def checked(sweep: SweepSpec, overrides: Mapping[str, Any], *, number: int) -> R
 def decided(spec: RunSpec) -> RunSpec:
     """Every ``auto`` decided, on every machine alike: one process with one thread, on the CPU, unless the trial asks for more."""
     execution = spec.execution
-    hosts = 1 if execution.hosts == "auto" else int(execution.hosts)
+    workers = 1 if execution.workers == "auto" else int(execution.workers)
     threads = 1 if execution.threads == "auto" else int(execution.threads)
-    asked = execution.model_copy(update={"hosts": hosts, "threads": threads})
-    gpus = [hosts] if execution.device == "cuda" else None
-    spec = resolve_execution(spec.model_copy(update={"execution": asked}), node_cores=[hosts * threads], node_gpus=gpus)
-    kind = "ray" if spec.execution.kind == "ray" and hosts > 1 else "serial"
+    asked = execution.model_copy(update={"workers": workers, "threads": threads})
+    gpus = [workers] if execution.device == "cuda" else None
+    spec = resolve_execution(
+        spec.model_copy(update={"execution": asked}), node_cores=[workers * threads], node_gpus=gpus
+    )
+    kind = "ray" if spec.execution.kind == "ray" and workers > 1 else "serial"
     return spec.model_copy(update={"execution": spec.execution.model_copy(update={"kind": kind})})
 
 

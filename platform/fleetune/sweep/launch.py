@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fleetune.engine.launch import run as launch
-from fleetune.engine.launch.directories import git_commit, locked
+from fleetune.backend.launch import run as launch
+from fleetune.backend.launch.directories import git_commit, locked
 from fleetune.errors import Stopped, UserError
 from fleetune.problem import Inputs, build_problem, load_inputs
 from fleetune.records.sweep_directory import SweepDirectory
 from fleetune.sweep.config import SweepSpec
 from fleetune.sweep.driver import Driver, Report, take_stock
 from fleetune.sweep.expansion import Trial, checked, in_trial, label, sweep_id, trials_of
-from fleetune.sweep.status import OVER, Board
+from fleetune.sweep.status import OVER, SweepStatus
 from fleetune.sweep.trial_runner import inputs_key
 from fleetune.tracking.access import check_access
 
@@ -71,8 +71,8 @@ def run(
     example = (trials or probes)[0].spec
     if example.tracking.enabled:
         check_access(example.tracking.uri)
-    board = Board(sweep, num_trials=sweep.search.num_trials if search and sweep.search else len(trials))
-    stock = take_stock(board, trials, path)
+    sweep_status = SweepStatus(sweep, num_trials=sweep.search.num_trials if search and sweep.search else len(trials))
+    stock = take_stock(sweep_status, trials, path)
     if stock.of_other_code:
         told = "trial(s) were finished by another version of the code; their results are taken as they are"
         warn(f"{stock.of_other_code} {told}")
@@ -80,8 +80,8 @@ def run(
         warn(
             f"{stock.outdated} trial(s) read data or a model that has changed since; they run again, in runs of their own"
         )
-    missing = [entry.trial for entry in board.entries.values() if entry.status not in OVER]
-    is_complete = not missing and len(trials) == board.num_trials
+    missing = [entry.trial for entry in sweep_status.entries.values() if entry.status not in OVER]
+    is_complete = not missing and len(trials) == sweep_status.num_trials
     shared = {} if is_complete else _prepare([*missing, *probes], workspace, address)
     directory = _open(sweep, path, text)
 
@@ -90,23 +90,25 @@ def run(
             launch.follower(warn).watch(run_path)
 
     with locked(directory, field="SWEEP", patience_seconds=5.0):
-        driver = Driver(sweep, directory, board, search=search, report=report or (lambda board: None), watch=watch)
+        driver = Driver(
+            sweep, directory, sweep_status, search=search, report=report or (lambda sweep_status: None), watch=watch
+        )
         (directory.path / "result.json").unlink(missing_ok=True)
         driver.save()
         watch(directory.path)
-        for entry in board.entries.values():  # those of an earlier launch that MLflow may not have got whole
+        for entry in sweep_status.entries.values():  # those of an earlier launch that MLflow may not have got whole
             if entry.has_begun and entry.run.path.name.startswith(directory.path.name):
                 watch(entry.run.path)
         if not is_complete:
             from fleetune.sweep import tune as tuning
 
             try:
-                tuning.run(sweep, driver, shared=shared, num_trials=driver.num_left, known=_known(sweep, board))
+                tuning.run(sweep, driver, shared=shared, num_trials=driver.num_left, known=_known(sweep, sweep_status))
             except KeyboardInterrupt:
                 raise Stopped("the same command again") from None
         driver.save()
-        result = _summarise(sweep, directory, board)
-    return replace(result, synced=_in_mlflow(directory, board, warn)) if example.tracking.enabled else result
+        result = _summarise(sweep, directory, sweep_status)
+    return replace(result, synced=_in_mlflow(directory, sweep_status, warn)) if example.tracking.enabled else result
 
 
 def _plan(sweep: SweepSpec, path: Path) -> tuple[list[Trial], list[Trial], Any]:
@@ -123,7 +125,7 @@ def _plan(sweep: SweepSpec, path: Path) -> tuple[list[Trial], list[Trial], Any]:
 
 def _prepare(trials: Sequence[Trial], workspace: Path, address: str | None) -> dict[str, Any]:
     """Join the cluster; meanwhile read model and data, and check every trial with them. Inputs in the object store, by key."""
-    engine = launch.ray_engine(address)
+    backend = launch.ray_backend(address)
     inputs: dict[str, Inputs] = {}
     bases: dict[str, Any] = {}
     for trial in trials:
@@ -141,7 +143,7 @@ def _prepare(trials: Sequence[Trial], workspace: Path, address: str | None) -> d
     specs = [trial.spec for trial in trials]
     if address is None:
         tuning.check_fits(specs, [launch.num_cores()], [launch.num_gpus()])
-    engine.cluster.wait()
+    backend.cluster.wait()
     if address is not None:
         tuning.check_fits(specs, tuning.node_cores(), tuning.node_gpus())
     with _writable(workspace):
@@ -172,38 +174,38 @@ def _writable(workspace: Path) -> Iterator[None]:
         ) from None
 
 
-def _known(sweep: SweepSpec, board: Board) -> list[tuple[str, list[dict[str, Any]]]]:
+def _known(sweep: SweepSpec, sweep_status: SweepStatus) -> list[tuple[str, list[dict[str, Any]]]]:
     """What trials of earlier launches reached, by which early stopping goes too."""
     if sweep.early_stopping is None:
         return []
-    over = [entry.run for entry in board.entries.values() if entry.status in OVER]
+    over = [entry.run for entry in sweep_status.entries.values() if entry.status in OVER]
     return [(run.path.name, [row for row, _ in run.round_rows()]) for run in over]
 
 
-def _summarise(sweep: SweepSpec, directory: SweepDirectory, board: Board) -> SweepResult:
+def _summarise(sweep: SweepSpec, directory: SweepDirectory, sweep_status: SweepStatus) -> SweepResult:
     """The report, and ``result.json``, whose presence means that the sweep is over."""
     from fleetune.reports.sweep_report import sweep_report
 
-    entries = [entry for _, entry in sorted(board.entries.items())]
+    entries = [entry for _, entry in sorted(sweep_status.entries.items())]
     has_finished = any(entry.status == "finished" for entry in entries)
     if has_finished:
         sweep_report(directory.path)
     directory.write_csv()
-    best = board.best()
+    best = sweep_status.best()
     told = None
     if best is not None:
         told = {
             "trial": best.trial.number,
             "run_id": best.run.path.name,
             "overrides": best.trial.overrides,
-            sweep.metric: board.value(best),
+            sweep.metric: sweep_status.value(best),
         }
     failures = [
         {"trial": entry.trial.number, "sets": label(entry.trial.overrides), "error": entry.error}
         for entry in entries
         if entry.status == "failed"
     ]
-    counts = board.counts()
+    counts = sweep_status.counts()
     metrics: dict[str, Any] = {f"trials/{state}": number for state, number in counts.items()}
     if told is not None:
         metrics[f"best/{sweep.metric}"] = told[sweep.metric]
@@ -212,8 +214,8 @@ def _summarise(sweep: SweepSpec, directory: SweepDirectory, board: Board) -> Swe
     return SweepResult(directory.path, status, counts, told, failures)
 
 
-def _in_mlflow(directory: SweepDirectory, board: Board, warn: Warn) -> bool:
+def _in_mlflow(directory: SweepDirectory, sweep_status: SweepStatus, warn: Warn) -> bool:
     """Whether MLflow has all trials that this sweep ran, and then the sweep itself with those that it reused."""
     own = f"{directory.path.name}-"
-    paths = [e.run.path for e in board.entries.values() if e.has_begun and e.run.path.name.startswith(own)]
+    paths = [e.run.path for e in sweep_status.entries.values() if e.has_begun and e.run.path.name.startswith(own)]
     return launch.in_mlflow([*paths, directory.path], warn)

@@ -14,20 +14,20 @@ from fleetune.errors import printable
 from fleetune.progress import duration
 from fleetune.sweep.config import SweepSpec
 from fleetune.sweep.expansion import label
-from fleetune.sweep.status import Board, Entry
+from fleetune.sweep.status import Entry, SweepStatus
 
 MAX_ROWS = 24  # of the live table: what is running, then the best
 SECONDS_BETWEEN = 0.25
 
 
 class Progress(Protocol):
-    """Takes the board whenever it has changed; used as a context."""
+    """Takes the sweep_status whenever it has changed; used as a context."""
 
     def __enter__(self) -> Progress: ...
 
     def __exit__(self, *error: object) -> None: ...
 
-    def __call__(self, board: Board) -> None:
+    def __call__(self, sweep_status: SweepStatus) -> None:
         """Show it."""
         ...
 
@@ -37,10 +37,10 @@ def make_progress(sweep: SweepSpec) -> Progress:
     return LiveTable(sweep) if sys.stderr.isatty() else Lines(sweep)
 
 
-def headline(board: Board) -> str:
+def headline(sweep_status: SweepStatus) -> str:
     """Trials by state, the best so far, and how long it will take."""
-    parts = [" · ".join(f"{number} {state}" for state, number in board.counts().items())]
-    best, eta = board.best_told(), board.eta_seconds()
+    parts = [" · ".join(f"{number} {state}" for state, number in sweep_status.counts().items())]
+    best, eta = sweep_status.best_told(), sweep_status.eta_seconds()
     parts += [f"best {best}"] if best else []
     parts += [f"eta {duration(eta)}"] if eta else []
     return " · ".join(parts)
@@ -58,16 +58,16 @@ class Lines:
 
     def __exit__(self, *error: object) -> None: ...
 
-    def __call__(self, board: Board) -> None:
+    def __call__(self, sweep_status: SweepStatus) -> None:
         """Print the trials that have ended since."""
-        over = {n for n, e in board.entries.items() if e.status not in ("missing", "running")}
+        over = {n for n, e in sweep_status.entries.items() if e.status not in ("missing", "running")}
         if not self.told:
-            print(printable(f"{self.sweep.name}: {headline(board)}"), file=sys.stderr, flush=True)
-            self.told = over if board.num_rounds_done == 0 else {-1}
+            print(printable(f"{self.sweep.name}: {headline(sweep_status)}"), file=sys.stderr, flush=True)
+            self.told = over if sweep_status.num_rounds_done == 0 else {-1}
         for number in sorted(over - self.told):
-            entry = board.entries[number]
+            entry = sweep_status.entries[number]
             how = f"failed: {entry.error}" if entry.status == "failed" else f"{entry.status} · {_metrics(entry)}"
-            told = f"trial {number} {label(entry.trial.overrides)} · {how} · {headline(board)}"
+            told = f"trial {number} {label(entry.trial.overrides)} · {how} · {headline(sweep_status)}"
             print(told, file=sys.stderr, flush=True)
         self.told |= over
 
@@ -87,20 +87,22 @@ class LiveTable:
     def __exit__(self, *error: object) -> None:
         self.live.stop()
 
-    def __call__(self, board: Board) -> None:
+    def __call__(self, sweep_status: SweepStatus) -> None:
         """Draw it, a few times a second at most."""
         now = time.monotonic()
-        if now - self.drawn > SECONDS_BETWEEN or board.counts().get("running", 0) == 0:
+        if now - self.drawn > SECONDS_BETWEEN or sweep_status.counts().get("running", 0) == 0:
             self.drawn = now
-            self.live.update(draw(board), refresh=True)
+            self.live.update(draw(sweep_status), refresh=True)
 
 
-def draw(board: Board) -> Any:
+def draw(sweep_status: SweepStatus) -> Any:
     """The table: trials that run, then those that are over, the best first."""
-    entries = list(board.entries.values())
+    entries = list(sweep_status.entries.values())
     running = [e for e in entries if e.status == "running"]
     over = [e for e in entries if e.status not in ("running", "missing")]
-    over.sort(key=lambda e: (e.status == "failed", -board.sweep.sign * (board.value(e) or 0.0), e.trial.number))
+    over.sort(
+        key=lambda e: (e.status == "failed", -sweep_status.sweep.sign * (sweep_status.value(e) or 0.0), e.trial.number)
+    )
     table = Table("trial", "sets", "state", "round", "loss", "accuracy", box=None, pad_edge=False)
     for entry in [*running, *over][:MAX_ROWS]:
         rounds = f"{entry.num_rounds}/{entry.trial.spec.rounds.num_rounds}"
@@ -115,7 +117,7 @@ def draw(board: Board) -> Any:
         )
     hidden = len(running) + len(over) - MAX_ROWS
     rest = [f"… and {hidden} more"] if hidden > 0 else []
-    return Group(printable(f"{board.sweep.name} · {headline(board)}"), table, *rest)
+    return Group(printable(f"{sweep_status.sweep.name} · {headline(sweep_status)}"), table, *rest)
 
 
 def _metrics(entry: Entry) -> str:

@@ -71,7 +71,7 @@ class Entry:
         }
 
 
-class Board:
+class SweepStatus:
     """All trials of a sweep."""
 
     def __init__(self, sweep: SweepSpec, *, num_trials: int):

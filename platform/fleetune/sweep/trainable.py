@@ -15,27 +15,27 @@ from fleetune.engine.execution.executor import Executor
 from fleetune.engine.execution.ray_pool import RayExecutor, SharedInputs
 from fleetune.engine.launch.resolve import gpu_share
 from fleetune.problem import Inputs, Problem
-from fleetune.sweep.trial_runner import Order, Resident, inputs_key
+from fleetune.sweep.trial_runner import TrialOrder, TrialRunner, inputs_key
 
 METRICS = ("train_loss", "eval_loss", "eval_accuracy")  # with sim_seconds and these, what a sweep can go by
 TOTALS = ("uplink_bytes", "energy_joules")
 
 
 class TrialProcess(tune.Trainable):
-    """Runs what ``config["order"]`` says. The hosts of a gang are its children, in the trial's placement group."""
+    """Runs what ``config["order"]`` says. The workers of a gang are its children, in the trial's placement group."""
 
     def setup(self, config: dict[str, Any], shared: Mapping[str, SharedInputs] | None = None) -> None:
         """A fresh process. ``shared``: inputs in the object store, by key."""
         self._shared = shared or {}
-        self._resident = Resident(fetch=self._fetch, make_hosts=self._make_hosts)
-        self._hosts: RayExecutor | None = None
+        self._resident = TrialRunner(fetch=self._fetch, make_workers=self._make_workers)
+        self._workers: RayExecutor | None = None
         self._events: Iterator[Event] | None = None
-        self._order = Order(**json.loads(config["order"]))
+        self._order = TrialOrder(**json.loads(config["order"]))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """The next trial; one that was stopped early lets go of its directory."""
         self._close()
-        self._order = Order(**json.loads(new_config["order"]))
+        self._order = TrialOrder(**json.loads(new_config["order"]))
         return True
 
     def step(self) -> dict[str, Any]:
@@ -74,12 +74,12 @@ class TrialProcess(tune.Trainable):
         shared = self._shared.get(key)
         return shared.get() if shared else None
 
-    def _make_hosts(self, problem: Problem) -> Executor:
+    def _make_workers(self, problem: Problem) -> Executor:
         execution = problem.spec.execution
-        if self._hosts is None:
-            self._hosts = RayExecutor(int(execution.hosts), int(execution.threads), gpu_share(execution))
-        self._hosts.prepare(problem.inputs.base.key, problem.spec, type(problem.method), self._put(problem))
-        return self._hosts
+        if self._workers is None:
+            self._workers = RayExecutor(int(execution.workers), int(execution.threads), gpu_share(execution))
+        self._workers.prepare(problem.inputs.base.key, problem.spec, type(problem.method), self._put(problem))
+        return self._workers
 
     def _put(self, problem: Problem) -> SharedInputs:
         return self._shared.get(inputs_key(problem.spec)) or SharedInputs.put(problem.inputs)

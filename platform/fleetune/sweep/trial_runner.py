@@ -24,7 +24,7 @@ LOCK_PATIENCE_SECONDS = 60.0  # a process that was killed with its sweep is gone
 
 
 @dataclass(frozen=True)
-class Order:
+class TrialOrder:
     """What a process needs to know of a trial."""
 
     number: int
@@ -53,21 +53,21 @@ def inputs_key(spec: RunSpec) -> str:
 
 
 Fetch = Callable[[str], Inputs | None]
-MakeHosts = Callable[[Problem], Executor]
+MakeWorkers = Callable[[Problem], Executor]
 
 
-class Resident:
+class TrialRunner:
     """What stays in a process between trials."""
 
-    def __init__(self, *, fetch: Fetch | None = None, make_hosts: MakeHosts | None = None):
-        """``fetch``: inputs by key where somebody has loaded them already; ``make_hosts``: the executor of a gang."""
-        self._fetch, self._make_hosts = fetch, make_hosts
+    def __init__(self, *, fetch: Fetch | None = None, make_workers: MakeWorkers | None = None):
+        """``fetch``: inputs by key where somebody has loaded them already; ``make_workers``: the executor of a gang."""
+        self._fetch, self._make_workers = fetch, make_workers
         self._inputs: dict[str, Inputs] = {}
         self._placed: dict[Any, tuple[BaseModel, dict[Any, Any]]] = {}
         """Base models where they are computed with, and the networks over each."""
         self._baselines: Baselines = {}
 
-    def run(self, order: Order) -> Iterator[Event]:
+    def run(self, order: TrialOrder) -> Iterator[Event]:
         """The trial's rounds, from where its directory stands; a failure is tried once more from the last whole round.
 
         Events are the coordinator's, with ``over`` at the end: finished, or failed with its ``error``.
@@ -121,8 +121,8 @@ class Resident:
         return next((inputs.base for key, inputs in self._inputs.items() if key.startswith(f"[{mine},")), None)
 
     def _executor(self, problem: Problem) -> Executor:
-        if problem.spec.execution.kind == "ray" and self._make_hosts is not None:
-            return self._make_hosts(problem)
+        if problem.spec.execution.kind == "ray" and self._make_workers is not None:
+            return self._make_workers(problem)
         spec = problem.spec
         key = (problem.inputs.base.key, spec.execution.device, spec.execution.precision)
         kept = self._placed.pop(key) if key in self._placed else (placed_base(spec, problem.inputs.base), {})
@@ -133,7 +133,7 @@ class Resident:
         executor.side.worker.adopt(kept[1].setdefault(spec.model.lora, {}))
         return executor
 
-    def _directory(self, order: Order, problem: Problem) -> RunDirectory:
+    def _directory(self, order: TrialOrder, problem: Problem) -> RunDirectory:
         if (order.run_path / RunDirectory.SPEC).is_file():
             begun = RunDirectory.open(order.run_path)
             check_content(problem.spec, begun.meta.get("content"), problem.inputs.content, run=str(order.run_path))

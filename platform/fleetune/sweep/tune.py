@@ -26,7 +26,7 @@ from fleetune.run_config import ExecutionConfig
 from fleetune.spec import RunSpec
 from fleetune.sweep.config import SweepSpec
 from fleetune.sweep.trainable import TrialProcess, sees
-from fleetune.sweep.trial_runner import Order
+from fleetune.sweep.trial_runner import TrialOrder
 
 MAX_DEATHS = 3  # assumed: a trial whose process dies so often is to blame itself (memory, a crash in native code)
 # The run directory is the checkpoint and MLflow is fed from it: Tune writes nothing of its own, and prints nothing.
@@ -45,7 +45,7 @@ QUIET_TUNE = {
 class Conductor(Protocol):
     """Who decides what is tried, and takes the results."""
 
-    def next_order(self) -> Order | None:
+    def next_order(self) -> TrialOrder | None:
         """The next trial; None where there is none, or none for now."""
         ...
 
@@ -125,13 +125,13 @@ def _quiet_tune(sweep: SweepSpec) -> Iterator[None]:
 
 # -- resources ------------------------------------------------------------
 def bundles_of(spec: RunSpec) -> list[dict[str, float]]:
-    """What a trial takes: its process, or one bundle for each host of a gang (its coordinator computes next to nothing)."""
-    hosts = int(spec.execution.hosts) if spec.execution.kind == "ray" else 1
-    return [_bundle(spec.execution)] * hosts
+    """What a trial takes: its process, or one bundle for each worker of a gang (its coordinator computes next to nothing)."""
+    workers = int(spec.execution.workers) if spec.execution.kind == "ray" else 1
+    return [_bundle(spec.execution)] * workers
 
 
 def _bundle(execution: ExecutionConfig) -> dict[str, float]:
-    """A host's cores, and its GPU or share of one."""
+    """A worker's cores, and its GPU or share of one."""
     share = gpu_share(execution)
     return {"CPU": float(execution.threads), **({"GPU": share} if share else {})}
 
@@ -141,7 +141,7 @@ def resources_of(config: dict[str, Any]) -> Any:
     execution = ExecutionConfig.model_validate(json.loads(config["order"])["spec"]["execution"])
     if execution.kind != "ray":
         return tune.PlacementGroupFactory([_bundle(execution)])
-    return tune.PlacementGroupFactory([{}, *([_bundle(execution)] * int(execution.hosts))])
+    return tune.PlacementGroupFactory([{}, *([_bundle(execution)] * int(execution.workers))])
 
 
 def check_fits(specs: Sequence[RunSpec], node_cores: Sequence[int], node_gpus: Sequence[int]) -> None:
@@ -152,23 +152,23 @@ def check_fits(specs: Sequence[RunSpec], node_cores: Sequence[int], node_gpus: S
         room = sum(node // cores for node in node_cores)
         if room < len(bundles):
             nodes = f"nodes of {', '.join(map(str, sorted(node_cores, reverse=True)))} cores"
-            need = f"{len(bundles)} hosts of {cores} cores each" if len(bundles) > 1 else f"{cores} cores on one node"
+            need = f"{len(bundles)} workers of {cores} cores each" if len(bundles) > 1 else f"{cores} cores on one node"
             raise UserError(
                 f"a trial needs {need}; the cluster has {nodes}, which hold {room}",
-                field="execution.hosts" if len(bundles) > 1 else "execution.threads",
+                field="execution.workers" if len(bundles) > 1 else "execution.threads",
                 value=len(bundles) if len(bundles) > 1 else cores,
-                hint="lower execution.hosts or execution.threads, or join more nodes",
+                hint="lower execution.workers or execution.threads, or join more nodes",
             )
         if spec.execution.device == "cuda":
-            hosts_per_gpu = spec.execution.hosts_per_gpu
-            places = sum(min(c // cores, g * hosts_per_gpu) for c, g in zip(node_cores, node_gpus, strict=True))
+            workers_per_gpu = spec.execution.workers_per_gpu
+            places = sum(min(c // cores, g * workers_per_gpu) for c, g in zip(node_cores, node_gpus, strict=True))
             if places < len(bundles):
                 raise UserError(
-                    f"a trial needs {len(bundles)} host(s) with a GPU at execution.hosts_per_gpu={hosts_per_gpu}; "
+                    f"a trial needs {len(bundles)} worker(s) with a GPU at execution.workers_per_gpu={workers_per_gpu}; "
                     f"the nodes have {', '.join(map(str, node_gpus))} GPU(s), and room for {places}",
                     field="execution.device",
                     value="cuda",
-                    hint="lower execution.hosts, raise execution.hosts_per_gpu, or set execution.device=cpu",
+                    hint="lower execution.workers, raise execution.workers_per_gpu, or set execution.device=cpu",
                 )
 
 
@@ -198,7 +198,7 @@ def check_shared(workspace: Path) -> None:
             ).remote(marker.name)
             for node in nodes
         }
-        blind = [host for host, ref in asked.items() if not ray.get(ref)]
+        blind = [worker for worker, ref in asked.items() if not ray.get(ref)]
     if blind:
         raise UserError(
             f"is not seen from {', '.join(sorted(blind))}: trials write their runs where they run",

@@ -32,7 +32,7 @@ FIRST_RETRY_SECONDS, LAST_RETRY_SECONDS = 2.0, 60.0
 FAREWELL_SECONDS = 20.0
 
 
-class Follower:
+class RecordStream:
     """The parent's side: starts the child and tells it which run directories to stream."""
 
     def __init__(self, process: subprocess.Popen[str], warn: Callable[[str], None]):
@@ -44,7 +44,7 @@ class Follower:
         self._reader.start()
 
     @classmethod
-    def start(cls, *, warn: Callable[[str], None] | None = None) -> Follower:
+    def start(cls, *, warn: Callable[[str], None] | None = None) -> RecordStream:
         """Starts the child, which imports MLflow in the background. ``warn`` gets each warning once (default:
         stderr).
         """

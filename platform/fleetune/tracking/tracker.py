@@ -1,6 +1,6 @@
 """MLflow, fed from run directories. Only the modules tracking* import mlflow.
 
-One code path serves both streaming (:class:`Follower` calls it again and again while a run goes on) and
+One code path serves both streaming (:class:`RecordStream` calls it again and again while a run goes on) and
 ``fleetune sync``: ask the store what it holds of this run, send the rest. So each (metric, step) arrives
 once, however often either was interrupted. Rounds that a store already holds are never sent again, values
 that are not finite are not sent at all.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Worker:
-    """The same object behind the serial executor and inside every host actor."""
+    """The same object behind the serial executor and inside every worker actor."""
 
     max_networks = 2
 

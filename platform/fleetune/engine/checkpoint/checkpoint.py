@@ -1,6 +1,6 @@
-"""What a run needs to go on: server state, clock and totals in one file, clients' private tensors beside it (`PrivateStore`).
+"""What a run needs to go on: server state, clock and totals in one file, clients' private tensors beside it (`ClientStore`).
 
-Those lie in the file of the last lot that a client was in; memory holds only which file that is. The state file is written
+Those lie in the file of the last unit that a client was in; memory holds only which file that is. The state file is written
 last, and the one of the round before is kept until that is on the disk, so a run that is killed at any moment, or loses its
 power, resumes from a whole one. A state that was damaged since is found out by its checksum, and the one before stands in.
 """
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fleetune import files
-from fleetune.engine.checkpoint.client_store import PrivateStore, place_of
+from fleetune.engine.checkpoint.client_store import ClientStore, slot_of
 from fleetune.errors import UserError
 from fleetune.methods.base import State
 from fleetune.tensors import Tensors, load, to_bytes
@@ -40,7 +40,7 @@ class Snapshot:
 
     state: State
     progress: Progress
-    places: np.ndarray
+    slots: np.ndarray
     busy_until: np.ndarray
     provisioned: dict[int, str]
 
@@ -50,8 +50,8 @@ class Checkpoint:
 
     def __init__(self, folder: Path, num_clients: int):
         self.folder = folder
-        self.store = PrivateStore.open(folder / "clients")
-        self.places = np.full(num_clients, -1, np.int32)
+        self.store = ClientStore.open(folder / "clients")
+        self.slots = np.full(num_clients, -1, np.int32)
         """Where each client's private tensors lie in the store; -1: it has none."""
         self.busy_until = np.zeros(num_clients)
         """The virtual time at which each client's last turn ends."""
@@ -61,7 +61,7 @@ class Checkpoint:
         """What the user should know of how the run was read back."""
         self._unwritten: list[Snapshot] = []
         self._written = np.full(num_clients, -1, np.int32)
-        """The places of the state that was written or read last."""
+        """The slots of the state that was written or read last."""
         self._lasting: set[int] = set()
         """Places whose files are known to be on the disk."""
 
@@ -78,7 +78,7 @@ class Checkpoint:
     def snapshot(self, state: State, progress: Progress) -> Snapshot:
         """The run as it stands now; `save` writes it, now or when later rounds have changed what is here."""
         copied = replace(progress, totals=dict(progress.totals))
-        made = Snapshot(state, copied, self.places.copy(), self.busy_until.copy(), dict(self.provisioned))
+        made = Snapshot(state, copied, self.slots.copy(), self.busy_until.copy(), dict(self.provisioned))
         self._unwritten.append(made)
         return made
 
@@ -92,10 +92,10 @@ class Checkpoint:
         All that rounds change is read here. A call must have been carried out before the next one is.
         """
         self._unwritten = [one for one in self._unwritten if one is not snapshot]
-        kept = _places(snapshot.places, self._written, *(one.places for one in self._unwritten))
-        unsure = [place for place in _places(snapshot.places) if place not in self._lasting]
+        kept = _places(snapshot.slots, self._written, *(one.slots for one in self._unwritten))
+        unsure = [slot for slot in _places(snapshot.slots) if slot not in self._lasting]
         self._lasting = {*kept} & {*self._lasting, *unsure}
-        self._written = snapshot.places
+        self._written = snapshot.slots
 
         def work() -> None:
             # The order is what makes a power cut harmless: what the state points to is on the disk before the state is, the
@@ -118,9 +118,9 @@ class Checkpoint:
         for path in (self.state_file, self.former_file):
             try:
                 found = _read(path)
-                if len(found.places) != len(self.places):
-                    raise files.damaged(path, f"it is of {len(found.places)} clients", holds="the run's state")
-                self.store.check(_places(found.places))
+                if len(found.slots) != len(self.slots):
+                    raise files.damaged(path, f"it is of {len(found.slots)} clients", holds="the run's state")
+                self.store.check(_places(found.slots))
                 if check is not None:
                     check(found.progress.next_round)
             except FileNotFoundError:
@@ -128,29 +128,29 @@ class Checkpoint:
             except files.Damaged as error:
                 problems.append(error)
                 continue
-            if path == self.former_file:  # otherwise the next save would put the damaged one in its place
+            if path == self.former_file:  # otherwise the next save would put the damaged one in its slot
                 os.replace(path, self.state_file)
                 self.notes += [f"{error}; going on from the round before" for error in problems[:1]]
-            self.places, self.busy_until, self.provisioned = found.places, found.busy_until, found.provisioned
-            self._written, self._lasting = found.places.copy(), {*_places(found.places)}
+            self.slots, self.busy_until, self.provisioned = found.slots, found.busy_until, found.provisioned
+            self._written, self._lasting = found.slots.copy(), {*_places(found.slots)}
             return found.state, found.progress
         if problems:
             raise problems[0]
         return None
 
     # -- clients' private tensors -----------------------------------------------------------------------------------------
-    def kept(self, round_idx: int, lot: int, client_ids: np.ndarray) -> None:
-        """These clients' newest tensors lie in a lot's file."""
-        self.places[client_ids] = place_of(round_idx, lot)
+    def kept(self, round_idx: int, unit: int, client_ids: np.ndarray) -> None:
+        """These clients' newest tensors lie in a unit's file."""
+        self.slots[client_ids] = slot_of(round_idx, unit)
 
-    def places_of(self, client_ids: np.ndarray) -> dict[int, int]:
-        """Client -> place, of those that have kept something."""
-        found = client_ids[self.places[client_ids] >= 0]
-        return dict(zip(found.tolist(), self.places[found].tolist(), strict=True))
+    def slots_of(self, client_ids: np.ndarray) -> dict[int, int]:
+        """Client -> slot, of those that have kept something."""
+        found = client_ids[self.slots[client_ids] >= 0]
+        return dict(zip(found.tolist(), self.slots[found].tolist(), strict=True))
 
     def all_private(self, num_examples: np.ndarray) -> Iterator[tuple[int, int, Tensors]]:
         """(client, its examples, its private tensors) of every client that took part, in the order in which they lie."""
-        for client, packed in self.store.read(self.places_of(np.arange(len(self.places)))):
+        for client, packed in self.store.read(self.slots_of(np.arange(len(self.slots)))):
             yield client, int(num_examples[client]), packed.unpack()
 
 
@@ -165,26 +165,26 @@ def saved_rounds(folder: Path) -> int:
 def _content(snapshot: Snapshot) -> bytes:
     meta = {"values": snapshot.state.values, "provisioned": snapshot.provisioned, **vars(snapshot.progress)}
     tensors = {f"state/{name}": tensor for name, tensor in snapshot.state.tensors.items()}
-    clients = {"places": torch.from_numpy(snapshot.places), "busy_until": torch.from_numpy(snapshot.busy_until)}
+    clients = {"slots": torch.from_numpy(snapshot.slots), "busy_until": torch.from_numpy(snapshot.busy_until)}
     return to_bytes({**tensors, **clients}, meta)
 
 
 def _read(path: Path) -> Snapshot:
     """The run as it stands in a state file."""
     tensors, meta = load(path, holds="the run's state")
-    if not {"places", "busy_until"} <= tensors.keys():
+    if not {"slots", "busy_until"} <= tensors.keys():
         raise UserError(
             "was written by an earlier version of fleetune",
             field="checkpoint",
             value=str(path),
             hint="go on with that version, or begin the run anew",
         )
-    places, busy_until = (tensors.pop(name).numpy().copy() for name in ("places", "busy_until"))
+    slots, busy_until = (tensors.pop(name).numpy().copy() for name in ("slots", "busy_until"))
     provisioned = {int(k): v for k, v in meta.pop("provisioned").items()}
     state = State({n.removeprefix("state/"): t for n, t in tensors.items()}, meta.pop("values"))
-    return Snapshot(state, Progress(**meta), places, busy_until, provisioned)
+    return Snapshot(state, Progress(**meta), slots, busy_until, provisioned)
 
 
 def _places(*arrays: np.ndarray) -> list[int]:
-    """The places in arrays of them, each once."""
-    return [place for place in np.unique(np.concatenate(arrays)).tolist() if place >= 0]
+    """The slots in arrays of them, each once."""
+    return [slot for slot in np.unique(np.concatenate(arrays)).tolist() if slot >= 0]

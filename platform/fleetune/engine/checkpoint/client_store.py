@@ -1,8 +1,8 @@
 """What clients keep for themselves, in files beside the checkpoint: whoever carries out their work reads and writes them there.
 
-A file holds the clients of one lot, each a row of bytes, so that a client is one read whatever the number of its tensors. The
-coordinator knows of each client only the *place* of its newest row: the round and the lot. A host on a machine that does not
-have the run's folder gets the rows along with its lot, and sends the new ones back (`Lot.private`, `LotReply.private`).
+A file holds the clients of one unit, each a row of bytes, so that a client is one read whatever the number of its tensors. The
+coordinator knows of each client only the *slot* of its newest row: the round and the unit. A worker on a machine that does not
+have the run's folder gets the rows along with its unit, and sends the new ones back (`WorkUnit.private`, `WorkUnitReply.private`).
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ import torch
 from fleetune import files
 from fleetune.tensors import Packed, load_header, save
 
-MAX_LOTS = 64
-"""Lots of a round at most: a place is round * MAX_LOTS + lot."""
+MAX_UNITS = 64
+"""Work units of a round at most: a slot is round * MAX_UNITS + unit."""
 
 
-def place_of(round_idx: int, lot: int) -> int:
-    """Where a round's lot lies."""
-    return round_idx * MAX_LOTS + lot
+def slot_of(round_idx: int, unit: int) -> int:
+    """Where a round's unit lies."""
+    return round_idx * MAX_UNITS + unit
 
 
 @dataclass(frozen=True)
-class PrivateStore:
-    """The folder of one run. A value: it travels with lots."""
+class ClientStore:
+    """The folder of one run. A value: it travels with units."""
 
     folder: str
     token: str
@@ -41,7 +41,7 @@ class PrivateStore:
     """Whose page cache the coordinator's fsync empties."""
 
     @classmethod
-    def open(cls, folder: Path) -> PrivateStore:
+    def open(cls, folder: Path) -> ClientStore:
         """The store in a folder, made where there is none."""
         folder.mkdir(parents=True, exist_ok=True)
         token = _token(folder)
@@ -55,11 +55,11 @@ class PrivateStore:
         """Whether this machine has the folder."""
         return _token(Path(self.folder)) == self.token
 
-    def write(self, place: int, private: Mapping[int, Packed]) -> None:
-        """Write a lot's clients, at once: the file is there whole or not at all.
+    def write(self, slot: int, private: Mapping[int, Packed]) -> None:
+        """Write a unit's clients, at once: the file is there whole or not at all.
 
         The coordinator makes it last before it writes a state that points to it (`sync`). Its fsync does nothing for what
-        another machine has still to send to a shared folder, so there the host waits for its own.
+        another machine has still to send to a shared folder, so there the worker waits for its own.
         """
         forms: dict[tuple, list[int]] = {}
         for client, packed in private.items():
@@ -70,33 +70,33 @@ class PrivateStore:
             tensors[f"{n}/rows"] = torch.from_numpy(np.stack([private[client].data for client in clients]))
             sums.append([_checksum(layout, client, private[client].data) for client in clients])
         metadata = {"layouts": list(forms), "checksums": sums}
-        save(self._file(place), tensors, metadata, lasting=self.kernel != _kernel())
+        save(self._file(slot), tensors, metadata, lasting=self.kernel != _kernel())
 
-    def sync(self, places: Iterable[int]) -> None:
-        """Return once the files of these places are on the disk."""
-        files.sync(self._file(place) for place in places)
+    def sync(self, slots: Iterable[int]) -> None:
+        """Return once the files of these slots are on the disk."""
+        files.sync(self._file(slot) for slot in slots)
 
-    def check(self, places: Iterable[int]) -> None:
-        """Raises `files.Damaged` where a file of these places is damaged or missing."""
-        for place in places:
-            path = self._file(place)
+    def check(self, slots: Iterable[int]) -> None:
+        """Raises `files.Damaged` where a file of these slots is damaged or missing."""
+        for slot in slots:
+            path = self._file(slot)
             try:
-                files.read(path, holds=_held(place), must_be_sealed=True)
+                files.read(path, holds=_held(slot), must_be_sealed=True)
             except FileNotFoundError:
-                raise files.damaged(path, "it is missing", holds=_held(place)) from None
+                raise files.damaged(path, "it is missing", holds=_held(slot)) from None
 
-    def read(self, places: Mapping[int, int]) -> Iterator[tuple[int, Packed]]:
-        """(client, what it kept) for clients at their places, ascending by place and client."""
-        by_place = sorted((place, client) for client, place in places.items())
-        for place, clients in itertools.groupby(by_place, key=lambda pair: pair[0]):
-            yield from self._read_file(place, [client for _, client in clients])
+    def read(self, slots: Mapping[int, int]) -> Iterator[tuple[int, Packed]]:
+        """(client, what it kept) for clients at their slots, ascending by slot and client."""
+        by_slot = sorted((slot, client) for client, slot in slots.items())
+        for slot, clients in itertools.groupby(by_slot, key=lambda pair: pair[0]):
+            yield from self._read_file(slot, [client for _, client in clients])
 
-    def _read_file(self, place: int, wanted: Iterable[int]) -> Iterator[tuple[int, Packed]]:
-        """Each row has a checksum of its own, so that a client costs its own bytes and not those of its whole lot."""
+    def _read_file(self, slot: int, wanted: Iterable[int]) -> Iterator[tuple[int, Packed]]:
+        """Each row has a checksum of its own, so that a client costs its own bytes and not those of its whole unit."""
         from safetensors import safe_open
 
-        path = self._file(place)
-        with files.parsing(path, holds=_held(place)), safe_open(path, framework="np") as file:
+        path = self._file(slot)
+        with files.parsing(path, holds=_held(slot)), safe_open(path, framework="np") as file:
             row_of, header = {}, load_header(file)
             for n, (layout, sums) in enumerate(zip(header["layouts"], header["checksums"], strict=True)):
                 form = tuple((name, dtype, tuple(shape)) for name, dtype, shape in layout)
@@ -108,21 +108,21 @@ class PrivateStore:
                 form, rows, i, expected = row_of[client]
                 row = rows[i]
                 if _checksum(form, client, row) != expected:
-                    raise files.damaged(path, f"the checksum of client {client} does not match", holds=_held(place))
+                    raise files.damaged(path, f"the checksum of client {client} does not match", holds=_held(slot))
                 found.append((client, Packed(form, row)))
         yield from found
 
     def forget(self, needed: Iterable[int], *, before_round: int) -> None:
-        """Delete the files of rounds that were saved, those before ``before_round``, which hold no place that is needed."""
-        names = {self._file(place).name for place in needed}
-        first_kept = self._file(place_of(before_round, 0)).name
+        """Delete the files of rounds that were saved, those before ``before_round``, which hold no slot that is needed."""
+        names = {self._file(slot).name for slot in needed}
+        first_kept = self._file(slot_of(before_round, 0)).name
         for path in Path(self.folder).glob("round_*.safetensors"):
             if path.name < first_kept and path.name not in names:
                 path.unlink(missing_ok=True)
 
-    def _file(self, place: int) -> Path:
-        round_idx, lot = divmod(place, MAX_LOTS)
-        return Path(self.folder) / f"round_{round_idx:06d}_lot_{lot:02d}.safetensors"
+    def _file(self, slot: int) -> Path:
+        round_idx, unit = divmod(slot, MAX_UNITS)
+        return Path(self.folder) / f"round_{round_idx:06d}_unit_{unit:02d}.safetensors"
 
 
 def _token(folder: Path) -> str | None:
@@ -148,5 +148,5 @@ def _checksum(layout: tuple, client: int, row: np.ndarray) -> int:
     return files.checksum(repr((layout, client)).encode(), np.ascontiguousarray(row).data)
 
 
-def _held(place: int) -> str:
-    return f"what clients keep since round {place // MAX_LOTS}"
+def _held(slot: int) -> str:
+    return f"what clients keep since round {slot // MAX_UNITS}"

@@ -1,4 +1,4 @@
-"""The seam to where work runs: an executor carries out lots and evaluations, and yields replies in the order of the lots."""
+"""The seam to where work runs: an executor carries out units and evaluations, and yields replies in the order of the units."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fleetune.engine.execution.work_units import Lot, LotReply, run_lot
+from fleetune.engine.execution.work_units import WorkUnit, WorkUnitReply, run_work_unit
 from fleetune.errors import RunFailed
 from fleetune.methods.base import GlobalModel, Method, Payload
 from fleetune.models.base import BaseModel, placed
@@ -22,12 +22,12 @@ from fleetune.training.worker import Worker
 class Executor(Protocol):
     """Where local updates and evaluations run."""
 
-    def run(self, lots: Sequence[Lot], payloads: Mapping[int, Payload]) -> Iterator[LotReply]:
-        """Begin the lots; replies come in their order. A real failure is retried once, then raised as RunFailed."""
+    def run(self, units: Sequence[WorkUnit], payloads: Mapping[int, Payload]) -> Iterator[WorkUnitReply]:
+        """Begin the units; replies come in their order. A real failure is retried once, then raised as RunFailed."""
         ...
 
     def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> Evaluation:
-        """Begin an evaluation over chunks of held-out examples; where it can, it goes on beside lots that come later."""
+        """Begin an evaluation over chunks of held-out examples; where it can, it goes on beside units that come later."""
         ...
 
 
@@ -58,7 +58,7 @@ class Evaluated:
         return self.parts
 
 
-class WorkerSide:
+class WorkerProcess:
     """What happens in a worker process, on whichever side of the seam it lies."""
 
     def __init__(self, spec: RunSpec, inputs: Inputs, method: Method, *, base: BaseModel | None = None):
@@ -73,9 +73,9 @@ class WorkerSide:
             precision=spec.execution.precision,
         )
 
-    def run(self, lot: Lot, payloads: Mapping[int, Payload], *, locate: bool = False) -> LotReply:
-        """Carry out one lot."""
-        return run_lot(self.worker, self.method, payloads, lot, locate=locate)
+    def run(self, unit: WorkUnit, payloads: Mapping[int, Payload], *, locate: bool = False) -> WorkUnitReply:
+        """Carry out one unit."""
+        return run_work_unit(self.worker, self.method, payloads, unit, locate=locate)
 
     def evaluate(self, model: GlobalModel, rows: np.ndarray) -> EvalSums:
         """Evaluate on held-out examples ``rows``."""
@@ -101,22 +101,22 @@ class SerialExecutor:
     """Everything in this process, in order; breakpoints work. ``debug`` lets exceptions through as they are."""
 
     def __init__(self, problem: Problem, *, debug: bool = False, base: BaseModel | None = None):
-        """``base``: as for `WorkerSide`."""
-        self.side = WorkerSide(problem.spec, problem.inputs, problem.method, base=base)
+        """``base``: as for `WorkerProcess`."""
+        self.side = WorkerProcess(problem.spec, problem.inputs, problem.method, base=base)
         self.debug = debug
 
-    def run(self, lots: Sequence[Lot], payloads: Mapping[int, Payload]) -> Iterator[LotReply]:
-        """One lot after the other."""
-        for lot in lots:
-            yield self._run_one(lot, payloads)
+    def run(self, units: Sequence[WorkUnit], payloads: Mapping[int, Payload]) -> Iterator[WorkUnitReply]:
+        """One unit after the other."""
+        for unit in units:
+            yield self._run_one(unit, payloads)
 
-    def _run_one(self, lot: Lot, payloads: Mapping[int, Payload]) -> LotReply:
+    def _run_one(self, unit: WorkUnit, payloads: Mapping[int, Payload]) -> WorkUnitReply:
         try:
-            return self.side.run(lot, payloads)
+            return self.side.run(unit, payloads)
         except Exception:
             if self.debug:
                 raise
-            return self.side.run(lot, payloads, locate=True)
+            return self.side.run(unit, payloads, locate=True)
 
     def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> Evaluated:
         """One chunk after the other."""

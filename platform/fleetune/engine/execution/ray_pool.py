@@ -1,7 +1,7 @@
-"""Ray: host actors through which clients pass, and the executor over them.
+"""Ray: worker actors through which clients pass, and the executor over them.
 
-The base model and the data are put into the object store once and mapped by every host of a node; a payload is put once per
-round. Hosts outlive runs: a further run of the same process finds them warm.
+The base model and the data are put into the object store once and mapped by every worker of a node; a payload is put once per
+round. Workers outlive runs: a further run of the same process finds them warm.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from fleetune.engine.execution.executor import WorkerSide, placed_base
-from fleetune.engine.execution.work_units import Lot, LotReply
+from fleetune.engine.execution.executor import WorkerProcess, placed_base
+from fleetune.engine.execution.work_units import WorkUnit, WorkUnitReply
 from fleetune.errors import RunFailed
 from fleetune.files import WriteFailed
 from fleetune.methods.base import Context, GlobalModel, Method, Payload, Provision
@@ -77,12 +77,12 @@ class PackedPayload:
 
 
 @ray.remote(num_cpus=1, max_restarts=0)
-class HostActor:
+class RayWorker:
     """A worker process that becomes one cohort of clients after the other."""
 
     def __init__(self, threads: int):
         set_threads(threads)
-        self.side: WorkerSide | None = None
+        self.side: WorkerProcess | None = None
         self.run_number = 0
         self._payloads: dict[Any, Payload] = {}
         self._round_idx = -1
@@ -104,21 +104,21 @@ class HostActor:
         if self._base is None or self._base[0] != key:
             self._base, self._networks = (key, placed_base(spec, inputs.base)), {}
         context = Context(inputs.base, spec.model.lora, inputs.sites, spec.rounds.num_rounds, spec.seed)
-        self.side = WorkerSide(spec, inputs, method(spec.method, context), base=self._base[1])
+        self.side = WorkerProcess(spec, inputs, method(spec.method, context), base=self._base[1])
         self.side.worker.adopt(self._networks.setdefault(spec.model.lora, {}))
         self._payloads = {}
         self.side.worker.network(Submodel.prefix(inputs.base.num_layers))
         self.run_number = run_number
 
-    def run(self, run_number: int, lot: Lot, payload_refs: dict[int, Any], locate: bool) -> LotReply:
-        """Carry out a lot; payloads are fetched once per round."""
+    def run(self, run_number: int, unit: WorkUnit, payload_refs: dict[int, Any], locate: bool) -> WorkUnitReply:
+        """Carry out a unit; payloads are fetched once per round."""
         if (
-            lot.round_idx != self._round_idx
+            unit.round_idx != self._round_idx
         ):  # the payloads of rounds gone by would keep their place in the object store
-            self._round_idx = lot.round_idx
+            self._round_idx = unit.round_idx
             self._payloads = {}
         return self._side(run_number).run(
-            lot, {key: self._payload(ref) for key, ref in payload_refs.items()}, locate=locate
+            unit, {key: self._payload(ref) for key, ref in payload_refs.items()}, locate=locate
         )
 
     def evaluate(self, run_number: int, model: dict[str, Any], rows: np.ndarray) -> EvalSums:
@@ -126,10 +126,10 @@ class HostActor:
         adapter = model["adapter"].unpack()
         return self._side(run_number).evaluate(GlobalModel(Submodel.from_values(model["submodel"]), adapter), rows)
 
-    def _side(self, run_number: int) -> WorkerSide:
+    def _side(self, run_number: int) -> WorkerProcess:
         """What the run works with; where it could not be taken up, the former run's must not do its work."""
         if self.side is None or self.run_number != run_number:
-            raise RuntimeError(f"this host has not taken up run {run_number}")
+            raise RuntimeError(f"this worker has not taken up run {run_number}")
         return self.side
 
     def _payload(self, ref: Any) -> Payload:
@@ -139,10 +139,12 @@ class HostActor:
 
 
 class Job:
-    """One call to a host: how it is made, how its failure is told, and what came of it."""
+    """One call to a worker: how it is made, how its failure is told, and what came of it."""
 
-    def __init__(self, submit: Callable[[int, bool], Any], failed: Callable[[Exception], RunFailed], *, is_lot: bool):
-        self.submit, self.failed, self.is_lot = submit, failed, is_lot
+    def __init__(
+        self, submit: Callable[[int, bool], Any], failed: Callable[[Exception], RunFailed], *, is_work_unit: bool
+    ):
+        self.submit, self.failed, self.is_work_unit = submit, failed, is_work_unit
         self.is_retry, self.num_deaths, self.is_done = False, 0, False
         self.result: Any = None
         self.error: RunFailed | WriteFailed | None = None
@@ -156,74 +158,74 @@ class Job:
 
 
 class RayExecutor:
-    """A pool of hosts. Lots are dealt longest first to whoever is free; replies are used in the order of the lots.
+    """A pool of workers. Work units are dealt longest first to whoever is free; replies are used in the order of the units.
 
-    Evaluations go to hosts that lots leave idle: at the end of a round, and while the coordinator prepares the next one.
+    Evaluations go to workers that units leave idle: at the end of a round, and while the coordinator prepares the next one.
     """
 
-    queued_per_host = 2  # one running, one waiting, so that a host never idles between lots
-    max_deaths = 3  # assumed: a call whose host dies so often is to blame itself (memory, a crash in native code)
+    queued_per_worker = 2  # one running, one waiting, so that a worker never idles between units
+    max_deaths = 3  # assumed: a call whose worker dies so often is to blame itself (memory, a crash in native code)
 
-    def __init__(self, num_hosts: int, threads: int, gpus_per_host: float = 0.0):
-        self.num_hosts, self.threads, self.gpus_per_host = num_hosts, threads, gpus_per_host
-        self.hosts = [self._new_host() for _ in range(num_hosts)]
+    def __init__(self, num_workers: int, threads: int, gpus_per_worker: float = 0.0):
+        self.num_workers, self.threads, self.gpus_per_worker = num_workers, threads, gpus_per_worker
+        self.workers = [self._new_worker() for _ in range(num_workers)]
         self._setup: tuple[Any, ...] | None = None
         self._prepared: list[Any] = []
         self._run_number = 0
         self._forget()
 
-    def _new_host(self) -> Any:
-        needs = {"num_cpus": self.threads, "num_gpus": self.gpus_per_host}
-        return HostActor.options(**needs).remote(self.threads)  # type: ignore[attr-defined]
+    def _new_worker(self) -> Any:
+        needs = {"num_cpus": self.threads, "num_gpus": self.gpus_per_worker}
+        return RayWorker.options(**needs).remote(self.threads)  # type: ignore[attr-defined]
 
     def _forget(self) -> None:
-        """Nothing is asked of any host: calls of a run that was broken off are nobody's any more."""
-        self._lots: deque[Job] = deque()
+        """Nothing is asked of any worker: calls of a run that was broken off are nobody's any more."""
+        self._units: deque[Job] = deque()
         self._evaluations: deque[Job] = deque()
-        self._running: dict[Any, tuple[Job, int]] = {}  # reference -> its job and host, in the order of submission
-        self._load = [0] * self.num_hosts
-        self._has_store = [False] * self.num_hosts
-        """Which hosts are known to reach the run's private store; what they need of it is not sent to them."""
+        self._running: dict[Any, tuple[Job, int]] = {}  # reference -> its job and worker, in the order of submission
+        self._load = [0] * self.num_workers
+        self._has_store = [False] * self.num_workers
+        """Which workers are known to reach the run's private store; what they need of it is not sent to them."""
         self._num_unread = 0
 
     def prepare(self, base_key: str, spec: RunSpec, method: type[Method], shared: SharedInputs) -> None:
-        """Hand a run to all hosts, without waiting for them."""
+        """Hand a run to all workers, without waiting for them."""
         self._run_number += 1
         self._forget()
         self._setup = (self._run_number, base_key, spec, method, shared.base, shared.rest)
-        self._prepared = [host.prepare.remote(*self._setup) for host in self.hosts]
+        self._prepared = [worker.prepare.remote(*self._setup) for worker in self.workers]
 
-    def run(self, lots: Sequence[Lot], payloads: Mapping[int, Payload]) -> Iterator[LotReply]:
-        """Begin the lots. A host that dies is replaced and its lots run again; an error is tried once more."""
+    def run(self, units: Sequence[WorkUnit], payloads: Mapping[int, Payload]) -> Iterator[WorkUnitReply]:
+        """Begin the units. A worker that dies is replaced and its units run again; an error is tried once more."""
         refs = {key: ray.put(PackedPayload.of(payload)) for key, payload in payloads.items()}
 
-        def job(lot: Lot) -> Job:
-            needed = {cohort.payload: refs[cohort.payload] for cohort in lot.cohorts}
+        def job(unit: WorkUnit) -> Job:
+            needed = {cohort.payload: refs[cohort.payload] for cohort in unit.cohorts}
 
-            def submit(host: int, is_retry: bool) -> Any:
-                mine = lot if self._has_store[host] else lot.with_private()
-                return self.hosts[host].run.remote(self._run_number, mine, needed, is_retry)
+            def submit(worker: int, is_retry: bool) -> Any:
+                mine = unit if self._has_store[worker] else unit.with_private()
+                return self.workers[worker].run.remote(self._run_number, mine, needed, is_retry)
 
             def failed(error: Exception) -> RunFailed:
-                who = lot.client_ids.tolist()
-                return RunFailed(_told(error), round_idx=lot.round_idx, stage=lot.stage, client_ids=who)
+                who = unit.client_ids.tolist()
+                return RunFailed(_told(error), round_idx=unit.round_idx, stage=unit.stage, client_ids=who)
 
-            return Job(submit, failed, is_lot=True)
+            return Job(submit, failed, is_work_unit=True)
 
-        jobs = [job(lot) for lot in lots]
-        self._lots.extend(jobs)
+        jobs = [job(unit) for unit in units]
+        self._units.extend(jobs)
         self._fill()
         return self._replies(jobs)
 
     def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> RayEvaluation:
-        """Begin an evaluation on the hosts that are idle."""
+        """Begin an evaluation on the workers that are idle."""
         ref = ray.put({"adapter": pack(model.adapter), "submodel": model.submodel.to_values()})
 
         def job(rows: np.ndarray) -> Job:
-            def submit(host: int, is_retry: bool) -> Any:
-                return self.hosts[host].evaluate.remote(self._run_number, ref, rows)
+            def submit(worker: int, is_retry: bool) -> Any:
+                return self.workers[worker].evaluate.remote(self._run_number, ref, rows)
 
-            return Job(submit, lambda error: RunFailed(f"evaluation: {_told(error)}"), is_lot=False)
+            return Job(submit, lambda error: RunFailed(f"evaluation: {_told(error)}"), is_work_unit=False)
 
         jobs = [job(rows) for rows in chunks]
         self._evaluations.extend(jobs)
@@ -239,7 +241,7 @@ class RayExecutor:
         self._fill(evaluations_first)
         return bool(ended)
 
-    def _replies(self, jobs: Sequence[Job]) -> Iterator[LotReply]:
+    def _replies(self, jobs: Sequence[Job]) -> Iterator[WorkUnitReply]:
         for job in jobs:
             while not job.is_done:
                 self.step()
@@ -247,33 +249,33 @@ class RayExecutor:
             yield job.take()
 
     def _fill(self, evaluations_first: bool = False) -> None:
-        """Deal out. Few replies at a time wait to be read; an evaluation takes an idle host, or any where it is waited for."""
+        """Deal out. Few replies at a time wait to be read; an evaluation takes an idle worker, or any where it is waited for."""
         if evaluations_first:
-            self._begin_evaluations(self.queued_per_host)
-        while self._lots and self._num_unread < 2 * self.num_hosts and self._has_room(self.queued_per_host):
-            self._start(self._lots.popleft())
-        self._begin_evaluations(queued_per_host=1)
+            self._begin_evaluations(self.queued_per_worker)
+        while self._units and self._num_unread < 2 * self.num_workers and self._has_room(self.queued_per_worker):
+            self._start(self._units.popleft())
+        self._begin_evaluations(queued_per_worker=1)
 
-    def _begin_evaluations(self, queued_per_host: int) -> None:
-        while self._evaluations and self._has_room(queued_per_host):
+    def _begin_evaluations(self, queued_per_worker: int) -> None:
+        while self._evaluations and self._has_room(queued_per_worker):
             self._start(self._evaluations.popleft())
 
-    def _has_room(self, queued_per_host: int) -> bool:
-        return min(self._load) < queued_per_host
+    def _has_room(self, queued_per_worker: int) -> bool:
+        return min(self._load) < queued_per_worker
 
-    def _start(self, job: Job, host: int | None = None) -> None:
-        if host is None:
-            host = self._load.index(min(self._load))
-        self._running[job.submit(host, job.is_retry)] = (job, host)
-        self._load[host] += 1
+    def _start(self, job: Job, worker: int | None = None) -> None:
+        if worker is None:
+            worker = self._load.index(min(self._load))
+        self._running[job.submit(worker, job.is_retry)] = (job, worker)
+        self._load[worker] += 1
 
     def _settle(self, ref: Any) -> None:
         """A call has ended: take its result, try it once more, or note why it failed."""
-        job, host = self._running[ref]
+        job, worker = self._running[ref]
         try:
             result = ray.get(ref)
         except RayActorError as error:
-            self._replace(host, error)
+            self._replace(worker, error)
             return
         except RayTaskError as error:
             self._end(ref)
@@ -281,7 +283,7 @@ class RayExecutor:
                 job.is_retry = True
                 self._start(job)
                 return
-            cause = self._cause(error, host)
+            cause = self._cause(error, worker)
             self._fail(job, cause if isinstance(cause, RunFailed | WriteFailed) else job.failed(cause))
             return
         except RayError as error:
@@ -289,55 +291,55 @@ class RayExecutor:
             self._fail(job, job.failed(error))
             return
         self._end(ref)
-        if job.is_lot:
-            self._has_store[host] = result.has_store
+        if job.is_work_unit:
+            self._has_store[worker] = result.has_store
         job.result, job.is_done = result, True
-        self._num_unread += job.is_lot
+        self._num_unread += job.is_work_unit
 
     def _end(self, ref: Any) -> None:
-        _, host = self._running.pop(ref)
-        self._load[host] -= 1
+        _, worker = self._running.pop(ref)
+        self._load[worker] -= 1
 
     def _fail(self, job: Job, error: RunFailed | WriteFailed) -> None:
-        """Whoever takes the job's result is told. The lots that are not begun yet would be for nothing."""
+        """Whoever takes the job's result is told. The units that are not begun yet would be for nothing."""
         job.error, job.is_done = error, True
-        if job.is_lot:
+        if job.is_work_unit:
             self._num_unread += 1
-            self._lots.clear()
+            self._units.clear()
 
-    def _cause(self, error: RayTaskError, host: int) -> Exception:
-        """What was raised on the host. One that could not take up the run fails in every call for that reason."""
+    def _cause(self, error: RayTaskError, worker: int) -> Exception:
+        """What was raised on the worker. One that could not take up the run fails in every call for that reason."""
         try:
-            ray.get(self._prepared[host])
+            ray.get(self._prepared[worker])
         except RayTaskError as earlier:
             error = earlier
         except RayActorError:  # it has died meanwhile
             pass
         return error.cause if isinstance(error.cause, Exception) else error
 
-    def _replace(self, host: int, error: RayActorError) -> None:
-        """A fresh host takes the dead one's place and its jobs: calls are stateless, so the result is the same.
+    def _replace(self, worker: int, error: RayActorError) -> None:
+        """A fresh worker takes the dead one's place and its jobs: calls are stateless, so the result is the same.
 
-        The job that the host was at when it died, the first of them, may be what killed it.
+        The job that the worker was at when it died, the first of them, may be what killed it.
         """
-        refs = [ref for ref, (_, where) in self._running.items() if where == host]
+        refs = [ref for ref, (_, where) in self._running.items() if where == worker]
         lost = [self._running.pop(ref)[0] for ref in refs]
-        self.hosts[host] = self._new_host()
-        self._load[host], self._has_store[host] = 0, False
+        self.workers[worker] = self._new_worker()
+        self._load[worker], self._has_store[worker] = 0, False
         if self._setup is not None:
-            self._prepared[host] = self.hosts[host].prepare.remote(*self._setup)
+            self._prepared[worker] = self.workers[worker].prepare.remote(*self._setup)
         lost[0].num_deaths += 1
         if lost[0].num_deaths >= self.max_deaths:
             self._fail(lost[0], lost[0].failed(error))
             del lost[0]
         for job in lost:
             job.is_retry = False
-            self._start(job, host)
+            self._start(job, worker)
 
 
 @dataclass(frozen=True)
 class RayEvaluation:
-    """An evaluation on hosts."""
+    """An evaluation on workers."""
 
     executor: RayExecutor
     jobs: list[Job]
@@ -357,5 +359,5 @@ class RayEvaluation:
 
 def _told(error: Exception) -> str:
     """An error in one line: its kind and what it says."""
-    name = "the host process died" if isinstance(error, RayActorError) else type(error).__name__
+    name = "the worker process died" if isinstance(error, RayActorError) else type(error).__name__
     return f"{name}: {' '.join(str(error).split())}"

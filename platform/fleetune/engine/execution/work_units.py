@@ -1,8 +1,8 @@
-"""A lot: the clients that one call to a worker carries out, as columns, and what comes back.
+"""A unit: the clients that one call to a worker carries out, as columns, and what comes back.
 
-The make-up of cohorts (which train stacked) and lots (which travel together) follows from the spec and the round alone, never
-from how many hosts there are; each lot's updates are summed in its own order, and the lots in theirs. So the result is the
-same bits on one host or many.
+The make-up of cohorts (which train stacked) and units (which travel together) follows from the spec and the round alone, never
+from how many workers there are; each unit's updates are summed in its own order, and the units in theirs. So the result is the
+same bits on one worker or many.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from fleetune.engine.checkpoint.client_store import MAX_LOTS, PrivateStore, place_of
+from fleetune.engine.checkpoint.client_store import MAX_UNITS, ClientStore, slot_of
 from fleetune.engine.round.ranks import cut, laid_over
 from fleetune.errors import RunFailed
 from fleetune.methods.base import Method, Payload
@@ -22,16 +22,16 @@ from fleetune.tensors import Packed, RunningSum, Stack, Tensors, add_weighted, a
 from fleetune.training.plan import ClientTask, CohortUpdate
 from fleetune.training.worker import Worker
 
-# There are at most MAX_LOTS calls per round, so that a round of 10,000 clients costs no more calls than one of a thousand;
+# There are at most MAX_UNITS calls per round, so that a round of 10,000 clients costs no more calls than one of a thousand;
 # fewer where clients do not train, because a call costs as much as a hundred of them (benchmarks/engine.py: 2.4 ms) and there
 # is little to balance.
-CLIENTS_PER_LOT_WITHOUT_STEPS = 256
-MIN_LOTS_WITHOUT_STEPS, MAX_LOTS_WITHOUT_STEPS = 2, 8
+CLIENTS_PER_UNIT_WITHOUT_STEPS = 256
+MIN_UNITS_WITHOUT_STEPS, MAX_UNITS_WITHOUT_STEPS = 2, 8
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """Clients [start, stop) of a lot, which share a payload and train stacked."""
+    """Clients [start, stop) of a unit, which share a payload and train stacked."""
 
     start: int
     stop: int
@@ -41,8 +41,8 @@ class Cohort:
 
 
 @dataclass(frozen=True)
-class Lot:
-    """Columns over the clients of a lot."""
+class WorkUnit:
+    """Columns over the clients of a unit."""
 
     index: int
     round_idx: int
@@ -57,22 +57,20 @@ class Lot:
     cohorts: tuple[Cohort, ...]
     ranks: np.ndarray
     """Of the adapters that they train."""
-    store: PrivateStore
-    places: Mapping[int, int] = field(default_factory=dict)
+    store: ClientStore
+    slots: Mapping[int, int] = field(default_factory=dict)
     """Where what each of them kept lies in the store."""
     private: Mapping[int, Packed] = field(default_factory=dict)
-    """What they kept, for a host that has no access to the store."""
+    """What they kept, for a worker that has no access to the store."""
 
-    def with_private(self) -> Lot:
-        """The lot with what its clients kept."""
-        return replace(self, private=dict(self.store.read(self.places))) if self.places else self
+    def with_private(self) -> WorkUnit:
+        """The unit with what its clients kept."""
+        return replace(self, private=dict(self.store.read(self.slots))) if self.slots else self
 
     def before(self, cohort: Cohort) -> dict[int, Tensors]:
         """What the cohort's clients kept last, of those that did."""
         ids = self.client_ids[cohort.start : cohort.stop].tolist()
-        missing = {
-            client: self.places[client] for client in ids if client in self.places and client not in self.private
-        }
+        missing = {client: self.slots[client] for client in ids if client in self.slots and client not in self.private}
         found = {client: self.private[client] for client in ids if client in self.private}
         found.update(self.store.read(missing))
         return {client: packed.unpack() for client, packed in found.items()}
@@ -97,8 +95,8 @@ class Lot:
 
 
 @dataclass
-class LotReply:
-    """Columns over the clients of a lot, and their tensors: a partial sum per payload, or each by itself."""
+class WorkUnitReply:
+    """Columns over the clients of a unit, and their tensors: a partial sum per payload, or each by itself."""
 
     index: int
     client_ids: np.ndarray
@@ -115,7 +113,7 @@ class LotReply:
     each: dict[int, Packed] = field(default_factory=dict)
     server: Packed | None = None
     private: dict[int, Packed] = field(default_factory=dict)
-    """What the clients keep, from a host that has no access to the store; others have written it there."""
+    """What the clients keep, from a worker that has no access to the store; others have written it there."""
     has_store: bool = True
 
     def let_go(self) -> None:
@@ -134,7 +132,7 @@ class LotReply:
             setattr(self, name, getattr(self, name).copy())
 
 
-def make_lots(
+def make_work_units(
     *,
     round_idx: int,
     stage: int,
@@ -147,12 +145,12 @@ def make_lots(
     cohort_size: int,
     coupled: bool,
     ranks: np.ndarray,
-    store: PrivateStore,
-    places: Mapping[int, int],
-) -> list[Lot]:
-    """Cohorts of at most ``cohort_size`` clients of one payload (all of them, if coupled), dealt to a bounded number of lots.
+    store: ClientStore,
+    slots: Mapping[int, int],
+) -> list[WorkUnit]:
+    """Cohorts of at most ``cohort_size`` clients of one payload (all of them, if coupled), dealt to a bounded number of units.
 
-    Clients with equally many steps stand together, the longest first; so do the lots, and a late host has little left to do.
+    Clients with equally many steps stand together, the longest first; so do the units, and a late worker has little left to do.
     """
     if not len(client_ids):
         return []
@@ -165,9 +163,9 @@ def make_lots(
         num_cohorts = -(-len(members) // size)
         cohorts += np.array_split(members, num_cohorts)
     cohorts.sort(key=lambda members: (-int(steps[members].sum()), int(client_ids[members[0]])))
-    lots = []
-    num_lots = min(MAX_LOTS if steps.any() else _lots_without_steps(len(client_ids)), len(cohorts))
-    for index, part in enumerate(np.array_split(np.arange(len(cohorts)), num_lots)):
+    units = []
+    num_units = min(MAX_UNITS if steps.any() else _units_without_steps(len(client_ids)), len(cohorts))
+    for index, part in enumerate(np.array_split(np.arange(len(cohorts)), num_units)):
         members = np.concatenate([cohorts[c] for c in part])
         stops = np.cumsum([len(cohorts[c]) for c in part])
         spans = tuple(
@@ -176,8 +174,8 @@ def make_lots(
         )
         ids = client_ids[members]
         mine = [rows[i] for i in members]
-        lots.append(
-            Lot(
+        units.append(
+            WorkUnit(
                 index=index,
                 round_idx=round_idx,
                 stage=stage,
@@ -190,15 +188,15 @@ def make_lots(
                 cohorts=spans,
                 ranks=ranks[members],
                 store=store,
-                places={client: places[client] for client in ids.tolist() if client in places},
+                slots={client: slots[client] for client in ids.tolist() if client in slots},
             )
         )
-    return lots
+    return units
 
 
-def _lots_without_steps(num_clients: int) -> int:
-    wanted = -(-num_clients // CLIENTS_PER_LOT_WITHOUT_STEPS)
-    return min(max(wanted, MIN_LOTS_WITHOUT_STEPS), MAX_LOTS_WITHOUT_STEPS)
+def _units_without_steps(num_clients: int) -> int:
+    wanted = -(-num_clients // CLIENTS_PER_UNIT_WITHOUT_STEPS)
+    return min(max(wanted, MIN_UNITS_WITHOUT_STEPS), MAX_UNITS_WITHOUT_STEPS)
 
 
 def _as_one(rows: Sequence[np.ndarray]) -> np.ndarray:
@@ -209,14 +207,14 @@ def _as_one(rows: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.pad(r, ((0, 0), (0, width - r.shape[1])), constant_values=-1) for r in rows])
 
 
-def run_lot(
-    worker: Worker, method: Method, payloads: Mapping[int, Payload], lot: Lot, *, locate: bool = False
-) -> LotReply:
-    """Carry out a lot. With ``locate`` an error is traced to its client by running the cohort's clients one by one."""
-    n = len(lot.client_ids)
-    reply = LotReply(
-        lot.index,
-        lot.client_ids,
+def run_work_unit(
+    worker: Worker, method: Method, payloads: Mapping[int, Payload], unit: WorkUnit, *, locate: bool = False
+) -> WorkUnitReply:
+    """Carry out a unit. With ``locate`` an error is traced to its client by running the cohort's clients one by one."""
+    n = len(unit.client_ids)
+    reply = WorkUnitReply(
+        unit.index,
+        unit.client_ids,
         np.zeros(n),
         np.zeros(n, np.int64),
         np.zeros(n, np.int64),
@@ -224,21 +222,21 @@ def run_lot(
         np.zeros(n),
         np.zeros(n, bool),
         np.zeros(n, bool),
-        has_store=lot.store.is_here,
+        has_store=unit.store.is_here,
     )
     totals: dict[int, RunningSum] = {}
     server: Tensors = {}
     kept: dict[int, Packed] = {}
-    for cohort in lot.cohorts:
-        before = lot.before(cohort)
-        tasks = lot.tasks(cohort, before)
+    for cohort in unit.cohorts:
+        before = unit.before(cohort)
+        tasks = unit.tasks(cohort, before)
         started = time.perf_counter()
         try:
             update = _update(worker, method, payloads[cohort.payload], tasks)
         except Exception as error:
             if not locate:
                 raise
-            raise _located(error, worker, method, payloads[cohort.payload], tasks, lot) from error
+            raise _located(error, worker, method, payloads[cohort.payload], tasks, unit) from error
         span = slice(cohort.start, cohort.stop)
         reply.wall_seconds[span] = (time.perf_counter() - started) / len(tasks)
         reply.losses[span], reply.num_tokens[span] = update.losses, update.num_tokens
@@ -248,15 +246,15 @@ def run_lot(
         _collect(reply, span, method, update, tasks, totals.setdefault(cohort.payload, RunningSum()))
         if update.private is not None:
             reply.keeps[span] = ~reply.diverged[span]  # whose work came to nothing has what it had
-            mine = _kept(update.private, lot.ranks[span], tasks, before, worker.lora.rank)
-            kept.update({c: mine[c] for c in lot.client_ids[span][reply.keeps[span]].tolist()})
+            mine = _kept(update.private, unit.ranks[span], tasks, before, worker.lora.rank)
+            kept.update({c: mine[c] for c in unit.client_ids[span][reply.keeps[span]].tolist()})
         add_weighted(server, update.server, 1.0)
     reply.partial_sums = {key: total.packed() for key, total in totals.items() if total}
     reply.server = pack(server) if server else None
     if not reply.has_store:
         reply.private = kept
     elif kept:
-        lot.store.write(place_of(lot.round_idx, lot.index), kept)
+        unit.store.write(slot_of(unit.round_idx, unit.index), kept)
     return reply
 
 
@@ -281,14 +279,14 @@ def _diverged(update: CohortUpdate, *, coupled: bool) -> np.ndarray:
 
 
 def _collect(
-    reply: LotReply,
+    reply: WorkUnitReply,
     span: slice,
     method: Method,
     update: CohortUpdate,
     tasks: list[ClientTask],
     total: RunningSum,
 ) -> None:
-    """Add the cohort's upload to the lot's sum, or keep each client's; late clients count for nothing."""
+    """Add the cohort's upload to the unit's sum, or keep each client's; late clients count for nothing."""
     counted = [k for k, task in enumerate(tasks) if task.weight > 0]
     if update.upload is not None and update.upload.shapes:
         reply.upload_bytes[span] = update.upload.data[0].nbytes
@@ -313,7 +311,7 @@ def _kept(
 
 
 def _located(
-    error: Exception, worker: Worker, method: Method, payload: Payload, tasks: list[ClientTask], lot: Lot
+    error: Exception, worker: Worker, method: Method, payload: Payload, tasks: list[ClientTask], unit: WorkUnit
 ) -> RunFailed:
     """The clients whose own work fails; all of the cohort where it fails only together."""
     guilty = []
@@ -323,10 +321,10 @@ def _located(
         except Exception:
             guilty.append(task.client_id)
     who = guilty or [task.client_id for task in tasks]
-    return RunFailed(f"{type(error).__name__}: {error}", round_idx=lot.round_idx, stage=lot.stage, client_ids=who)
+    return RunFailed(f"{type(error).__name__}: {error}", round_idx=unit.round_idx, stage=unit.stage, client_ids=who)
 
 
-def in_client_order(replies: Sequence[LotReply]) -> Iterator[tuple[int, LotReply, int]]:
-    """(client id, its lot's reply, its place there) over all clients, ascending."""
-    places = [(int(c), reply, i) for reply in replies for i, c in enumerate(reply.client_ids)]
-    yield from sorted(places, key=lambda place: place[0])
+def in_client_order(replies: Sequence[WorkUnitReply]) -> Iterator[tuple[int, WorkUnitReply, int]]:
+    """(client id, its unit's reply, its slot there) over all clients, ascending."""
+    slots = [(int(c), reply, i) for reply in replies for i, c in enumerate(reply.client_ids)]
+    yield from sorted(slots, key=lambda slot: slot[0])

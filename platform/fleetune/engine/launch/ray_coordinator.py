@@ -15,17 +15,17 @@ from fleetune.spec import RunSpec
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
-class CoordinatorActor:
-    """The coordinator of runs on this cluster, with its hosts; it stays for further runs."""
+class RayCoordinator:
+    """The coordinator of runs on this cluster, with its workers; it stays for further runs."""
 
-    def __init__(self, num_hosts: int, threads: int, gpus_per_host: float):
+    def __init__(self, num_workers: int, threads: int, gpus_per_worker: float):
         set_threads(threads)
-        self.executor = RayExecutor(num_hosts, threads, gpus_per_host)
+        self.executor = RayExecutor(num_workers, threads, gpus_per_worker)
         self.baselines: Baselines = {}
 
-    def hosts(self) -> list[Any]:
-        """Handles of the host actors."""
-        return self.executor.hosts
+    def workers(self) -> list[Any]:
+        """Handles of the worker actors."""
+        return self.executor.workers
 
     def run(self, base_key: str, spec: RunSpec, shared: SharedInputs, run_path: str) -> Iterator[Event]:
         """Run (or go on with) a run directory; yields the coordinator's events."""

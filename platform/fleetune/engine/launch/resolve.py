@@ -17,10 +17,10 @@ MAX_STEP_TOKENS = 4096
 
 
 def resolve_execution(spec: RunSpec, *, node_cores: Sequence[int], node_gpus: Sequence[int] | None = None) -> RunSpec:
-    """Decide every ``auto`` of the execution: as many hosts as a round can keep busy, cores shared out, cohorts for all.
+    """Decide every ``auto`` of the execution: as many workers as a round can keep busy, cores shared out, cohorts for all.
 
-    ``node_cores``, ``node_gpus`` (None: there are none): cores and GPUs of each node. A host lies on one node, so a node of
-    c cores holds c // threads of them, and on GPUs no more than ``hosts_per_gpu`` for each of its GPUs.
+    ``node_cores``, ``node_gpus`` (None: there are none): cores and GPUs of each node. A worker lies on one node, so a node of
+    c cores holds c // threads of them, and on GPUs no more than ``workers_per_gpu`` for each of its GPUs.
     """
     gpus = list(node_gpus) if node_gpus is not None else [0] * len(node_cores)
     device = spec.execution.device
@@ -33,16 +33,20 @@ def resolve_execution(spec: RunSpec, *, node_cores: Sequence[int], node_gpus: Se
             value="cuda",
             hint="set it to auto or cpu, or run where a GPU and a PyTorch built for it are",
         )
-    places = [n * spec.execution.hosts_per_gpu for n in gpus] if device == "cuda" else list(node_cores)
+    places = [n * spec.execution.workers_per_gpu for n in gpus] if device == "cuda" else list(node_cores)
     spec = _resolved(spec, device, node_cores, places)
     chosen = spec.execution
-    if device == "cuda" and chosen.kind == "ray" and int(chosen.hosts) > _room(int(chosen.threads), node_cores, places):
+    if (
+        device == "cuda"
+        and chosen.kind == "ray"
+        and int(chosen.workers) > _room(int(chosen.threads), node_cores, places)
+    ):
         raise UserError(
-            f"{chosen.hosts} hosts need more than the {sum(gpus)} GPU(s) there are, "
-            f"at execution.hosts_per_gpu={chosen.hosts_per_gpu}",
+            f"{chosen.workers} workers need more than the {sum(gpus)} GPU(s) there are, "
+            f"at execution.workers_per_gpu={chosen.workers_per_gpu}",
             field="execution.device",
             value="cuda",
-            hint="lower execution.hosts, raise execution.hosts_per_gpu, or set execution.device=cpu",
+            hint="lower execution.workers, raise execution.workers_per_gpu, or set execution.device=cpu",
         )
     return spec
 
@@ -55,53 +59,55 @@ def num_gpus() -> int:
 
 
 def gpu_share(execution: ExecutionConfig) -> float:
-    """GPUs that each host asks Ray for, which counts them in ten-thousandths."""
-    return (10_000 // execution.hosts_per_gpu) / 10_000 if execution.device == "cuda" else 0.0
+    """GPUs that each worker asks Ray for, which counts them in ten-thousandths."""
+    return (10_000 // execution.workers_per_gpu) / 10_000 if execution.device == "cuda" else 0.0
 
 
 def _room(threads: int, node_cores: Sequence[int], places: Sequence[int]) -> int:
-    """Hosts that fit on the nodes."""
+    """Workers that fit on the nodes."""
     return sum(min(cores // threads, most) for cores, most in zip(node_cores, places, strict=True))
 
 
 def _finds_room(spec: RunSpec, node_cores: Sequence[int], gpus: Sequence[int]) -> bool:
-    """Whether as many hosts as the job names fit on the GPUs."""
+    """Whether as many workers as the job names fit on the GPUs."""
     chosen = spec.execution
     threads = 1 if chosen.threads == "auto" else int(chosen.threads)
-    places = [n * chosen.hosts_per_gpu for n in gpus]
-    return chosen.kind == "serial" or chosen.hosts == "auto" or int(chosen.hosts) <= _room(threads, node_cores, places)
+    places = [n * chosen.workers_per_gpu for n in gpus]
+    return (
+        chosen.kind == "serial" or chosen.workers == "auto" or int(chosen.workers) <= _room(threads, node_cores, places)
+    )
 
 
 def _resolved(spec: RunSpec, device: str, node_cores: Sequence[int], places: Sequence[int]) -> RunSpec:
-    """The spec with everything decided; ``places``: hosts that each node holds at most, whatever their threads."""
+    """The spec with everything decided; ``places``: workers that each node holds at most, whatever their threads."""
     chosen = spec.execution
     per_round = spec.rounds.clients_per_round
     coupled = METHODS[spec.method.name].couples(spec.method)
-    if chosen.hosts != "auto" and int(chosen.hosts) > _room(1, node_cores, places):
-        places = node_cores  # one process takes the place of all hosts, or they are refused
+    if chosen.workers != "auto" and int(chosen.workers) > _room(1, node_cores, places):
+        places = node_cores  # one process takes the place of all workers, or they are refused
     if chosen.threads != "auto":
         threads = int(chosen.threads)
     else:
-        wanted = int(chosen.hosts) if chosen.hosts != "auto" else min(_room(1, node_cores, places), per_round)
+        wanted = int(chosen.workers) if chosen.workers != "auto" else min(_room(1, node_cores, places), per_round)
         fitting = (t for t in range(max(node_cores), 0, -1) if t == 1 or _room(t, node_cores, places) >= wanted)
         threads = next(fitting)
     room = _room(threads, node_cores, places)
-    hosts = int(chosen.hosts) if chosen.hosts != "auto" else max(1, min(room, per_round))
-    if hosts > _room(threads, node_cores, node_cores):
+    workers = int(chosen.workers) if chosen.workers != "auto" else max(1, min(room, per_round))
+    if workers > _room(threads, node_cores, node_cores):
         raise UserError(
-            f"hosts of execution.threads={threads} do not fit on nodes of {', '.join(map(str, node_cores))} cores",
-            field="execution.hosts",
-            value=hosts,
+            f"workers of execution.threads={threads} do not fit on nodes of {', '.join(map(str, node_cores))} cores",
+            field="execution.workers",
+            value=workers,
             hint="lower one of them, or set one to auto",
         )
-    per_host = -(-per_round // hosts)
+    per_worker = -(-per_round // workers)
     most = MAX_COHORT
     if device == "cpu":
         most = min(most, max(1, MAX_STEP_TOKENS // (spec.local.batch_size * spec.data.max_tokens)))
-    num_cohorts = -(-per_host // most)  # per host, so that all hosts get equally many
-    cohort = int(chosen.cohort) if chosen.cohort != "auto" else -(-per_host // num_cohorts)
-    kind = chosen.kind if chosen.kind != "auto" else ("ray" if hosts > 1 and not coupled else "serial")
-    values = {"kind": kind, "hosts": hosts, "threads": threads, "cohort": cohort, "device": device}
+    num_cohorts = -(-per_worker // most)  # per worker, so that all workers get equally many
+    cohort = int(chosen.cohort) if chosen.cohort != "auto" else -(-per_worker // num_cohorts)
+    kind = chosen.kind if chosen.kind != "auto" else ("ray" if workers > 1 and not coupled else "serial")
+    values = {"kind": kind, "workers": workers, "threads": threads, "cohort": cohort, "device": device}
     values["kernels"] = _kernels(chosen, device)
     return spec.model_copy(update={"execution": chosen.model_copy(update=values)})
 

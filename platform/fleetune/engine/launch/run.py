@@ -28,14 +28,14 @@ from fleetune.errors import RunFailed, Stopped, UserError
 from fleetune.models.load import base_content
 from fleetune.problem import Inputs, Problem, build_problem, load_inputs, set_threads
 from fleetune.records.run_directory import RunDirectory
-from fleetune.records.timeline import write_trace
+from fleetune.records.timeline import write_timeline
 from fleetune.run_config import ExecutionConfig
 from fleetune.spec import RunSpec, from_dict
 from fleetune.tracking.access import check_access
-from fleetune.tracking.stream import Follower
+from fleetune.tracking.stream import RecordStream
 
 if TYPE_CHECKING:
-    from fleetune.engine.launch.ray_coordinator import CoordinatorActor  # noqa: F401
+    from fleetune.engine.launch.ray_coordinator import RayCoordinator  # noqa: F401
 
 Report = Callable[[Event], None]
 STOP_SECONDS = 3.0  # assumed: writing a state takes hundredths, and whoever stops a run wants it gone within ten
@@ -77,14 +77,14 @@ def run(
 ) -> Result:
     """Check everything, then run. UserError before any actor starts; RunFailed leaves a directory that can be resumed."""
     _check_tracking(spec)
-    with engine(spec, address=address, debug=debug) as eng:
-        spec = eng.placed(eng.resolve(spec))
-        problem = build_problem(spec, eng.inputs(spec))
+    with backend_for(spec, address=address, debug=debug) as backend:
+        spec = backend.placed(backend.resolve(spec))
+        problem = build_problem(spec, backend.inputs(spec))
         if warn is not None:
             for note in problem.fleet.rate_notes(spec.cost.precision):
                 warn(note)
         run_dir = new_run_directory(spec, problem, workspace, meta or {})
-        return _execute(eng, problem, run_dir, report=report, warn=warn)
+        return _execute(backend, problem, run_dir, report=report, warn=warn)
 
 
 def resume(
@@ -118,15 +118,22 @@ def resume(
         run_dir.check()
         return Result(run_dir.run_id, run_dir.path, "finished", result.get("metrics", {}), result.get("totals", {}))
     _check_tracking(spec)
-    with engine(spec, address=address, debug=debug) as eng:
-        spec = eng.placed(eng.resolve(spec))  # nothing is left to decide, but there may be fewer cores or GPUs here
-        inputs = eng.inputs(spec)
+    with backend_for(spec, address=address, debug=debug) as backend:
+        spec = backend.placed(
+            backend.resolve(spec)
+        )  # nothing is left to decide, but there may be fewer cores or GPUs here
+        inputs = backend.inputs(spec)
         check_content(spec, meta.get("content"), inputs.content, run=str(path))
-        return _execute(eng, build_problem(spec, inputs), run_dir, report=report, warn=warn)
+        return _execute(backend, build_problem(spec, inputs), run_dir, report=report, warn=warn)
 
 
 def _execute(
-    eng: Engine, problem: Problem, run_dir: RunDirectory, *, report: Report | None, warn: Callable[[str], None] | None
+    backend: LocalBackend,
+    problem: Problem,
+    run_dir: RunDirectory,
+    *,
+    report: Report | None,
+    warn: Callable[[str], None] | None,
 ) -> Result:
     tracked = problem.spec.tracking.enabled
     with locked(run_dir):
@@ -135,7 +142,7 @@ def _execute(
         event: Event = {}
         notices = Notices()
         try:
-            with contextlib.closing(eng.events(problem, run_dir)) as events:
+            with contextlib.closing(backend.events(problem, run_dir)) as events:
                 for event in events:
                     for note in (*event.get("notes", ()), *notices.of(event)):
                         if warn is not None:
@@ -173,15 +180,15 @@ def finish(run_dir: RunDirectory, event: Event, *, status: str = "finished") -> 
     not_finite = [name for name, value in metrics.items() if value is not None and not math.isfinite(value)]
     metrics.update(dict.fromkeys(not_finite))
     totals = {"num_rounds": event["round"], "sim_seconds": event["sim_seconds"], **event["totals"]}
-    write_trace(run_dir)
+    write_timeline(run_dir)
     result = {"status": status, "metrics": metrics, "totals": totals}
     run_dir.write_result({**result, "not_finite": not_finite} if not_finite else result)
     return Result(run_dir.run_id, run_dir.path, status, metrics, totals)
 
 
 # -- engines: where a run's work is done ----------------------------------------------------------------------------------
-class Engine:
-    """Runs problems in this process, one host, nothing shared."""
+class LocalBackend:
+    """Runs problems in this process, one worker, nothing shared."""
 
     kind = "serial"
 
@@ -206,8 +213,8 @@ class Engine:
         yield from Coordinator(problem, SerialExecutor(problem, debug=self.debug), run_dir).run()
 
 
-class RayEngine(Engine):
-    """A Ray cluster, with a coordinator and hosts that stay for the next run of this process."""
+class RayBackend(LocalBackend):
+    """A Ray cluster, with a coordinator and workers that stay for the next run of this process."""
 
     kind = "ray"
 
@@ -220,7 +227,7 @@ class RayEngine(Engine):
         self._bases: dict[str, tuple[Any, Any]] = {}
 
     def resolve(self, spec: RunSpec) -> RunSpec:
-        """Hosts are chosen from the cluster's cores and GPUs."""
+        """Workers are chosen from the cluster's cores and GPUs."""
         if self.address is None:
             return super().resolve(spec)
         self.cluster.wait()
@@ -232,9 +239,9 @@ class RayEngine(Engine):
         )
 
     def inputs(self, spec: RunSpec) -> Inputs:
-        """Model and data, while Ray and the hosts start; a base model that is in the object store is not read again."""
+        """Model and data, while Ray and the workers start; a base model that is in the object store is not read again."""
         if not self._coordinators:
-            threading.Thread(target=self._start_hosts, args=(spec.execution,), daemon=True).start()
+            threading.Thread(target=self._start_workers, args=(spec.execution,), daemon=True).start()
         base, _ = self._bases.get(base_key(spec), (None, None))
         if base is not None and base.content != base_content(base.folder):
             base = None
@@ -279,63 +286,63 @@ class RayEngine(Engine):
         self._coordinators.clear()
         ray.kill(coordinator)
 
-    def _start_hosts(self, execution: ExecutionConfig) -> None:
+    def _start_workers(self, execution: ExecutionConfig) -> None:
         if self.cluster.is_up():
             self._coordinator(execution)
 
     def _coordinator(self, execution: ExecutionConfig) -> Any:
         with self._starting:
-            return self._find_coordinator(int(execution.hosts), int(execution.threads), gpu_share(execution))
+            return self._find_coordinator(int(execution.workers), int(execution.threads), gpu_share(execution))
 
-    def _find_coordinator(self, num_hosts: int, threads: int, gpus_per_host: float) -> Any:
+    def _find_coordinator(self, num_workers: int, threads: int, gpus_per_worker: float) -> Any:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        from fleetune.engine.launch.ray_coordinator import CoordinatorActor
+        from fleetune.engine.launch.ray_coordinator import RayCoordinator
 
-        key = (num_hosts, threads, gpus_per_host)
+        key = (num_workers, threads, gpus_per_worker)
         if key not in self._coordinators:
-            for other in self._coordinators.values():  # its hosts' cores and GPUs are needed
+            for other in self._coordinators.values():  # its workers' cores and GPUs are needed
                 ray.kill(other)
             self._coordinators.clear()
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-            self._coordinators[key] = CoordinatorActor.options(  # type: ignore[attr-defined]
+            self._coordinators[key] = RayCoordinator.options(  # type: ignore[attr-defined]
                 scheduling_strategy=here
             ).remote(*key)
         return self._coordinators[key]
 
 
-_engines: dict[str | None, RayEngine] = {}
-_follower: Follower | None = None
+_backends: dict[str | None, RayBackend] = {}
+_follower: RecordStream | None = None
 
 
 @contextlib.contextmanager
-def engine(spec: RunSpec, *, address: str | None, debug: bool) -> Iterator[Engine]:
+def backend_for(spec: RunSpec, *, address: str | None, debug: bool) -> Iterator[LocalBackend]:
     """The engine that a spec asks for. A Ray engine stays for the next run of this process."""
-    here = Engine(debug=debug)
+    here = LocalBackend(debug=debug)
     if debug or (address is None and here.resolve(spec).execution.kind == "serial"):
         yield here
         return
     try:
-        yield ray_engine(address)
+        yield ray_backend(address)
     except UserError:
-        if not _engines[address].cluster.is_up():
-            del _engines[address]
+        if not _backends[address].cluster.is_up():
+            del _backends[address]
             cluster.forget(address)
         raise
 
 
-def ray_engine(address: str | None) -> RayEngine:
+def ray_backend(address: str | None) -> RayBackend:
     """This process's engine on a cluster; it joins in the background."""
-    if address not in _engines:
-        _engines[address] = RayEngine(address)
-    return _engines[address]
+    if address not in _backends:
+        _backends[address] = RayBackend(address)
+    return _backends[address]
 
 
-def follower(warn: Callable[[str], None] | None = None) -> Follower:
+def follower(warn: Callable[[str], None] | None = None) -> RecordStream:
     """This process's MLflow follower."""
     global _follower
     if _follower is None:
-        _follower = Follower.start(warn=warn or (lambda text: print(text, file=sys.stderr)))
+        _follower = RecordStream.start(warn=warn or (lambda text: print(text, file=sys.stderr)))
     return _follower
 
 

@@ -28,7 +28,7 @@ Broken = Callable[[np.ndarray, Costs], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Fitted:
+class BudgetFit:
     """The work as it will be carried out, what it costs, and who will not carry it out."""
 
     work: Work
@@ -39,20 +39,20 @@ class Fitted:
     """For those: what would fit, in words; else None, objects (n,)."""
 
 
-class Fitting:
+class BudgetFitting:
     """Fits a round's work to its clients' budgets. ``adapt``: what clients make smaller by themselves; ``hints``: whether it
     says of the others what would fit them."""
 
     def __init__(self, method: Method, adapt: str, *, price: Price, broken: Broken, hints: bool):
         self.method, self.adapt, self.price, self.broken, self.hints = method, adapt, price, broken, hints
 
-    def fit(self, work: Work, client_ids: np.ndarray) -> Fitted:
+    def fit(self, work: Work, client_ids: np.ndarray) -> BudgetFit:
         """Price the whole work, shrink it where a budget breaks and clients adapt, and say of the rest what would fit."""
         costs = self.price(work, client_ids)
         refused_by = self.broken(client_ids, costs)
         if self.adapt != "none":
             work, costs, refused_by = self._adapted(work, client_ids, costs, refused_by)
-        return Fitted(work, costs, refused_by, self._hints(work, client_ids, refused_by))
+        return BudgetFit(work, costs, refused_by, self._hints(work, client_ids, refused_by))
 
     def _adapted(
         self, work: Work, client_ids: np.ndarray, costs: Costs, refused_by: np.ndarray

@@ -12,7 +12,7 @@ import numpy as np
 
 from fleetune.cost.estimate import Load
 from fleetune.data.batches import draw_batches, draw_epochs
-from fleetune.engine.round.fitting import Costs, Fitting
+from fleetune.engine.round.fitting import BudgetFitting, Costs
 from fleetune.engine.round.rules import Opening, Outcome, close_round, open_round, sample_clients
 from fleetune.engine.round.work import Work
 from fleetune.engine.round.workload import Share
@@ -23,7 +23,7 @@ from fleetune.seeds import seed_of
 
 
 @dataclass(frozen=True)
-class Scheduled:
+class RoundPlan:
     """A round before its work: its clients (n,), what each is given, what it costs each, and who will count."""
 
     client_ids: np.ndarray
@@ -45,7 +45,7 @@ class Scheduled:
     """How long each client is at work, (n,): to the end of its turn, unless it leaves before."""
 
 
-class Schedule:
+class RoundPlanner:
     """Answers for every round of one problem."""
 
     def __init__(self, problem: Problem):
@@ -62,7 +62,7 @@ class Schedule:
         busy_until: np.ndarray,
         *,
         sim_seconds: float,
-    ) -> Scheduled:
+    ) -> RoundPlan:
         """The round that starts from ``state``, the one before having ended at virtual time ``sim_seconds``.
 
         ``provisioned``, what each client was sent along last, and ``busy_until (num_clients,)``, the virtual time at which
@@ -71,7 +71,7 @@ class Schedule:
         fleet = self.problem.fleet
         opening = self._opening(round_idx, busy_until, sim_seconds)
         client_ids = self.clients(round_idx, opening.available)
-        fitting = Fitting(
+        fitting = BudgetFitting(
             self.method,
             self.spec.fleet.adapt,
             price=lambda work, ids: self._price(work, ids, provisioned),
@@ -93,7 +93,7 @@ class Schedule:
                 provisioned[int(client_ids[i])] = provision.key
         # Where a round does not wait for everybody, some are still at work when the next one begins.
         busy_until[client_ids[outcome.started]] = opening.start_seconds + busy_seconds[outcome.started]
-        return Scheduled(
+        return RoundPlan(
             client_ids=client_ids,
             work=work,
             costs=costs,
@@ -120,7 +120,7 @@ class Schedule:
         )
 
     def draw_ahead(self, round_idx: int, busy_until: np.ndarray, *, sim_seconds: float) -> None:
-        """Draw the batches of a round to come, while hosts work: they depend on nothing that is still being worked out."""
+        """Draw the batches of a round to come, while workers work: they depend on nothing that is still being worked out."""
         if round_idx < self.spec.rounds.num_rounds:
             available = self._opening(round_idx, busy_until, sim_seconds).available
             self._ahead = {round_idx: self.batches(round_idx, self.clients(round_idx, available))}
