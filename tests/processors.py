@@ -1,7 +1,7 @@
 """The tests that compare numbers, at each level of instructions that this processor has.
 
 PyTorch, oneDNN and MKL choose their kernels by what the processor can do; here they are held to less than that, one level after
-the other. The compiled pieces (fleetune/models/kernels/__init__.py) are built for older processors than this one. A level that the
+the other. The compiled pieces (fleetune/models/kernels/) are built for older processors than this one. A level that the
 processor lacks would end in an illegal instruction, so it is named and left out.
 
     python tests/processors.py            all of both: half an hour on two cores

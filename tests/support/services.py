@@ -1,6 +1,7 @@
 """The servers of a shared installation, on this machine: MLflow with basic authentication on PostgreSQL and an S3 store.
 
-``python tests/support/services.py COMMAND…`` runs a shell command beside them, with MLFLOW_TRACKING_URI, _USERNAME and _PASSWORD set.
+``python tests/support/services.py COMMAND…`` runs a shell command beside them, with
+MLFLOW_TRACKING_URI, _USERNAME and _PASSWORD set.
 """
 
 from __future__ import annotations

@@ -249,7 +249,7 @@ class Coordinator:
             raise Diverged
 
     def _whole(self, upload: Tensors, work: Work, key: int, share: float, trained: np.ndarray | None) -> Tensors:
-        """An upload of clients that did a smaller share, as one of the whole work (`engine.round.workload`, `engine.round.ranks`)."""
+        """An upload of clients that did a smaller share, as one of the whole work (`round.workload`, `round.ranks`)."""
         source = work.source[key]
         if work.shares[key].depth != work.shares[source].depth:
             upload = self.method.grown(upload, work.payloads[key])

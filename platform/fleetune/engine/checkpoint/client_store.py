@@ -2,7 +2,7 @@
 
 A file holds the clients of one unit, each a row of bytes, so that a client is one read whatever the number of its tensors. The
 coordinator knows of each client only the *slot* of its newest row: the round and the unit. A worker on a machine that does not
-have the run's folder gets the rows along with its unit, and sends the new ones back (`WorkUnit.private`, `WorkUnitReply.private`).
+have the run's folder gets the rows along with its unit, and sends the new ones back (`WorkUnit.private`).
 """
 
 from __future__ import annotations
