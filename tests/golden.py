@@ -134,21 +134,23 @@ def facts_of(run_dir: Path) -> Facts:
     timeline = json.loads((run_dir / "trace.json").read_text())
     events = timeline["traceEvents"] if isinstance(timeline, dict) else timeline
     return {
-        "tensors": sorted(_digests(run_dir / "checkpoint")),
-        "adapter": sorted(_digests(run_dir / "adapter")),
+        "tensors": _digests(run_dir / "checkpoint"),
+        "adapter": _digests(run_dir / "adapter"),
         **{name: _plain({key: _from_first(key, column) for key, column in t.items()}) for name, t in tables.items()},
         "timeline": [[event.get("ph"), event.get("ts"), event.get("dur")] for event in events],
     }
 
 
-def _digests(folder: Path) -> Iterator[str]:
-    """Name, form and digest of every tensor in a folder. Files are not named: how a checkpoint is cut up may change."""
+def _digests(folder: Path) -> dict[str, list[str]]:
+    """Name -> form and digest of every tensor in a folder. Files are not named: how a checkpoint is cut up may change."""
     from safetensors.numpy import load_file
 
+    found: dict[str, list[str]] = {}
     for path in folder.rglob("*.safetensors"):
         for name, array in load_file(path).items():
             digest = hashlib.sha256(array.tobytes()).hexdigest()[:16]
-            yield f"{RENAMED.get(name, name)} {array.dtype} {array.shape} {digest}"
+            found.setdefault(name, []).append(f"{array.dtype} {array.shape} {digest}")
+    return {name: sorted(tensors) for name, tensors in found.items()}
 
 
 def _from_first(name: str, column: list[Any]) -> list[Any]:

@@ -63,7 +63,11 @@ def cases() -> dict[str, tuple[str, Settings]]:
 # -- names -----------------------------------------------------------------------------------------------------------------
 # A change that renames a field, a column, a metric or a tensor enters the old and the new name here, in the commit that
 # renames it. Recordings made before are then read under the new name.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "places": "slots",  # tensor of the checkpoint: where each client's row lies in the client store
+    "hosts": "workers",
+    "hosts_per_gpu": "workers_per_gpu",
+}
 ADDED: set[str] = set()
 """Names that recordings made before do not have."""
 GONE: set[str] = set()

@@ -103,7 +103,7 @@ EVENTS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "share": (
             "They are split evenly between {n} baskets. What does one basket hold?",
-            "{n} children divide the unit. What is the part of a child?",
+            "{n} children divide the lot. What is the part of a child?",
             "Packed into {n} equal bundles, what is the size of a bundle?",
         ),
         "compare:+": (
