@@ -378,7 +378,7 @@ def _complain(text: str, document: dict[str, Any], *, status: int) -> int:
 
 
 def _show_result(result: Any, as_json: bool) -> None:
-    from fleetune.progress import duration, size
+    from fleetune.units import duration, energy, size
 
     if as_json:
         _print_json(result.to_dict())
@@ -390,7 +390,7 @@ def _show_result(result: Any, as_json: bool) -> None:
         print(f"accuracy   {start}{accuracy:.1%}")
     if metrics.get("eval_loss") is not None:
         print(f"eval loss  {metrics['baseline_eval_loss']:.3f} → {metrics['eval_loss']:.3f}")
-    print(f"virtual    {duration(totals['sim_seconds'])}, {totals['energy_joules'] / 1000:.1f} kJ on all devices")
+    print(f"virtual    {duration(totals['sim_seconds'])}, {energy(totals['energy_joules'])} on all devices")
     print(f"links      {size(totals['uplink_bytes'])} up, {size(totals['downlink_bytes'])} down")
     if totals.get("num_oom", 0) + totals.get("num_refused", 0) > 0:
         from fleetune.records.run_directory import RunDirectory

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fleetune.errors import printable
+from fleetune.units import duration
 
 
 class Progresses(Protocol):
@@ -28,23 +29,6 @@ def make_progress(title: str) -> Progresses:
     """A bar on a terminal, lines otherwise; always on stderr."""
     title = printable(title)
     return Bar(title) if sys.stderr.isatty() else Lines(title)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as 43 s, 2 m 05 s or 3 h 20 m."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} m {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} m"
-
-
-def size(num_bytes: float) -> str:
-    """Bytes as 512 B, 4.1 kB, 12.3 MB (powers of 1000)."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if num_bytes < 1000 or unit == "TB":
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    raise AssertionError
 
 
 def describe(row: dict[str, Any]) -> str:

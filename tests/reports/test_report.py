@@ -12,7 +12,7 @@ import pytest
 from fleetune.records import RunDirectory
 from fleetune.reports.figures import runs as figures
 from fleetune.reports.run_report import report
-from fleetune.reports.run_stats import device_costs, readable, run_totals, scale_of
+from fleetune.reports.run_stats import device_costs, run_totals
 from support.synthetic_runs import make_run, make_spec
 
 PNG = b"\x89PNG\r\n"
@@ -53,14 +53,6 @@ def test_device_costs_leave_out_who_did_not_run(tmp_path: Path):
     assert costs["peak_memory_bytes"].to_dict() == {"agx": 4, "nano": 9, "orin": 5}
 
 
-def test_values_read_well():
-    assert readable(1_536, "memory") == "1.5 KiB"
-    assert readable(90, "seconds") == "90 s"
-    assert readable(7_200, "seconds") == "2 h"
-    assert readable(None, "joules") == readable(float("nan"), "joules") == "–"
-    assert scale_of(0.0, "bytes") == (1.0, "B")
-
-
 @pytest.mark.parametrize("kind", ["usual", "without_evaluation", "all_oom", "no_rounds"])
 def test_all_figures_of_one_run(tmp_path: Path, kind: str):
     if kind == "no_rounds":
@@ -95,4 +87,5 @@ def test_report_escapes_names(tmp_path: Path):
     spec = make_spec(num_rounds=3)
     spec["method"]["name"] = "<script>alert(1)</script>"
     page = report([make_run(tmp_path, "a", spec=spec).path], tmp_path / "r.html").read_text()
-    assert "<script>" not in page
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert" in page

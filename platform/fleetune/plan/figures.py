@@ -13,7 +13,7 @@ from fleetune.plan.walk import Plan, Row
 from fleetune.reports.figures.runs import BUDGET, PHASE_COLORS, REFUSED
 from fleetune.reports.figures.style import PALETTE, STYLE
 
-PARTS = ("weights_bytes", "adapter_bytes", "optimizer_bytes", "activation_bytes")
+PARTS = ("weights_bytes", "adapter_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes")
 TOTALS = (
     ("sim_seconds", "Virtual time, hours", 3600.0),
     ("uplink_bytes", "Sent by all clients, GB", 1e9),
@@ -35,9 +35,6 @@ def memory(plan: Plan, path: Path) -> Path:
         ax.barh(y, part, left=left, color=color, height=0.62, label=name.removesuffix("_bytes"))
         left += part
     peak = np.array([row["peak_memory_bytes"] for row in rows]) / 1e9
-    beyond = np.maximum(peak - left, 0)
-    if beyond.max(initial=0) > 0.001 * peak.max():
-        ax.barh(y, beyond, left=left, color=PALETTE[7], height=0.62, label="gradients")
     budgets = np.array([row["budget_bytes"] for row in rows]) / 1e9
     shown = budgets <= 2.5 * peak.max()
     ax.vlines(budgets[shown], y[shown] - 0.42, y[shown] + 0.42, color=BUDGET, lw=2.2, label="budget")

@@ -13,9 +13,8 @@ from rich.text import Text
 from fleetune.errors import printable
 from fleetune.plan.summary import by_stage, comparison, own_columns, takes_part
 from fleetune.plan.walk import Plan, Row
-from fleetune.progress import duration, size
+from fleetune.units import NOTHING, duration, energy, size
 
-NOTHING = "–"
 STAGES_IN_FULL = 3  # plans beside each other beyond which the stages are shown by need alone
 
 
@@ -89,7 +88,7 @@ def _cells(row: Row) -> list[Text | str]:
         *known,
         duration(row["compute_seconds"]),
         duration(link),
-        joules(row["energy_joules"]),
+        energy(row["energy_joules"]),
         size(row["uplink_bytes"]),
         size(row["downlink_bytes"]),
     ]
@@ -101,13 +100,6 @@ def _smallest(row: Row, adapts: str) -> str:
         return "checkpointing" if row["checkpointing"] else "all kept"
     least = {"batch": "batch {least_batch_size}", "rank": "rank {least_rank}", "capacity": "{least_depth:g} blocks"}
     return least[adapts].format(**row)
-
-
-def joules(energy: float) -> str:
-    """Joules as 12 J, 4.1 kJ, 1.3 MJ."""
-    power = 0 if energy < 1e3 else 1 if energy < 1e6 else 2
-    shown = energy / 1000**power
-    return f"{shown:.3g} {('J', 'kJ', 'MJ')[power]}" if shown < 100 else f"{shown:.0f} {('J', 'kJ', 'MJ')[power]}"
 
 
 def fit_table(plans: Sequence[Plan]) -> Table:
@@ -147,7 +139,7 @@ def total_table(plans: Sequence[Plan]) -> Table:
             row["plan"],
             f"{(row['num_oom'] + row['num_refused']) / row['num_clients']:.0%}",
             beside(duration(row["sim_seconds"]), "sim_seconds"),
-            beside(joules(row["energy_joules"]), "energy_joules"),
+            beside(energy(row["energy_joules"]), "energy_joules"),
             beside(size(row["uplink_bytes"]), "uplink_bytes"),
             beside(size(row["downlink_bytes"]), "downlink_bytes"),
             beside(f"{row['flops']:.3g}", "flops"),

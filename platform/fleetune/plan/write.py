@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,8 @@ from fleetune.errors import UserError
 from fleetune.plan import figures
 from fleetune.plan.summary import by_stage, comparison
 from fleetune.plan.walk import Plan, Row
-from fleetune.progress import duration, size
-from fleetune.reports.html import CSS
+from fleetune.reports.html import Cell, Items, Page, Section, Table, image
+from fleetune.units import NOTHING, readable
 
 MAX_DRAWN = 8  # plans with figures of their own; the totals show the others
 
@@ -47,48 +45,30 @@ def _parquet(rows: Sequence[Row], path: Path) -> Path:
 
 
 def _page(plans: Sequence[Plan], pictures: Sequence[Path], path: Path) -> Path:
-    title = f"Plan of {plans[0].spec.name}"
-    images = "".join(
-        f'<img alt="{picture.stem}" src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}">'
-        for picture in pictures
-    )
-    assumed = "".join(
-        f"<li>{html.escape(note)}</li>" for note in dict.fromkeys(n for p in plans for n in p.assumptions)
-    )
-    body = [
-        f"<h1>{html.escape(title)}</h1>",
-        "<p class='sub'>No training, no weights: what the work would cost. Ratios: how many times as much the first plan "
-        "needs.</p>",
-        f"<h2>Assumed</h2><ul>{assumed}</ul>" if assumed else "",
-        "<h2>Totals</h2>",
-        _table(comparison(plans)),
-        "<h2>Stages and devices</h2>",
-        _table([row for plan in plans for row in by_stage(plan)]),
-        "<h2>Figures</h2>",
-        images,
+    """One HTML page with all tables and figures."""
+    assumed = list(dict.fromkeys(note for plan in plans for note in plan.assumptions))
+    stages = [row for plan in plans for row in by_stage(plan)]
+    sections = [
+        *([Section("Assumed", [Items(assumed)])] if assumed else []),
+        Section("Totals", [_table(comparison(plans), "Totals")]),
+        Section("Stages and devices", [_table(stages, "Stages and devices")]),
+        Section("Figures", [image(picture) for picture in pictures]),
     ]
-    head = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{CSS}</style>'
-    )
-    path.write_text(head + "\n".join(body) + "</html>\n", encoding="utf-8")
-    return path
+    subtitle = "No training, no weights: what the work would cost. Ratios: how many times as much the first plan needs."
+    return Page(f"Plan of {plans[0].spec.name}", subtitle, sections).write(path)
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[Row], caption: str) -> Table:
+    """Rows of named values; a name's suffix says its unit."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    header = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in names)
-    lines = "".join(
-        "<tr>" + "".join(f"<td class='n'>{html.escape(_cell(name, row.get(name)))}</td>" for name in names) + "</tr>\n"
-        for row in rows
-    )
-    return f'<div class="wide"><table><tr>{header}</tr>\n{lines}</table></div>'
+    cells = [[Cell(_text(name, row.get(name)), row.get(name)) for name in names] for row in rows]
+    return Table([name.removeprefix("num_").replace("_", " ") for name in names], cells, caption=caption)
 
 
-def _cell(name: str, value: Any) -> str:
+def _text(name: str, value: Any) -> str:
+    for quantity in ("bytes", "seconds", "joules", "flops"):
+        if name == quantity or name.endswith(f"_{quantity}"):
+            return readable(value, quantity)
     if value is None:
-        return "–"
-    if name.endswith("_bytes"):
-        return size(value)
-    if name.endswith("_seconds"):
-        return duration(value)
+        return NOTHING
     return f"{value:.4g}" if isinstance(value, float) else str(value)

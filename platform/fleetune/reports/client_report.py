@@ -7,65 +7,71 @@ from typing import TYPE_CHECKING
 
 from fleetune.reports.client_stats import adapted, refusals
 from fleetune.reports.figures import clients as figures
-from fleetune.reports.html import image, percent, section, table, text
-from fleetune.reports.run_stats import readable
+from fleetune.reports.html import Cell, Note, Part, Section, Table, image
+from fleetune.units import percent, readable
 
 if TYPE_CHECKING:
     import pandas as pd
 
-WORDS = {"memory": "memory", "seconds": "time", "joules": "energy", "bytes": "bytes on its link"}
+BUDGET_NAMES = {"memory": "memory", "seconds": "time", "joules": "energy", "bytes": "bytes on its link"}
 
 
-def profile_sections(clients: pd.DataFrame, folder: Path) -> list[str]:
-    """The sections of the profile; their figures go to ``folder``."""
+def profile_sections(clients: pd.DataFrame, folder: Path) -> list[Section]:
+    """The sections of the profile, from the rows of clients.parquet; their figures go to ``folder``."""
     clients = clients.assign(device=clients["device"].fillna("-"))
-    out = [section("Distribution over turns", image(figures.distributions(clients, path=folder / "turns.png")))]
+    out = [Section("Distribution over turns", [image(figures.distributions(clients, path=folder / "turns.png"))])]
     if clients["status"].isin(("ok", "dropped")).any():
-        out += [section("Who bounds the rounds", image(figures.bounding(clients, path=folder / "bounding.png")))]
-    out += [section("Memory by part", image(figures.memory(clients, path=folder / "memory.png")))]
-    out += [section("Energy", _energy(clients)), section("Refused", _refused(clients))]
-    shares = adapted(clients)
-    if shares.groupby("device").size().max() > 1:
-        out += [section("What clients worked with", _shares(shares))]
+        out.append(Section("Who bounds the rounds", [image(figures.bounding(clients, path=folder / "bounding.png"))]))
+    out.append(Section("Memory by part", [image(figures.memory(clients, path=folder / "memory.png"))]))
+    out += [Section("Energy", [_energy(clients)]), Section("Refused", [_refused(clients)])]
+    workloads = adapted(clients)
+    if workloads.groupby("device").size().max() > 1:
+        out.append(Section("What clients worked with", [_workloads(workloads)]))
     return out
 
 
-def _energy(clients: pd.DataFrame) -> str:
+def _energy(clients: pd.DataFrame) -> Table:
+    """Energy per device class: of all its clients, of one, and of a TFLOP."""
     total = clients["energy_joules"].sum()
-    lines = []
-    for device, mine in clients.groupby("device"):
-        spent, per_client = mine["energy_joules"], mine.groupby("client_id")["energy_joules"].sum()
-        cells = [readable(spent.sum(), "joules"), percent(spent.sum() / total if total else None)]
-        cells += [readable(per_client.mean(), "joules"), readable(per_client.max(), "joules")]
-        computed = mine.loc[mine["flops"] > 0]
+    rows = []
+    for device, of_device in clients.groupby("device"):
+        spent, per_client = of_device["energy_joules"], of_device.groupby("client_id")["energy_joules"].sum()
+        fraction = spent.sum() / total if total else None
+        computed = of_device.loc[of_device["flops"] > 0]
         per_flop = computed["energy_joules"].sum() / computed["flops"].sum() * 1e12 if len(computed) else float("nan")
-        cells += [readable(per_flop, "joules")]
-        lines.append(_row(str(device), cells))
-    header = ["device class", "all clients", "share", "mean client", "most of a client", "per TFLOP"]
-    return table(header, lines)
+        cells = [
+            Cell(str(device)),
+            Cell(readable(spent.sum(), "joules"), spent.sum()),
+            Cell(percent(fraction), fraction),
+        ]
+        cells += [Cell(readable(value, "joules"), value) for value in (per_client.mean(), per_client.max(), per_flop)]
+        rows.append(cells)
+    header = ["device class", "all clients", "fraction", "mean client", "most of a client", "per TFLOP"]
+    return Table(header, rows, caption="Energy per device class")
 
 
-def _refused(clients: pd.DataFrame) -> str:
-    rows = refusals(clients)
-    if rows.empty:
-        return "<p>Nobody: every turn kept to its budgets.</p>"
-    lines = []
-    for row in rows.to_dict("records"):
-        cells = [f"{row['num_turns']}", percent(row["share"]), f"{row['num_clients']}"]
-        cells += [readable(row["need_bytes"], "memory"), readable(row["budget_bytes"], "memory")]
-        first = f"<td>{text(row['device'])}</td><td>{text(WORDS[row['refused_by']])}</td><td>{text(row['hint'])}</td>"
-        lines.append(first + "".join(f"<td class='n'>{text(cell)}</td>" for cell in cells))
-    header = ["device class", "for", "what would fit", "turns", "share", "clients", "needs at least", "budget"]
-    return table(header, lines, num_text_columns=3)
+def _refused(clients: pd.DataFrame) -> Part:
+    """Why turns were refused, and what would have fitted."""
+    found = refusals(clients)
+    if found.empty:
+        return Note("Nobody: every turn kept to its budgets.")
+    rows = []
+    for row in found.to_dict("records"):
+        cells = [Cell(row["device"]), Cell(BUDGET_NAMES[row["refused_by"]]), Cell(str(row["hint"]))]
+        cells += [Cell(f"{row['num_turns']}", row["num_turns"]), Cell(percent(row["share"]), row["share"])]
+        cells += [Cell(f"{row['num_clients']}", row["num_clients"])]
+        cells += [Cell(readable(row[name], "bytes"), row[name]) for name in ("need_bytes", "budget_bytes")]
+        rows.append(cells)
+    header = ["device class", "for", "what would fit", "turns", "fraction", "clients", "needs at least", "budget"]
+    return Table(header, rows, caption="Refused turns")
 
 
-def _shares(shares: pd.DataFrame) -> str:
-    lines = []
-    for row in shares.to_dict("records"):
-        cells = [f"{row['batch_size']}", f"{row['rank']}", f"{row['depth']}", "yes" if row["checkpointing"] else "no"]
-        lines.append(_row(row["device"], [*cells, f"{row['num_turns']}"]))
-    return table(["device class", "batch size", "rank", "blocks", "checkpointing", "turns"], lines)
-
-
-def _row(first: str, cells: list[str]) -> str:
-    return f"<td>{text(first)}</td>" + "".join(f"<td class='n'>{text(cell)}</td>" for cell in cells)
+def _workloads(workloads: pd.DataFrame) -> Table:
+    """What clients that adapted worked with."""
+    rows = []
+    for row in workloads.to_dict("records"):
+        numbers = [Cell(f"{row[name]}", row[name]) for name in ("batch_size", "rank", "depth")]
+        again = Cell("yes" if row["checkpointing"] else "no")
+        rows.append([Cell(row["device"]), *numbers, again, Cell(f"{row['num_turns']}", row["num_turns"])])
+    header = ["device class", "batch size", "rank", "blocks", "checkpointing", "turns"]
+    return Table(header, rows, caption="What clients worked with")

@@ -1,67 +1,157 @@
-"""The parts of a report's page: style, sections, tables, images. A page is one file that needs nothing from elsewhere."""
+"""A report's page as a value: sections of notes, tables and images. One template gives all pages one look.
+
+A page is one file that needs nothing from elsewhere: style, script and images are inside it.
+"""
 
 from __future__ import annotations
 
 import base64
-import html
-from collections.abc import Iterable, Sequence
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from fleetune.files import write as write_file
 from fleetune.reports.figures.style import STYLE
+from fleetune.units import NOTHING
 
-CSS = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1280px; margin: 2.5rem auto;
-  padding: 0 1.5rem; }
-h1 { font-size: 1.7rem; margin: 0; }
-h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; border-bottom: 1px solid #ddd; }
-p.sub { color: #666; margin: .2rem 0 1rem; }
-img { max-width: 100%; display: block; margin: .5rem 0; }
-div.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
-th { text-align: left; font-weight: 600; border-bottom: 2px solid #ccc; padding: .3rem 1rem .3rem 0; }
-td { border-bottom: 1px solid #eee; padding: .3rem 1rem .3rem 0; white-space: nowrap; }
-td.n, th.n { text-align: right; }
-td.best { font-weight: 700; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0; }
-dt { color: #666; }
-dd { margin: 0; }
-code { font-size: .88em; }
-"""
+if TYPE_CHECKING:
+    import jinja2
+
+CSS_PIXELS_PER_INCH = 96
 
 
-def page(title: str, body: Iterable[str], *, style: str = "", script: str = "") -> str:
-    """The whole document; ``style`` comes after that of all pages."""
-    head = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    head += f"<title>{text(title)}</title><style>{CSS}{style}</style>\n"
-    return head + "\n".join(body) + (f"\n<script>{script}</script>" if script else "") + "\n</html>\n"
+@dataclass(frozen=True)
+class Cell:
+    """What a cell shows, the value it is sorted by (its text if None), whether it is the best, where it leads."""
+
+    text: str
+    value: Any = None
+    best: bool = False
+    links: tuple[tuple[str, str], ...] = ()
+    """(text, address) of what stands in the cell instead of its text."""
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it is sorted as a number."""
+        value = self.value
+        return (
+            not isinstance(value, str | bool) and value is not None and hasattr(value, "__float__") and value == value
+        )
+
+    @property
+    def sort_key(self) -> str:
+        """A number that is not known has an empty key, which is sorted to the end in both directions."""
+        if self.text == NOTHING:
+            return ""
+        return f"{float(self.value):.9g}" if self.is_number else self.text
 
 
-def section(title: str, content: str) -> str:
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under a header; sorts when the head of a column is clicked, or chosen with the keyboard."""
+
+    kind: ClassVar[str] = "table"
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    caption: str
+    """Read aloud by screen readers, not shown."""
+
+    @property
+    def heads(self) -> list[str]:
+        """The header, in which a number stays on one line with its unit and its relation."""
+        return [re.sub("(?<=[0-9≤]) ", "\u00a0", name) for name in self.header]
+
+    def is_numeric(self, column: int) -> bool:
+        """Whether a column is set to the right."""
+        return any(row[column].is_number for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Note:
+    """A paragraph: plain text, or Markup where it holds code or emphasis."""
+
+    kind: ClassVar[str] = "note"
+    text: str
+    style: str = ""
+    """``answer``: what the page comes to. ``heading``: the name of what follows."""
+
+
+@dataclass(frozen=True)
+class Items:
+    """A list of lines."""
+
+    kind: ClassVar[str] = "items"
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Image:
+    """A PNG inside the page, in its size on paper."""
+
+    kind: ClassVar[str] = "image"
+    path: Path
+    alt: str
+
+    @functools.cached_property
+    def content(self) -> bytes:
+        """The file's bytes."""
+        return self.path.read_bytes()
+
+    @property
+    def width(self) -> int:
+        """CSS pixels; a PNG's first chunk holds its own."""
+        return round(int.from_bytes(self.content[16:20], "big") / STYLE["savefig.dpi"] * CSS_PIXELS_PER_INCH)
+
+    @property
+    def address(self) -> str:
+        """The image itself, as a data address."""
+        return "data:image/png;base64," + base64.b64encode(self.content).decode()
+
+
+Part = Table | Note | Items | Image
+
+
+@dataclass(frozen=True)
+class Section:
     """A heading and what is below it."""
-    return f"<h2>{text(title)}</h2>\n{content}"
+
+    title: str
+    parts: Sequence[Part]
 
 
-def table(header: Sequence[str], lines: Sequence[str], *, num_text_columns: int = 1) -> str:
-    """Header and rows (each already cells) as a table that may scroll sideways."""
-    kinds = ["" if i < num_text_columns else ' class="n"' for i in range(len(header))]
-    head = "".join(f"<th{kind}>{text(name)}</th>" for name, kind in zip(header, kinds, strict=True))
-    rows = "".join(f"<tr>{line}</tr>\n" for line in lines)
-    return f'<div class="wide"><table><tr>{head}</tr>\n{rows}</table></div>'
+@dataclass(frozen=True)
+class Page:
+    """A whole page."""
+
+    title: str
+    subtitle: str
+    sections: Sequence[Section]
+    facts: Sequence[tuple[str, str]] = ()
+    """(name, value) pairs on top."""
+    lead: Sequence[Part] = ()
+    """What stands before the first section."""
+
+    def write(self, path: Path) -> Path:
+        """Write the page to a file."""
+        text = _environment().get_template("page.html").render(page=self)
+        write_file(path, text.encode())
+        return path
 
 
-def image(path: Path, alt: str | None = None) -> str:
-    """A PNG inside the page; ``alt`` says what it shows, by default its name."""
-    content = path.read_bytes()
-    inches = int.from_bytes(content[16:20], "big") / STYLE["savefig.dpi"]  # a PNG's width, from its first chunk
-    data = base64.b64encode(content).decode()
-    return f'<img alt="{text(alt or path.stem.replace("_", " "))}" width="{96 * inches:.0f}" src="data:image/png;base64,{data}">'
+def image(path: Path, alt: str | None = None) -> Image:
+    """An image; ``alt`` says what it shows, by default the file's name."""
+    return Image(path, alt or path.stem.replace("_", " "))
 
 
-def percent(fraction: float | None) -> str:
-    """A share of 1 in percent; a dash for none."""
-    return "–" if fraction is None or fraction != fraction else f"{100 * fraction:.1f} %"
+@functools.cache
+def _environment() -> jinja2.Environment:
+    """Everything that a page is given is escaped, but for Markup."""
+    import jinja2
 
-
-def text(value: object) -> str:
-    """A value as text in HTML."""
-    return html.escape(str(value))
+    loader = jinja2.PackageLoader("fleetune.reports", "templates")
+    return jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )

@@ -1,6 +1,4 @@
-"""A report of one run, several runs, or a sweep: one HTML file that holds its figures, and the figures as PNG
-beside it.
-"""
+"""A report of one run, several runs, or a sweep: one HTML file that holds its figures, and the figures as PNG beside it."""
 
 from __future__ import annotations
 
@@ -15,12 +13,13 @@ from fleetune.records.run_directory import RunDirectory
 from fleetune.records.sweep_directory import SweepDirectory
 from fleetune.reports.client_report import profile_sections
 from fleetune.reports.figures import runs as figures
-from fleetune.reports.html import image, page, percent, section, table, text
-from fleetune.reports.run_stats import STATUSES, device_costs, readable, run_totals
+from fleetune.reports.html import Cell, Note, Page, Part, Section, Table, image
+from fleetune.reports.run_stats import STATUSES, device_costs, run_totals
 from fleetune.reports.sweep_report import sweep_report
+from fleetune.units import NOTHING, percent, readable
 
 # Fields of the spec that the header names.
-TOLD = (
+HEADER_FIELDS = (
     "model.base",
     "cost.model",
     "data.dataset",
@@ -32,8 +31,9 @@ TOLD = (
     "local.steps",
     "local.learning_rate",
 )
-# More tables than this belong into clients.parquet.
-MAX_DEVICE_TABLES = 12
+MAX_DEVICE_TABLES = 12  # more tables than this belong into clients.parquet
+MAX_TIMELINES = 3
+FILES = ("spec.yaml", "result.json", "rounds.parquet", "clients.parquet", "trace.json")
 
 
 def report(
@@ -47,7 +47,7 @@ def report(
 
     ``paths`` are run directories, or one sweep directory; its report is that of :func:`sweep_report`, to which
     ``budgets`` and ``targets`` belong. ``out`` is by default ``report/``, or the sweep's directory. Returns the HTML
-    file. UserError where a path holds neither.
+    file. Raises UserError if a path holds neither.
     """
     paths, budgets, targets = list(paths), list(budgets), list(targets)
     sweeps = [path for path in paths if (Path(path) / SweepDirectory.SPEC).is_file()]
@@ -64,133 +64,125 @@ def runs_report(runs: Sequence[RunDirectory], out: Path) -> Path:
     out = out if out.suffix in (".html", ".htm") else out / "report.html"
     folder = out.parent / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    title = run_name(runs[0]) if len(runs) == 1 else _common_name(runs)
-    body = [f"<h1>{text(title)}</h1>", f'<p class="sub">{text(_subtitle(runs))}</p>', _told(runs)]
-    body += [section("Runs", _runs_table(runs))]
-    body += [section("Learning curves", image(figures.learning_curve(runs, path=folder / "learning_curve.png")))]
-    if len(runs) > 1:
-        effect = figures.sweep_effect(runs, path=folder / "sweep_effect.png")
-        body += [section("What the varied fields do", image(effect))] if effect else []
-    body += [
-        section(
-            "Accuracy against cost",
-            image(figures.accuracy_vs_cost(runs, path=folder / "accuracy_vs_cost.png")),
-        )
+    sections = [
+        Section("Runs", [_runs_table(runs)]),
+        Section("Learning curves", [image(figures.learning_curve(runs, path=folder / "learning_curve.png"))]),
+        *_swept(runs, folder),
+        Section("Accuracy against cost", [image(figures.accuracy_vs_cost(runs, path=folder / "accuracy_vs_cost.png"))]),
+        Section("Cost per device class", _device_costs(runs, folder)),
+        *(profile_sections(runs[0].clients(), folder) if len(runs) == 1 and len(runs[0].clients()) else []),
+        Section("Timeline", _timelines(runs, folder)),
+        Section("Files", [_files(runs, out.parent)]),
     ]
-    costs = image(figures.cost_by_device(runs, path=folder / "cost_by_device.png"))
-    body += [section("Cost per device class", costs + _device_tables(runs))]
-    if len(runs) == 1 and len(runs[0].clients()):
-        body += profile_sections(runs[0].clients(), folder)
-    body += [section("Timeline", _timelines(runs, folder)), section("Files", _links(runs, out.parent))]
-    out.write_text(page(title, body), encoding="utf-8")
-    return out
+    title = run_name(runs[0]) if len(runs) == 1 else _common_name(runs)
+    return Page(title, _subtitle(runs), sections, facts=_facts(runs)).write(out)
 
 
 def _common_name(runs: Sequence[RunDirectory]) -> str:
-    """The sweep's name where all are its trials, else how many runs these are."""
+    """The sweep's name if all are its trials, else how many runs these are."""
     sweeps = {run.meta.get("sweep") for run in runs}
     sweep = next(iter(sweeps)) if len(sweeps) == 1 else None
     return str(sweep) if sweep else f"{len(runs)} runs"
 
 
 def _subtitle(runs: Sequence[RunDirectory]) -> str:
+    """How the runs ended, and the commits of the code."""
     commits = {str(run.meta["git_commit"])[:10] for run in runs if run.meta.get("git_commit")}
     states = [(run.result() or {}).get("status", "not finished") for run in runs]
-    told = [f"{states.count(state)} {state}" if len(runs) > 1 else state for state in dict.fromkeys(states)]
-    return " · ".join([*told, *(f"git {commit}" for commit in sorted(commits))])
+    counts = [f"{states.count(state)} {state}" if len(runs) > 1 else state for state in dict.fromkeys(states)]
+    return " · ".join([*counts, *(f"git {commit}" for commit in sorted(commits))])
 
 
-def _told(runs: Sequence[RunDirectory]) -> str:
+def _facts(runs: Sequence[RunDirectory]) -> list[tuple[str, str]]:
     """What all runs have in common, field by field, and which fields were varied."""
     specs = [flatten(run.spec) for run in runs]
-    fields = [*TOLD, *(k for k in specs[0] if k.startswith(("method.", "model.lora.", "fleet.devices.")))]
+    fields = [*HEADER_FIELDS, *(k for k in specs[0] if k.startswith(("method.", "model.lora.", "fleet.devices.")))]
     common = {k: specs[0][k] for k in fields if k in specs[0] and all(spec.get(k) == specs[0][k] for spec in specs)}
     varied = {k: sorted({shown(v) for v in values if v is not None}) for k, values in varied_fields(list(runs)).items()}
-    rows = [(k, shown(v)) for k, v in common.items()] + [(k, "varied: " + ", ".join(v[:8])) for k, v in varied.items()]
-    return "<dl>" + "".join(f"<dt>{text(k)}</dt><dd>{text(v)}</dd>" for k, v in rows) + "</dl>"
+    return [(k, shown(v)) for k, v in common.items()] + [(k, "varied: " + ", ".join(v[:8])) for k, v in varied.items()]
 
 
-def _runs_table(runs: Sequence[RunDirectory]) -> str:
-    header = [
-        "run",
-        "rounds",
-        "accuracy",
-        "best",
-        "train loss",
-        "virtual time",
-        "uplink",
-        "downlink",
-        "energy",
-        "out of memory",
-    ]
+def _runs_table(runs: Sequence[RunDirectory]) -> Table:
+    """A row per run, the best accuracy first."""
+    header = ["run", "rounds", "accuracy", "best", "train loss", "virtual time", "uplink", "downlink", "energy"]
     totals = [run_totals(run) for run in runs]
     best = max((t["eval_accuracy"] for t in totals if t["eval_accuracy"] is not None), default=None)
-    lines = []
+    rows = []
     for run, t in sorted(zip(runs, totals, strict=True), key=lambda pair: -(pair[1]["eval_accuracy"] or 0.0)):
-        cells = [
-            percent(t["eval_accuracy"]),
-            percent(t["best_accuracy"]),
-            "–" if t["train_loss"] is None else f"{t['train_loss']:.3f}",
-            readable(t["sim_seconds"], "seconds"),
-            readable(t["uplink_bytes"], "bytes"),
-            readable(t["downlink_bytes"], "bytes"),
-            readable(t["energy_joules"], "joules"),
-            percent(t["oom_fraction"]),
-        ]
-        first = f"<td>{text(run_name(run))}</td><td class='n'>{t['num_rounds']:.0f}</td>"
-        marks = [
-            "n best" if i == 0 and best is not None and t["eval_accuracy"] == best else "n" for i in range(len(cells))
-        ]
-        lines.append(first + "".join(f"<td class='{m}'>{text(c)}</td>" for c, m in zip(cells, marks, strict=True)))
-    return table(header, lines)
+        loss = t["train_loss"]
+        is_best = best is not None and t["eval_accuracy"] == best
+        rows.append([
+            Cell(run_name(run)),
+            Cell(f"{t['num_rounds']:.0f}", t["num_rounds"]),
+            Cell(percent(t["eval_accuracy"]), t["eval_accuracy"], best=is_best),
+            Cell(percent(t["best_accuracy"]), t["best_accuracy"]),
+            Cell(NOTHING if loss is None else f"{loss:.3f}", loss),
+            Cell(readable(t["sim_seconds"], "seconds"), t["sim_seconds"]),
+            Cell(readable(t["uplink_bytes"], "bytes"), t["uplink_bytes"]),
+            Cell(readable(t["downlink_bytes"], "bytes"), t["downlink_bytes"]),
+            Cell(readable(t["energy_joules"], "joules"), t["energy_joules"]),
+            Cell(percent(t["oom_fraction"]), t["oom_fraction"]),
+        ])  # fmt: skip
+    return Table([*header, "out of memory"], rows, caption="Runs")
 
 
-def _device_tables(runs: Sequence[RunDirectory]) -> str:
-    header = [
-        "device class",
-        "turns",
-        "time of a turn",
-        "computing",
-        "receiving",
-        "sending",
-        "sent",
-        "energy",
-        "peak memory",
-    ]
-    header += ["budget", "out of memory", "refused", "dropped", "late", "failed"]
-    blocks = []
+def _swept(runs: Sequence[RunDirectory], folder: Path) -> list[Section]:
+    """What the varied fields do, if several runs vary one."""
+    effect = figures.sweep_effect(runs, path=folder / "sweep_effect.png") if len(runs) > 1 else None
+    return [Section("What the varied fields do", [image(effect)])] if effect else []
+
+
+def _device_costs(runs: Sequence[RunDirectory], folder: Path) -> list[Part]:
+    """A figure of all, and a table for the first run of each group."""
+    parts: list[Part] = [image(figures.cost_by_device(runs, path=folder / "cost_by_device.png"))]
     for label, members in list(group_labels(list(runs)).items())[:MAX_DEVICE_TABLES]:
-        lines = []
-        for device, c in device_costs(members[0]).iterrows():
-            cells = [f"{c['num_turns']:.0f}"]
-            cells += [readable(c[f"{phase}_seconds"], "seconds") for phase in ("sim", "compute", "downlink", "uplink")]
-            cells += [readable(c["uplink_bytes"], "bytes"), readable(c["energy_joules"], "joules")]
-            cells += [readable(c[name], "memory") for name in ("peak_memory_bytes", "budget_bytes")]
-            cells += [percent(c[f"{status}_fraction"]) for status in STATUSES]
-            lines.append(f"<td>{text(device)}</td>" + "".join(f"<td class='n'>{text(cell)}</td>" for cell in cells))
         name = label if len(members) == 1 else f"{label} (seed {members[0].spec.get('seed')})"
-        blocks.append((f"<p><b>{text(name)}</b></p>" if len(runs) > 1 else "") + table(header, lines))
-    return "".join(blocks)
+        if len(runs) > 1:
+            parts.append(Note(name, style="heading"))
+        parts.append(_device_table(members[0], caption=f"Costs per device class: {name}"))
+    return parts
 
 
-def _timelines(runs: Sequence[RunDirectory], folder: Path) -> str:
-    """The timeline of one run of each of the first three groups."""
-    blocks = []
-    for i, (label, members) in enumerate(list(group_labels(list(runs)).items())[:3]):
-        drawn = image(figures.timeline(members[0], path=folder / f"timeline_{i}.png"))
-        blocks.append((f"<p><b>{text(label)}</b></p>" if len(runs) > 1 else "") + drawn)
-    return "".join(blocks) + "<p>All rounds: open <code>trace.json</code> of a run in ui.perfetto.dev.</p>"
+DEVICE_COLUMNS = {
+    "time of a turn": ("sim_seconds", "seconds"),
+    "computing": ("compute_seconds", "seconds"),
+    "receiving": ("downlink_seconds", "seconds"),
+    "sending": ("uplink_seconds", "seconds"),
+    "sent": ("uplink_bytes", "bytes"),
+    "energy": ("energy_joules", "joules"),
+    "peak memory": ("peak_memory_bytes", "bytes"),
+    "budget": ("budget_bytes", "bytes"),
+}
+TURN_ENDS = {"out of memory" if status == "oom" else status: status for status in STATUSES}
 
 
-def _links(runs: Sequence[RunDirectory], base: Path) -> str:
-    names = ("spec.yaml", "result.json", "rounds.parquet", "clients.parquet", "trace.json")
-    lines = []
+def _device_table(run: RunDirectory, *, caption: str) -> Table:
+    """Means of a turn per device class, and how many turns ended in which way."""
+    rows = []
+    for device, costs in device_costs(run).iterrows():
+        cells = [Cell(str(device)), Cell(f"{costs['num_turns']:.0f}", costs["num_turns"])]
+        cells += [Cell(readable(costs[name], kind), costs[name]) for name, kind in DEVICE_COLUMNS.values()]
+        cells += [Cell(percent(costs[f"{s}_fraction"]), costs[f"{s}_fraction"]) for s in TURN_ENDS.values()]
+        rows.append(cells)
+    return Table(["device class", "turns", *DEVICE_COLUMNS, *TURN_ENDS], rows, caption=caption)
+
+
+def _timelines(runs: Sequence[RunDirectory], folder: Path) -> list[Part]:
+    """The timeline of one run of each of the first groups."""
+    parts: list[Part] = []
+    for i, (label, members) in enumerate(list(group_labels(list(runs)).items())[:MAX_TIMELINES]):
+        if len(runs) > 1:
+            parts.append(Note(label, style="heading"))
+        parts.append(image(figures.timeline(members[0], path=folder / f"timeline_{i}.png"), f"timeline of {label}"))
+    return [*parts, Note("All rounds: open trace.json of a run in ui.perfetto.dev.")]
+
+
+def _files(runs: Sequence[RunDirectory], base: Path) -> Table:
+    """Links to the files of each run."""
+    rows = []
     for run in runs:
         links = [
-            f'<a href="{text(os.path.relpath(run.path / n, base.absolute()))}">{n}</a>'
-            for n in names
-            if (run.path / n).exists()
+            (name, os.path.relpath(run.path / name, base.absolute())) for name in FILES if (run.path / name).exists()
         ]
-        cells = [text(run_name(run)), " · ".join(links), f"<code>{text(run.path.name)}</code>"]
-        lines.append("".join(f"<td>{cell}</td>" for cell in cells))
-    return table(["run", "files", "run directory"], lines, num_text_columns=3)
+        rows.append([Cell(run_name(run)), Cell(", ".join(FILES), links=tuple(links)), Cell(run.path.name)])
+    return Table(["run", "files", "run directory"], rows, caption="Files")

@@ -1,4 +1,4 @@
-"""The numbers that figures and reports show: totals of a run, costs per device class, units for people."""
+"""The numbers that figures and reports show: totals of a run, costs per device class."""
 
 from __future__ import annotations
 
@@ -9,37 +9,8 @@ from fleetune.records.run_directory import RunDirectory
 if TYPE_CHECKING:
     import pandas as pd
 
-# unit -> larger units with their size, smallest first
-SCALES: dict[str, tuple[tuple[str, float], ...]] = {
-    "bytes": (("B", 1.0), ("KB", 1e3), ("MB", 1e6), ("GB", 1e9), ("TB", 1e12)),
-    "memory": (("B", 1.0), ("KiB", 2.0**10), ("MiB", 2.0**20), ("GiB", 2.0**30)),
-    "seconds": (("s", 1.0), ("min", 60.0), ("h", 3600.0), ("days", 86400.0)),
-    "flops": (("FLOP", 1.0), ("MFLOP", 1e6), ("GFLOP", 1e9), ("TFLOP", 1e12), ("PFLOP", 1e15)),
-    "joules": (("J", 1.0), ("kJ", 1e3), ("MJ", 1e6), ("GJ", 1e9)),
-}
-
 STATUSES = ("oom", "refused", "dropped", "late", "failed")
 """How a turn ends that does not count."""
-
-
-def scale_of(largest: float, quantity: str) -> tuple[float, str]:
-    """The (divisor, unit) in which values up to ``largest`` read well; of a minute, seconds read better up to
-    two.
-    """
-    found = SCALES[quantity][0]
-    for unit, size in SCALES[quantity]:
-        if largest >= (2 * size if quantity == "seconds" and size > 1 else size):
-            found = (unit, size)
-    return found[1], found[0]
-
-
-def readable(value: float | None, quantity: str) -> str:
-    """A value with the unit that suits it, three significant digits; a dash for none."""
-    if value is None or value != value:
-        return "–"
-    divisor, unit = scale_of(abs(value), quantity)
-    number = value / divisor
-    return f"{number:.3g} {unit}" if number < 1000 else f"{number:,.0f} {unit}"
 
 
 def run_totals(run: RunDirectory) -> dict[str, float | None]:

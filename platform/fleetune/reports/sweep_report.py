@@ -14,9 +14,8 @@ from fleetune.reports.figures import runs as figures
 from fleetune.reports.figures import sweep as sweep_figures
 from fleetune.reports.figures import swept_fields as sweep_field_figures
 from fleetune.reports.figures.style import PALETTE
-from fleetune.reports.html import image, page, percent, section, text
-from fleetune.reports.run_stats import STATUSES, readable
-from fleetune.reports.sortable_table import SCRIPT, STYLE, Cell, sortable
+from fleetune.reports.html import Cell, Items, Note, Page, Part, Section, Table, image
+from fleetune.reports.run_stats import STATUSES
 from fleetune.reports.sweep_results import (
     COSTS,
     SweepResults,
@@ -38,6 +37,7 @@ from fleetune.reports.sweep_stats import (
     robustness,
     targets_from,
 )
+from fleetune.units import percent, readable
 
 # Fields whose effect is robustness: what they mean, and whether their lowest value is the calm one.
 DISTURBANCES = {
@@ -61,22 +61,18 @@ def sweep_report(
     out = out if out.suffix in (".html", ".htm") else out / "report.html"
     folder = out.parent / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    body = [
-        f"<h1>{text(results.name)}</h1>",
-        f'<p class="sub">{text(_subtitle(results))}</p>',
-        _answer(results),
-        section("Ranking", _ranking(results)),
-        section("Learning curves", _curves(results, folder)),
-        section("Accuracy against cost" if results.score.is_share else "Loss against cost", _pareto(results, folder)),
-        section("Quality under a budget", _budgets(results, asked[0], folder)),
-        section("Cost to a target", _targets(results, asked[1], folder)),
-        section("Robustness to drop-out", _robustness(results, folder)),
-        *([section("What the swept fields do", _fields(results, folder))] if results.fields else []),
-        section("Costs per device class", _devices(results, folder)),
-        section("Trials", _trials(results, out.parent)),
+    sections = [
+        Section("Ranking", _ranking(results)),
+        Section("Learning curves", _curves(results, folder)),
+        Section("Accuracy against cost" if results.score.is_share else "Loss against cost", _pareto(results, folder)),
+        Section("Quality under a budget", _budgets(results, asked[0], folder)),
+        Section("Cost to a target", _targets(results, asked[1], folder)),
+        Section("Robustness to drop-out", _robustness(results, folder)),
+        *([Section("What the swept fields do", _fields(results, folder))] if results.fields else []),
+        Section("Costs per device class", _devices(results, folder)),
+        Section("Trials", [_trials(results, out.parent)]),
     ]
-    out.write_text(page(results.name, body, style=STYLE, script=SCRIPT), encoding="utf-8")
-    return out
+    return Page(results.name, _subtitle(results), sections, lead=[_answer(results)]).write(out)
 
 
 # ---------------------------------------------------------------------- the outcome
@@ -89,18 +85,16 @@ def _subtitle(results: SweepResults) -> str:
     return f"{len(results.trials)} trials: {', '.join(told)} · varied: {fields} · ranked by {results.score.title}"
 
 
-def _answer(results: SweepResults) -> str:
+def _answer(results: SweepResults) -> Note:
     """The best configuration in a sentence, and what it costs."""
     best = results.ranking.iloc[0]
     name = str(results.ranking.index[0])
     costs = ", ".join(f"{cost_text(best[cost.column], cost)} of {cost.title}" for cost in COSTS)
-    return (
-        f'<p class="answer">Best: <b>{text(name)}</b> with {text(results.score.title)} '
-        f"{text(_with_spread(results, best))}, for {text(costs)}.</p>"
-    )
+    sentence = "Best: <b>{}</b> with {} {}, for {}."
+    return Note(_markup(sentence, name, results.score.title, _with_spread(results, best), costs), style="answer")
 
 
-def _ranking(results: SweepResults) -> str:
+def _ranking(results: SweepResults) -> list[Part]:
     header = ["rank", "configuration", *short_names(results.fields).values(), results.score.title, "trials"]
     header += ["uplink", "downlink", "virtual time", "energy"]
     trials = results.trials.drop_duplicates("configuration").set_index("configuration")
@@ -123,30 +117,29 @@ def _ranking(results: SweepResults) -> str:
         rows.append(cells)
     note = "Costs are means of whole runs. Click a column's head to sort."
     note = ("± is the sample standard deviation over seeds. " if results.has_seeds else "") + note
-    return f"<p>{note}</p>" + sortable(header, rows, caption="Configurations by rank") + _failures(results)
+    return [Note(note), Table(header, rows, caption="Configurations by rank"), *_failures(results)]
 
 
-def _failures(results: SweepResults) -> str:
+def _failures(results: SweepResults) -> list[Part]:
+    """Which trials failed, and why."""
     failed = results.trials[results.trials["status"] == "failed"]
     if failed.empty:
-        return ""
-    lines = [
-        f"<li>trial {number}, {text(row['configuration'])}"
-        + (f", seed {row['seed']:.0f}" if row["seed"] == row["seed"] else "")
-        + f": {text(row['error'] or 'no reason is recorded')}</li>"
-        for number, row in failed.iterrows()
-    ]
-    return f"<p><b>{len(failed)} failed</b></p><ul>{''.join(lines)}</ul>"
+        return []
+    lines = []
+    for number, row in failed.iterrows():
+        seed = f", seed {row['seed']:.0f}" if row["seed"] == row["seed"] else ""
+        lines.append(f"trial {number}, {row['configuration']}{seed}: {row['error'] or 'no reason is recorded'}")
+    return [Note(f"{len(failed)} failed", style="heading"), Items(lines)]
 
 
-def _curves(results: SweepResults, folder: Path) -> str:
+def _curves(results: SweepResults, folder: Path) -> list[Part]:
     note = "Means over seeds; the band is their range. " if results.has_seeds else ""
     note += f"The best {len(PALETTE)} are coloured." if len(results.ranking) > len(PALETTE) else ""
     made = sweep_figures.curves(results, path=folder / "curves.png")
-    return f"<p>{note}</p>" + image(made, f"{results.score.title} over rounds, virtual time and uplink")
+    return [*([Note(note)] if note else []), image(made, f"{results.score.title} over rounds, virtual time and uplink")]
 
 
-def _pareto(results: SweepResults, folder: Path) -> str:
+def _pareto(results: SweepResults, folder: Path) -> list[Part]:
     table, score = results.ranking, results.score
     fronts = {
         c.title: pareto_front(table[c.column], table["score"], higher_is_better=score.higher_is_better) for c in COSTS
@@ -165,17 +158,17 @@ def _pareto(results: SweepResults, folder: Path) -> str:
     header = ["rank", "configuration", score.title, *(c.title for c in COSTS), "on the front of"]
     note = "A configuration is on the front where none is as good for less, or better for as much. Numbers are ranks."
     made = sweep_figures.pareto(results, path=folder / "pareto.png")
-    return (
-        f"<p>{note}</p>"
-        + image(made, f"Pareto front of {score.title} against uplink, virtual time and energy")
-        + sortable(header, rows, caption="Configurations on a Pareto front")
-    )
+    return [
+        Note(note),
+        image(made, f"Pareto front of {score.title} against uplink, virtual time and energy"),
+        Table(header, rows, caption="Configurations on a Pareto front"),
+    ]
 
 
 # ---------------------------------------------------------------------- the three protocols
 
 
-def _budgets(results: SweepResults, asked: dict[str, list[float]], folder: Path) -> str:
+def _budgets(results: SweepResults, asked: dict[str, list[float]], folder: Path) -> list[Part]:
     chosen = {
         c.column: asked.get(c.column) or budgets_from(results.curves, results.score, c.column, c.quantity)
         for c in COSTS
@@ -189,18 +182,22 @@ def _budgets(results: SweepResults, asked: dict[str, list[float]], folder: Path)
         columns += [means[budget] for budget in chosen[cost.column]]
     best = [column.max() if results.score.higher_is_better else column.min() for column in columns]
     rows = _protocol_rows(results, columns, lambda v, _: amount(v, results.score), best)
-    note = (
-        f"The best {results.score.title} that a run had reached before it had spent the budget; the untrained model "
-        "costs nothing. The best of each column is bold. Own budgets: <code>--budget 10MB --budget 2h --budget 5kJ</code>."
+    note = _markup(
+        "The best {} that a run had reached before it had spent the budget; the untrained model costs nothing. The best of "
+        "each column is bold. Own budgets: <code>--budget 10MB --budget 2h --budget 5kJ</code>.",
+        results.score.title,
     )
     alt = f"best {results.score.title} within a budget of uplink, virtual time and energy"
-    return f"<p>{note}</p>" + image(made, alt) + sortable(header, rows, caption="Quality under a budget")
+    return [Note(note), image(made, alt), Table(header, rows, caption="Quality under a budget")]
 
 
-def _targets(results: SweepResults, asked: list[float], folder: Path) -> str:
+def _targets(results: SweepResults, asked: list[float], folder: Path) -> list[Part]:
     chosen = asked or targets_from(results.curves, results.score)
     if not chosen:
-        return "<p>No trial got better than its start, so there is no target to reach. Give one with <code>--target</code>.</p>"
+        reason = (
+            "No trial got better than its start, so there is no target to reach. Give one with <code>--target</code>."
+        )
+        return [Note(_markup(reason))]
     header, columns, quantities, reached = ["rank", "configuration"], [], [], {}
     num_trials = results.ranking["num_trials"].to_dict()
     for cost in COSTS:
@@ -222,12 +219,13 @@ def _targets(results: SweepResults, asked: list[float], folder: Path) -> str:
     whole = [column["value"][column["count"] == column.index.map(num_trials)] for column in columns]
     rows = _protocol_rows(results, [column["value"] for column in columns], told, [column.min() for column in whole])
     start = "" if asked else "Targets lie 50, 75 and 90 % of the way from the untrained model to the best result. "
-    note = (
-        f"{start}A cost is that of the first evaluation which reached the target, the mean over the seeds that did "
-        "(how many, where not all: those are hollow). The least of each column that all seeds reached is bold. "
+    note = _markup(
+        start
+        + "A cost is that of the first evaluation which reached the target, the mean over the seeds that did (how many, "
+        "if not all: those are hollow). The least of each column that all seeds reached is bold. "
         "Own targets: <code>--target 60%</code>."
     )
-    return f"<p>{note}</p>" + image(made, "cost to each target") + sortable(header, rows, caption="Cost to a target")
+    return [Note(note), image(made, "cost to each target"), Table(header, rows, caption="Cost to a target")]
 
 
 def _protocol_rows(
@@ -244,17 +242,18 @@ def _protocol_rows(
     return rows
 
 
-def _robustness(results: SweepResults, folder: Path) -> str:
+def _robustness(results: SweepResults, folder: Path) -> list[Part]:
     swept = [field for field in DISTURBANCES if field in results.fields]
     if not swept:
-        return (
-            "<p>This sweep varies neither drop-out nor availability. To see how much each configuration loses when clients "
-            f"leave, add <code>{next(iter(DISTURBANCES))}: [0, 0.1, 0.3]</code> to its <code>grid</code>.</p>"
+        reason = (
+            "This sweep varies neither drop-out nor availability. To see how much each configuration loses when clients "
+            "leave, add <code>{}: [0, 0.1, 0.3]</code> to its <code>grid</code>."
         )
-    return "".join(_disturbance(results, field, *DISTURBANCES[field], folder) for field in swept)
+        return [Note(_markup(reason, next(iter(DISTURBANCES))))]
+    return [part for field in swept for part in _disturbance(results, field, *DISTURBANCES[field], folder)]
 
 
-def _disturbance(results: SweepResults, field: str, meaning: str, calm_is_low: bool, folder: Path) -> str:
+def _disturbance(results: SweepResults, field: str, meaning: str, calm_is_low: bool, folder: Path) -> list[Part]:
     rest = configuration_labels(results.trials, [other for other in results.fields if other != field])
     means, change = robustness(results.trials, results.score, field, rest, calm_is_low=calm_is_low)
     path = folder / f"robustness_{field.removeprefix('fleet.').replace('.', '_')}.png"
@@ -267,34 +266,32 @@ def _disturbance(results: SweepResults, field: str, meaning: str, calm_is_low: b
         cells = [Cell(str(name)), *(Cell(amount(v, results.score), v) for v in means.loc[name])]
         cells += [Cell("–" if v != v else f"{100 * v:+.1f} %", v) for v in change.loc[name, others]]
         rows.append(cells)
-    note = f"<code>{field}</code>: {meaning}. Changes are relative to {value_text(calmest)}."
+    note = _markup("<code>{}</code>: {}. Changes are relative to {}.", field, meaning, value_text(calmest))
     note += "" if results.score.higher_is_better else " A loss that rises is worse."
-    return (
-        f"<p>{note}</p>" + image(made, f"{results.score.title} against {field}") + sortable(header, rows, caption=field)
-    )
+    return [Note(note), image(made, f"{results.score.title} against {field}"), Table(header, rows, caption=field)]
 
 
 # ---------------------------------------------------------------------- fields, devices, trials
 
 
-def _fields(results: SweepResults, folder: Path) -> str:
-    parts = []
+def _fields(results: SweepResults, folder: Path) -> list[Part]:
+    parts: list[Part] = []
     effects = sweep_field_figures.effects(results, path=folder / "effects.png")
     if effects:
         note = "Means over everything else that was swept, seeds included; a bar is the standard deviation."
-        parts.append(f"<p>{note}</p>" + image(effects, f"{results.score.title} against each swept field"))
+        parts += [Note(note), image(effects, f"{results.score.title} against each swept field")]
     heat = sweep_field_figures.heat(results, path=folder / "heat_map.png")
     if heat:
-        note = f"<p>Both fields together{', means over seeds' if results.has_seeds else ''}.</p>"
-        parts.append(note + image(heat, f"{results.score.title} for each pair of values"))
+        note = f"Both fields together{', means over seeds' if results.has_seeds else ''}."
+        parts += [Note(note), image(heat, f"{results.score.title} for each pair of values")]
     lines = sweep_field_figures.parallel(results, path=folder / "parallel.png")
     if lines:
         alt = "a line per configuration through its fields, costs and score"
-        parts.append("<p>A line is a configuration; the best is the thickest.</p>" + image(lines, alt))
-    return "".join(parts) or "<p>Only the method was swept: the ranking says it all.</p>"
+        parts += [Note("A line is a configuration; the best is the thickest."), image(lines, alt)]
+    return parts or [Note("Only the method was swept: the ranking says it all.")]
 
 
-def _devices(results: SweepResults, folder: Path) -> str:
+def _devices(results: SweepResults, folder: Path) -> list[Part]:
     best = sweep_figures.shown_configurations(results)
     known = [name for name in best if name in results.devices.index.get_level_values("configuration")]
     devices = results.devices.reset_index(level="configuration")
@@ -319,7 +316,7 @@ def _devices(results: SweepResults, folder: Path) -> str:
     )
     if len(results.ranking) > len(bars):
         note += f" The figure shows the best {len(bars)}."
-    return f"<p>{note}</p>" + image(made, "costs of a turn per device class") + sortable(header, rows, caption="Costs")
+    return [Note(note), image(made, "costs of a turn per device class"), Table(header, rows, caption="Costs")]
 
 
 _DEVICE_COLUMNS = {
@@ -330,12 +327,12 @@ _DEVICE_COLUMNS = {
     "uplink_bytes": "bytes",
     "downlink_bytes": "bytes",
     "energy_joules": "joules",
-    "peak_memory_bytes": "memory",
-    "budget_bytes": "memory",
+    "peak_memory_bytes": "bytes",
+    "budget_bytes": "bytes",
 }
 
 
-def _trials(results: SweepResults, base: Path) -> str:
+def _trials(results: SweepResults, base: Path) -> Table:
     header = ["trial", "configuration", "seed", "status", "rounds", "accuracy", "evaluation loss", "training loss"]
     header += ["uplink", "virtual time", "energy", "out of memory", "run"]
     rows = []
@@ -348,13 +345,14 @@ def _trials(results: SweepResults, base: Path) -> str:
         cells += [Cell(cost_text(t[c.column], c), t[c.column]) for c in COSTS]
         cells += [Cell(_whole(t["num_oom"]), t["num_oom"]), _run_link(t, base)]
         rows.append(cells)
-    return sortable(header, rows, caption="Trials")
+    return Table(header, rows, caption="Trials")
 
 
 def _run_link(trial: pd.Series, base: Path) -> Cell:
     if not isinstance(trial["run_dir"], str) or not Path(trial["run_dir"]).is_dir():
         return Cell("–")
-    return Cell(str(trial["run_id"]), link=os.path.relpath(trial["run_dir"], base.absolute()))
+    name = str(trial["run_id"])
+    return Cell(name, links=((name, os.path.relpath(trial["run_dir"], base.absolute())),))
 
 
 def _with_spread(results: SweepResults, row: pd.Series) -> str:
@@ -368,3 +366,10 @@ def _with_spread(results: SweepResults, row: pd.Series) -> str:
 
 def _whole(value: float | None) -> str:
     return "–" if value is None or value != value else f"{value:.0f}"
+
+
+def _markup(sentence: str, *values: object) -> str:
+    """A sentence with code or emphasis in it; the values that it is filled with are escaped."""
+    from markupsafe import Markup
+
+    return Markup(sentence).format(*values) if values else Markup(sentence)

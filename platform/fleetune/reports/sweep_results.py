@@ -14,8 +14,9 @@ from fleetune.errors import UserError
 from fleetune.records.naming import shown
 from fleetune.records.run_directory import RunDirectory
 from fleetune.records.sweep_directory import PREFIX, SweepDirectory
-from fleetune.reports.run_stats import SCALES, device_costs, readable, rounds_from_the_start
+from fleetune.reports.run_stats import device_costs, rounds_from_the_start
 from fleetune.reports.sweep_stats import Score, ranking, score_of
+from fleetune.units import SCALES, readable
 
 METHOD, SEED = "method.name", "seed"
 DONE = ("finished", "stopped")

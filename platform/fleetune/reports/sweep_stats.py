@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from fleetune.reports.run_stats import scale_of
+from fleetune.units import scale_of
 
 # Shares of the way from the untrained model to the best score at which targets lie.
 TARGET_SHARES = (0.5, 0.75, 0.9)

@@ -11,10 +11,10 @@ from rich.live import Live
 from rich.table import Table
 
 from fleetune.errors import printable
-from fleetune.progress import duration
 from fleetune.sweep.config import SweepSpec
 from fleetune.sweep.expansion import label
 from fleetune.sweep.status import Entry, SweepStatus
+from fleetune.units import duration
 
 MAX_ROWS = 24  # of the live table: what is running, then the best
 SECONDS_BETWEEN = 0.25

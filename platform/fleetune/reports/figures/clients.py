@@ -9,7 +9,7 @@ import numpy as np
 
 from fleetune.reports.client_stats import MEMORY_PARTS, PHASES, REFUSED, bounds, memory_parts
 from fleetune.reports.figures.style import GREY, PALETTE, largest, panels
-from fleetune.reports.run_stats import scale_of
+from fleetune.units import scale_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +30,7 @@ def distributions(clients: pd.DataFrame, *, path: Path) -> Path:
         ("sim_seconds", "Time of a turn", "seconds"),
         ("energy_joules", "Energy of a turn", "joules"),
         ("link_bytes", "Bytes of a turn, both ways", "bytes"),
-        ("peak_memory_bytes", "Peak memory", "memory"),
+        ("peak_memory_bytes", "Peak memory", "bytes"),
     ]
     with panels(path, columns=4, width=3.4, height=1.3 + 0.42 * len(devices)) as axes:
         for i, (ax, (column, title, quantity)) in enumerate(zip(axes, shown, strict=True)):
@@ -85,7 +85,7 @@ def memory(clients: pd.DataFrame, *, path: Path) -> Path:
     parts = memory_parts(clients)
     with panels(path, columns=1, width=9.0, height=1.5 + 0.45 * len(parts)) as (ax,):
         need = parts["peak_memory_bytes"].to_numpy(dtype=float)
-        divisor, unit = scale_of(largest(need), "memory")
+        divisor, unit = scale_of(largest(need), "bytes")
         left, place = np.zeros(len(parts)), np.arange(len(parts))
         for name in MEMORY_PARTS:
             width = parts[name].fillna(0.0).to_numpy(dtype=float) / divisor

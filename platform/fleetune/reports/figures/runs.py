@@ -15,7 +15,8 @@ from fleetune.records.naming import group_labels, varied_fields
 from fleetune.records.run_directory import RunDirectory
 from fleetune.records.timeline import PHASES, round_starts
 from fleetune.reports.figures.style import PALETTE, largest, legend, panels, percent
-from fleetune.reports.run_stats import device_costs, rounds_from_the_start, run_totals, scale_of
+from fleetune.reports.run_stats import device_costs, rounds_from_the_start, run_totals
+from fleetune.units import scale_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -103,7 +104,7 @@ def device_bars(costs: dict[str, pd.DataFrame], *, path: Path) -> Path:
         ("flops", "Computing in a turn", "flops"),
         ("uplink_bytes", "Bytes sent in a turn", "bytes"),
         ("energy_joules", "Energy of a turn", "joules"),
-        ("peak_memory_bytes", "Peak memory and budget", "memory"),
+        ("peak_memory_bytes", "Peak memory and budget", "bytes"),
         ("oom_fraction", "Turns refused for memory", None),
     ]
     height = 1.4 + 0.36 * len(devices) * max(1, len(costs)) ** 0.6

@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 
 from fleetune.reports.figures.style import GREY, PALETTE, largest, panels, percent, plain_log
-from fleetune.reports.run_stats import scale_of
 from fleetune.reports.sweep_results import COSTS, SweepResults, amount
 from fleetune.reports.sweep_stats import SCORES, mean_curve, over_seeds, pareto_front, quality_under_budget
+from fleetune.units import scale_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,9 +10,9 @@ import pandas as pd
 
 from fleetune.reports.figures.style import PALETTE, largest, panels, percent, plain_log
 from fleetune.reports.figures.sweep import MARKERS
-from fleetune.reports.run_stats import scale_of
 from fleetune.reports.sweep_results import COSTS, METHOD, SweepResults, amount, value_text
 from fleetune.reports.sweep_stats import effect, heat_map
+from fleetune.units import scale_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
