@@ -1,4 +1,6 @@
-"""The columns of ``clients.parquet`` and ``rounds.parquet``: name, Arrow type, meaning and unit.
+"""The columns of all tables: name, Arrow type, meaning and unit, how they are summed up, and MLflow's metrics of them.
+
+A new cost is added here, in one place: records, plans, reports and MLflow go by this table.
 
 The table in ``docs/records.md`` is made from here (:func:`markdown_table`), and a test holds the two
 together.
@@ -15,11 +17,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its name, the name of its Arrow type, and its meaning in one line."""
+    """One column: its name, the name of its Arrow type, its meaning in one line, and what is done with its values."""
 
     name: str
     type: str
     meaning: str
+    kind: str = ""
+    """How the values of several rows become one: ``sum``, ``mean`` or ``max``. ``part``: a summand of the largest value, taken
+    from its row. ``budget``: the limit beside it. Empty: not at all."""
+    phase: str = ""
+    """Of clients.parquet: the phase of a turn whose length it grows with (downlink, compute, uplink, or the whole turn)."""
+    metric: str = ""
+    """Of rounds.parquet: MLflow's metric, once a round."""
+    has_total: bool = False
+    """Of rounds.parquet: whether the sum since the first round is a metric, too, ``total/NAME``."""
+
+    @property
+    def unit(self) -> str:
+        """bytes, seconds, joules, flops, or empty: the last word of its name."""
+        word = self.name.removesuffix("_max").rpartition("_")[2]
+        return word if word in ("bytes", "seconds", "joules", "flops") else ""
 
 
 CLIENT_COLUMNS: tuple[Column, ...] = (
@@ -39,25 +56,45 @@ CLIENT_COLUMNS: tuple[Column, ...] = (
     Column("rank", "int32", "rank of the adapter that the client trains"),
     Column("depth", "int32", "blocks of the submodel that the client works with"),
     Column("checkpointing", "bool", "whether it computes blocks again instead of keeping their activations"),
-    Column("flops", "double", "floating-point operations on the client"),
-    Column("server_flops", "double", "floating-point operations on the server for this client (split learning)"),
+    Column("flops", "double", "floating-point operations on the client", kind="sum", phase="compute"),
     Column(
-        "peak_memory_bytes", "int64", "largest memory needed at once; for a refused client what it would have needed"
+        "server_flops",
+        "double",
+        "floating-point operations on the server for this client (split learning)",
+        kind="sum",
+        phase="compute",
     ),
-    Column("weights_bytes", "int64", "part of the peak: frozen base weights"),
-    Column("adapter_bytes", "int64", "part of the peak: adapter"),
-    Column("gradient_bytes", "int64", "part of the peak: gradients"),
-    Column("optimizer_bytes", "int64", "part of the peak: optimizer state"),
-    Column("activation_bytes", "int64", "part of the peak: activations kept for the backward pass"),
-    Column("budget_bytes", "int64", "memory that the client may use: what the device offers, or fleet.budgets"),
-    Column("downlink_bytes", "int64", "bytes from the server to the client"),
-    Column("uplink_bytes", "int64", "bytes from the client to the server"),
-    Column("compute_seconds", "double", "virtual time of computing"),
-    Column("server_seconds", "double", "virtual time for which it waits for the server's half (split learning)"),
-    Column("downlink_seconds", "double", "virtual time of receiving"),
-    Column("uplink_seconds", "double", "virtual time of sending"),
-    Column("sim_seconds", "double", "virtual time of the client's whole turn"),
-    Column("energy_joules", "double", "energy the device spent"),
+    Column(
+        "peak_memory_bytes",
+        "int64",
+        "largest memory needed at once; for a refused client what it would have needed",
+        kind="max",
+    ),
+    Column("weights_bytes", "int64", "part of the peak: frozen base weights", kind="part"),
+    Column("adapter_bytes", "int64", "part of the peak: adapter", kind="part"),
+    Column("gradient_bytes", "int64", "part of the peak: gradients", kind="part"),
+    Column("optimizer_bytes", "int64", "part of the peak: optimizer state", kind="part"),
+    Column("activation_bytes", "int64", "part of the peak: activations kept for the backward pass", kind="part"),
+    Column(
+        "budget_bytes",
+        "int64",
+        "memory that the client may use: what the device offers, or fleet.budgets",
+        kind="budget",
+    ),
+    Column("downlink_bytes", "int64", "bytes from the server to the client", kind="sum", phase="downlink"),
+    Column("uplink_bytes", "int64", "bytes from the client to the server", kind="sum", phase="uplink"),
+    Column("compute_seconds", "double", "virtual time of computing", kind="mean", phase="compute"),
+    Column(
+        "server_seconds",
+        "double",
+        "virtual time for which it waits for the server's half (split learning)",
+        kind="mean",
+        phase="compute",
+    ),
+    Column("downlink_seconds", "double", "virtual time of receiving", kind="mean", phase="downlink"),
+    Column("uplink_seconds", "double", "virtual time of sending", kind="mean", phase="uplink"),
+    Column("sim_seconds", "double", "virtual time of the client's whole turn", kind="mean"),
+    Column("energy_joules", "double", "energy the device spent", kind="sum", phase="turn"),
     Column("train_loss", "double", "mean training loss of the client's steps"),
     Column("wall_seconds", "double", "real time the simulation of this client took"),
 )
@@ -68,22 +105,56 @@ ROUND_COLUMNS: tuple[Column, ...] = (
     Column("stage", "int32", "stage of a progressive method, from 0; empty for others"),
     Column("num_available", "int32", "clients that could be chosen when the round began"),
     Column("num_clients", "int32", "clients chosen for the round"),
-    Column("num_ok", "int32", "clients whose update counted"),
-    Column("num_oom", "int32", "clients refused for memory"),
-    Column("num_refused", "int32", "clients refused for time, energy or bytes"),
-    Column("num_dropped", "int32", "clients that left in the middle"),
-    Column("num_late", "int32", "clients that came after the round's close"),
-    Column("num_failed", "int32", "clients whose work was not finite, and was left out"),
-    Column("train_loss", "double", "training loss, the clients' mean weighted by examples"),
-    Column("eval_loss", "double", "loss on the evaluation set; empty in rounds without evaluation"),
-    Column("eval_accuracy", "double", "share right on the evaluation set, 0 to 1; empty likewise"),
-    Column("sim_seconds", "double", "virtual time since the start of the run (cumulative)"),
+    Column("num_ok", "int32", "clients whose update counted", kind="sum", metric="clients/ok"),
+    Column("num_oom", "int32", "clients refused for memory", kind="sum", metric="clients/oom"),
+    Column("num_refused", "int32", "clients refused for time, energy or bytes", kind="sum", metric="clients/refused"),
+    Column("num_dropped", "int32", "clients that left in the middle", kind="sum", metric="clients/dropped"),
+    Column("num_late", "int32", "clients that came after the round's close", kind="sum", metric="clients/late"),
+    Column(
+        "num_failed",
+        "int32",
+        "clients whose work was not finite, and was left out",
+        kind="sum",
+        metric="clients/failed",
+    ),
+    Column("train_loss", "double", "training loss, the clients' mean weighted by examples", metric="train/loss"),
+    Column("eval_loss", "double", "loss on the evaluation set; empty in rounds without evaluation", metric="eval/loss"),
+    Column(
+        "eval_accuracy", "double", "share right on the evaluation set, 0 to 1; empty likewise", metric="eval/accuracy"
+    ),
+    Column("sim_seconds", "double", "virtual time since the start of the run (cumulative)", metric="sim/seconds"),
     Column("waited_seconds", "double", "virtual time before the round in which no client was available"),
-    Column("wall_seconds", "double", "real time of this round"),
-    Column("uplink_bytes", "int64", "bytes all clients sent in this round"),
-    Column("downlink_bytes", "int64", "bytes all clients received in this round"),
-    Column("energy_joules", "double", "energy all clients spent in this round"),
-    Column("peak_memory_bytes_max", "int64", "largest peak memory of a client that was not refused"),
+    Column("wall_seconds", "double", "real time of this round", kind="sum", metric="wall/seconds"),
+    Column(
+        "uplink_bytes",
+        "int64",
+        "bytes all clients sent in this round",
+        kind="sum",
+        metric="cost/uplink_bytes",
+        has_total=True,
+    ),
+    Column(
+        "downlink_bytes",
+        "int64",
+        "bytes all clients received in this round",
+        kind="sum",
+        metric="cost/downlink_bytes",
+        has_total=True,
+    ),
+    Column(
+        "energy_joules",
+        "double",
+        "energy all clients spent in this round",
+        kind="sum",
+        metric="cost/energy_joules",
+        has_total=True,
+    ),
+    Column(
+        "peak_memory_bytes_max",
+        "int64",
+        "largest peak memory of a client that was not refused",
+        metric="cost/peak_memory_bytes_max",
+    ),
 )
 
 TRIAL_COLUMNS: tuple[Column, ...] = (
@@ -110,6 +181,15 @@ TRIAL_COLUMNS: tuple[Column, ...] = (
     Column("num_late", "double", "times a client came after the round's close"),
     Column("num_failed", "double", "times a client's work was not finite, and was left out"),
 )
+
+
+def names(columns: tuple[Column, ...], *kinds: str) -> tuple[str, ...]:
+    """The names of the columns of these kinds, in their order."""
+    return tuple(column.name for column in columns if column.kind in kinds)
+
+
+MEMORY_PARTS = names(CLIENT_COLUMNS, "part")
+"""What a client's peak memory consists of."""
 
 
 def arrow_schema(columns: tuple[Column, ...]) -> pa.Schema:

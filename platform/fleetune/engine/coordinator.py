@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fleetune import files
+from fleetune.columns import ROUND_COLUMNS, names
 from fleetune.engine.checkpoint.checkpoint import Checkpoint, Progress
 from fleetune.engine.checkpoint.client_store import slot_of
 from fleetune.engine.divergence import Diverged, check_progress, marked, settled
@@ -29,18 +30,7 @@ from fleetune.tensors import Tensors
 
 Event = dict[str, Any]
 Baselines = dict[str, PendingQuality]
-TOTALS = (
-    "uplink_bytes",
-    "downlink_bytes",
-    "energy_joules",
-    "wall_seconds",
-    "num_ok",
-    "num_oom",
-    "num_refused",
-    "num_dropped",
-    "num_late",
-    "num_failed",
-)
+TOTALS = names(ROUND_COLUMNS, "sum")
 
 
 class Coordinator:

@@ -7,33 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from fleetune.columns import CLIENT_COLUMNS, names
 from fleetune.data.batches import NO_EXAMPLE, num_tokens
 from fleetune.engine.execution.work_units import WorkUnitReply
 from fleetune.engine.round.planner import RoundPlan
 from fleetune.engine.round.rules import DROPPED, FAILED, LATE, OK, OOM, REFUSED
 from fleetune.problem import Problem
 
-MEMORY = (
-    "peak_memory_bytes",
-    "weights_bytes",
-    "adapter_bytes",
-    "gradient_bytes",
-    "optimizer_bytes",
-    "activation_bytes",
-    "budget_bytes",
-)
+MEMORY = names(CLIENT_COLUMNS, "max", "part", "budget")
 # What a turn spends, by the phase whose length it grows with. Energy grows with the whole turn.
-SPENT = {
-    "downlink_bytes": "downlink",
-    "downlink_seconds": "downlink",
-    "flops": "compute",
-    "server_flops": "compute",
-    "compute_seconds": "compute",
-    "server_seconds": "compute",
-    "uplink_bytes": "uplink",
-    "uplink_seconds": "uplink",
-    "energy_joules": "turn",
-}
+SPENT = {column.name: column.phase for column in CLIENT_COLUMNS if column.phase}
 
 
 def client_columns(problem: Problem, now: RoundPlan, replies: Sequence[WorkUnitReply]) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from fleetune.columns import MEMORY_PARTS
 from fleetune.plan.summary import by_stage, comparison
 from fleetune.plan.walk import Plan, Row
 from fleetune.reports.figures.runs import BUDGET, PHASE_COLORS, REFUSED
 from fleetune.reports.figures.style import PALETTE, STYLE
 
-PARTS = ("weights_bytes", "adapter_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes")
 TOTALS = (
     ("sim_seconds", "Virtual time, hours", 3600.0),
     ("uplink_bytes", "Sent by all clients, GB", 1e9),
@@ -30,7 +30,7 @@ def memory(plan: Plan, path: Path) -> Path:
     ax = axes[0]
     y = np.arange(len(rows))[::-1]
     left = np.zeros(len(rows))
-    for color, name in zip(PALETTE, PARTS, strict=False):
+    for color, name in zip(PALETTE, MEMORY_PARTS, strict=False):
         part = np.array([row[name] for row in rows]) / 1e9
         ax.barh(y, part, left=left, color=color, height=0.62, label=name.removesuffix("_bytes"))
         left += part

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fleetune.columns import CLIENT_COLUMNS, names
 from fleetune.engine.round.planner import RoundPlanner
 from fleetune.engine.round.rules import OOM, REFUSED
 from fleetune.engine.rows import costed_columns, round_row
@@ -24,16 +25,7 @@ from fleetune.spec import RunSpec
 # Client-rounds up to which every batch is drawn as in the run, so that the plan's numbers are the run's own. Drawing takes
 # about 20 us each; beyond, lengths are taken by expectation.
 MAX_DRAWN = 50_000
-SUMS = ("flops", "server_flops", "downlink_bytes", "uplink_bytes", "energy_joules")
-MEANS = ("compute_seconds", "downlink_seconds", "uplink_seconds", "sim_seconds")
-LARGEST = (
-    "peak_memory_bytes",
-    "weights_bytes",
-    "adapter_bytes",
-    "gradient_bytes",
-    "optimizer_bytes",
-    "activation_bytes",
-)
+SUMS, MEANS, LARGEST = (names(CLIENT_COLUMNS, *kinds) for kinds in (("sum",), ("mean",), ("max", "part")))
 
 SHARES = ("batch_size", "rank", "depth")  # what clients may make smaller
 

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fleetune.columns import MEMORY_PARTS
+
 if TYPE_CHECKING:
     import pandas as pd
 
 REFUSED = ("oom", "refused")
-MEMORY_PARTS = ("weights_bytes", "adapter_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes")
 PHASES = ("downlink", "compute", "server", "uplink")
 
 

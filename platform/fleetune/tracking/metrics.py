@@ -9,29 +9,9 @@ from typing import Any
 from fleetune.columns import ROUND_COLUMNS
 
 # Column of rounds.parquet -> metric, once a round with step = round.
-METRICS = {
-    "train_loss": "train/loss",
-    "eval_loss": "eval/loss",
-    "eval_accuracy": "eval/accuracy",
-    "sim_seconds": "sim/seconds",
-    "wall_seconds": "wall/seconds",
-    "uplink_bytes": "cost/uplink_bytes",
-    "downlink_bytes": "cost/downlink_bytes",
-    "energy_joules": "cost/energy_joules",
-    "peak_memory_bytes_max": "cost/peak_memory_bytes_max",
-    "num_ok": "clients/ok",
-    "num_oom": "clients/oom",
-    "num_refused": "clients/refused",
-    "num_dropped": "clients/dropped",
-    "num_late": "clients/late",
-    "num_failed": "clients/failed",
-}
+METRICS = {column.name: column.metric for column in ROUND_COLUMNS if column.metric}
 # Sums since the first round: what a run's row in MLflow's table should show, and an x-axis for its charts.
-TOTALS = {
-    "uplink_bytes": "total/uplink_bytes",
-    "downlink_bytes": "total/downlink_bytes",
-    "energy_joules": "total/energy_joules",
-}
+TOTALS = {column.name: f"total/{column.name}" for column in ROUND_COLUMNS if column.has_total}
 OWN = {column.name for column in ROUND_COLUMNS}
 
 
