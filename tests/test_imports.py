@@ -248,6 +248,20 @@ def test_a_room_imports_only_what_stands_below_it(path: Path):
     assert used - GROUND - MAY_IMPORT[room] - {room} == set()
 
 
+@pytest.mark.parametrize("path", FILES, ids=place)
+def test_what_a_file_imports_of_ours_is_there(path: Path):
+    """Also inside functions, where a wrong name would show only when they are called."""
+    for module in imports(path):
+        parts = module.split(".")[1:]
+        if module.startswith("fleetune.") and room_of("/".join(parts)) is None:
+            pytest.fail(f"there is no {module}")
+        if module.startswith("fleetune.") and not (PACKAGE.joinpath(*parts)).is_dir():
+            holder = PACKAGE.joinpath(*parts[:-1])
+            is_module = PACKAGE.joinpath(*parts).with_suffix(".py").is_file()
+            is_name = holder.is_dir() or holder.with_suffix(".py").is_file()
+            assert is_module or is_name, module
+
+
 def test_the_rooms_stand_above_each_other():
     """No circle among them: each round takes away those whose imports are all gone already."""
     left = {room: {r for r in below if r != room} for room, below in MAY_IMPORT.items()}

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fleetune.backend.launch import run as launch
-from fleetune.backend.launch.directories import git_commit, locked
+from fleetune.engine.launch import run as launch
+from fleetune.engine.launch.directories import git_commit, locked
 from fleetune.errors import Stopped, UserError
 from fleetune.problem import Inputs, build_problem, load_inputs
 from fleetune.records.sweep_directory import SweepDirectory
