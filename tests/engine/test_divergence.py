@@ -17,7 +17,7 @@ import torch
 from fleetune.engine import divergence
 from fleetune.engine.coordinator import Coordinator
 from fleetune.engine.execution.executor import SerialExecutor
-from fleetune.engine.execution.work_units import _diverged
+from fleetune.engine.execution.worker_process import _diverged
 from fleetune.engine.round.planner import RoundPlan, RoundPlanner
 from fleetune.errors import RunFailed
 from fleetune.methods import METHODS

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fleetune.engine.execution.executor import placed_base
+from fleetune.engine.execution.worker_process import placed_base
 from fleetune.engine.launch import run as launch
 from fleetune.methods import METHODS
 from fleetune.models.network import Network

@@ -10,7 +10,8 @@ from typing import Any
 
 from fleetune.content import check_content
 from fleetune.engine.coordinator import Baselines, Coordinator, Event
-from fleetune.engine.execution.executor import Executor, SerialExecutor, placed_base
+from fleetune.engine.execution.executor import Executor, SerialExecutor
+from fleetune.engine.execution.worker_process import placed_base
 from fleetune.engine.launch.directories import locked, run_meta
 from fleetune.engine.launch.run import base_key, conclude, finish
 from fleetune.models.base import BaseModel

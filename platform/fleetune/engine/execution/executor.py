@@ -8,15 +8,13 @@ from typing import Protocol
 
 import numpy as np
 
-from fleetune.engine.execution.work_units import WorkUnit, WorkUnitReply, run_work_unit
+from fleetune.engine.execution.work_units import WorkUnit, WorkUnitReply
+from fleetune.engine.execution.worker_process import WorkerProcess
 from fleetune.errors import RunFailed
-from fleetune.methods.base import GlobalModel, Method, Payload
-from fleetune.models.base import BaseModel, placed
-from fleetune.problem import Inputs, Problem
-from fleetune.spec import RunSpec
-from fleetune.training.device import set_up
-from fleetune.training.evaluate import EvalSums, evaluate_rows
-from fleetune.training.worker import Worker
+from fleetune.methods.base import GlobalModel, Payload
+from fleetune.models.base import BaseModel
+from fleetune.problem import Problem
+from fleetune.training.evaluate import EvalSums
 
 
 class Executor(Protocol):
@@ -56,45 +54,6 @@ class Evaluated:
     def sums(self) -> list[EvalSums]:
         """The sums over each chunk."""
         return self.parts
-
-
-class WorkerProcess:
-    """What happens in a worker process, on whichever side of the seam it lies."""
-
-    def __init__(self, spec: RunSpec, inputs: Inputs, method: Method, *, base: BaseModel | None = None):
-        """``base``: the base model as `placed_base` gives it, where this process has placed it before."""
-        self.spec, self.inputs, self.method = spec, inputs, method
-        set_up(spec.execution.device, spec.execution.kernels)
-        self.worker = Worker(
-            base=base or placed_base(spec, inputs.base),
-            lora=spec.model.lora,
-            local=spec.local,
-            data=inputs.train,
-            precision=spec.execution.precision,
-        )
-
-    def run(self, unit: WorkUnit, payloads: Mapping[int, Payload], *, locate: bool = False) -> WorkUnitReply:
-        """Carry out one unit."""
-        return run_work_unit(self.worker, self.method, payloads, unit, locate=locate)
-
-    def evaluate(self, model: GlobalModel, rows: np.ndarray) -> EvalSums:
-        """Evaluate on held-out examples ``rows``."""
-        config = self.spec.evaluation
-        return evaluate_rows(
-            self.worker.network(model.submodel),
-            model.adapter,
-            data=self.inputs.evaluation.data,
-            responses=self.inputs.evaluation.responses,
-            rows=rows,
-            reader=self.inputs.reader,
-            max_new_tokens=config.max_new_tokens if config.generate else None,
-            answer_pattern=self.spec.data.answer_pattern,
-        )
-
-
-def placed_base(spec: RunSpec, base: BaseModel) -> BaseModel:
-    """The base model on the device and in the precision of a spec."""
-    return placed(base, device=spec.execution.device, precision=spec.execution.precision)
 
 
 class SerialExecutor:

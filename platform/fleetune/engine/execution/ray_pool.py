@@ -15,8 +15,8 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from fleetune.engine.execution.executor import WorkerProcess, placed_base
 from fleetune.engine.execution.work_units import WorkUnit, WorkUnitReply
+from fleetune.engine.execution.worker_process import WorkerProcess, placed_base
 from fleetune.errors import RunFailed
 from fleetune.files import WriteFailed
 from fleetune.methods.base import Context, GlobalModel, Method, Payload, Provision

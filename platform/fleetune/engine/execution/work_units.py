@@ -1,4 +1,4 @@
-"""A unit: the clients that one call to a worker carries out, as columns, and what comes back.
+"""Units of work as values: the clients that one call to a worker carries out, as columns, and the worker's reply.
 
 The make-up of cohorts (which train stacked) and units (which travel together) follows from the spec and the round alone, never
 from how many workers there are; each unit's updates are summed in its own order, and the units in theirs. So the result is the
@@ -7,20 +7,16 @@ same bits on one worker or many.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import numpy as np
 
-from fleetune.engine.checkpoint.client_store import MAX_UNITS, ClientStore, slot_of
-from fleetune.engine.round.ranks import cut, laid_over
-from fleetune.errors import RunFailed
-from fleetune.methods.base import Method, Payload
-from fleetune.tensors import Packed, RunningSum, Stack, Tensors, add_weighted, all_finite, finite_rows, pack
-from fleetune.training.plan import ClientTask, CohortUpdate
-from fleetune.training.worker import Worker
+from fleetune.engine.checkpoint.client_store import MAX_UNITS, ClientStore
+from fleetune.engine.round.ranks import cut
+from fleetune.tensors import Packed, Tensors
+from fleetune.training.plan import ClientTask
 
 # There are at most MAX_UNITS calls per round, so that a round of 10,000 clients costs no more calls than one of a thousand;
 # fewer where clients do not train, because a call costs as much as a hundred of them (benchmarks/engine.py: 2.4 ms) and there
@@ -205,126 +201,3 @@ def _as_one(rows: Sequence[np.ndarray]) -> np.ndarray:
     if all(r.shape[1] == width for r in rows):
         return np.concatenate(rows)
     return np.concatenate([np.pad(r, ((0, 0), (0, width - r.shape[1])), constant_values=-1) for r in rows])
-
-
-def run_work_unit(
-    worker: Worker, method: Method, payloads: Mapping[int, Payload], unit: WorkUnit, *, locate: bool = False
-) -> WorkUnitReply:
-    """Carry out a unit. With ``locate`` an error is traced to its client by running the cohort's clients one by one."""
-    n = len(unit.client_ids)
-    reply = WorkUnitReply(
-        unit.index,
-        unit.client_ids,
-        np.zeros(n),
-        np.zeros(n, np.int64),
-        np.zeros(n, np.int64),
-        np.zeros((2, n), np.int64),
-        np.zeros(n),
-        np.zeros(n, bool),
-        np.zeros(n, bool),
-        has_store=unit.store.is_here,
-    )
-    totals: dict[int, RunningSum] = {}
-    server: Tensors = {}
-    kept: dict[int, Packed] = {}
-    for cohort in unit.cohorts:
-        before = unit.before(cohort)
-        tasks = unit.tasks(cohort, before)
-        started = time.perf_counter()
-        try:
-            update = _update(worker, method, payloads[cohort.payload], tasks)
-        except Exception as error:
-            if not locate:
-                raise
-            raise _located(error, worker, method, payloads[cohort.payload], tasks, unit) from error
-        span = slice(cohort.start, cohort.stop)
-        reply.wall_seconds[span] = (time.perf_counter() - started) / len(tasks)
-        reply.losses[span], reply.num_tokens[span] = update.losses, update.num_tokens
-        if update.cut_bytes is not None:
-            reply.cut_bytes[:, span] = update.cut_bytes
-        reply.diverged[span] = _diverged(update, coupled=method.coupled)
-        _collect(reply, span, method, update, tasks, totals.setdefault(cohort.payload, RunningSum()))
-        if update.private is not None:
-            reply.keeps[span] = ~reply.diverged[span]  # whose work came to nothing has what it had
-            mine = _kept(update.private, unit.ranks[span], tasks, before, worker.lora.rank)
-            kept.update({c: mine[c] for c in unit.client_ids[span][reply.keeps[span]].tolist()})
-        add_weighted(server, update.server, 1.0)
-    reply.partial_sums = {key: total.packed() for key, total in totals.items() if total}
-    reply.server = pack(server) if server else None
-    if not reply.has_store:
-        reply.private = kept
-    elif kept:
-        unit.store.write(slot_of(unit.round_idx, unit.index), kept)
-    return reply
-
-
-def _update(worker: Worker, method: Method, payload: Payload, tasks: list[ClientTask]) -> CohortUpdate:
-    """One update for the cohort; methods that cannot stack (dropout) work one by one, by themselves."""
-    if len(tasks) == 1 or method.coupled or not worker.lora.dropout:
-        return method.local_update(worker, payload, tasks)
-    return CohortUpdate.joined([method.local_update(worker, payload, [task]) for task in tasks])
-
-
-def _diverged(update: CohortUpdate, *, coupled: bool) -> np.ndarray:
-    """Whose work is not finite, bool (K,); where clients share a server's half, who made it so: all, if that cannot be told."""
-    out = ~np.isfinite(update.losses)
-    for stack in (update.upload, update.private):
-        if stack is not None:
-            out |= ~finite_rows(stack.data)
-    if coupled and update.diverged_at is not None and np.isfinite(update.diverged_at).any():
-        return update.diverged_at == update.diverged_at.min()
-    if not out.any() and not all_finite(update.server.values()):
-        return np.ones(len(out), bool)
-    return out
-
-
-def _collect(
-    reply: WorkUnitReply,
-    span: slice,
-    method: Method,
-    update: CohortUpdate,
-    tasks: list[ClientTask],
-    total: RunningSum,
-) -> None:
-    """Add the cohort's upload to the unit's sum, or keep each client's; late clients count for nothing."""
-    counted = [k for k, task in enumerate(tasks) if task.weight > 0]
-    if update.upload is not None and update.upload.shapes:
-        reply.upload_bytes[span] = update.upload.data[0].nbytes
-        if method.partial_sums and counted:
-            rows = update.upload if len(counted) == len(tasks) else update.upload.rows(counted)
-            total.add(rows, [tasks[k].weight for k in counted])
-        elif not method.partial_sums:
-            reply.each.update({tasks[k].client_id: pack(update.upload.client(k)) for k in counted})
-
-
-def _kept(
-    private: Stack, ranks: np.ndarray, tasks: list[ClientTask], before: Mapping[int, Tensors], full_rank: int
-) -> dict[int, Packed]:
-    """What clients keep, at full rank: what a smaller rank left out stays as it was."""
-    out = {}
-    for k, (task, rank) in enumerate(zip(tasks, ranks.tolist(), strict=True)):
-        mine = private.client(k)
-        if rank < full_rank:
-            mine = laid_over(mine, before.get(task.client_id, {}), full_rank)
-        out[task.client_id] = pack(mine)
-    return out
-
-
-def _located(
-    error: Exception, worker: Worker, method: Method, payload: Payload, tasks: list[ClientTask], unit: WorkUnit
-) -> RunFailed:
-    """The clients whose own work fails; all of the cohort where it fails only together."""
-    guilty = []
-    for task in tasks:
-        try:
-            method.local_update(worker, payload, [task])
-        except Exception:
-            guilty.append(task.client_id)
-    who = guilty or [task.client_id for task in tasks]
-    return RunFailed(f"{type(error).__name__}: {error}", round_idx=unit.round_idx, stage=unit.stage, client_ids=who)
-
-
-def in_client_order(replies: Sequence[WorkUnitReply]) -> Iterator[tuple[int, WorkUnitReply, int]]:
-    """(client id, its unit's reply, its slot there) over all clients, ascending."""
-    slots = [(int(c), reply, i) for reply in replies for i, c in enumerate(reply.client_ids)]
-    yield from sorted(slots, key=lambda slot: slot[0])

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fleetune.engine.checkpoint.client_store import MAX_UNITS, ClientStore
-from fleetune.engine.execution.work_units import WorkUnit, in_client_order, make_work_units, run_work_unit
+from fleetune.engine.execution.work_units import WorkUnit, make_work_units
+from fleetune.engine.execution.worker_process import run_work_unit
 from fleetune.errors import RunFailed
 from fleetune.problem import Problem
 from fleetune.seeds import seed_of
@@ -192,15 +193,6 @@ def test_with_dropout_cohorts_work_one_by_one():
     tasks = units[0].tasks(units[0].cohorts[0])
     alone = [problem.method.local_update(runs.worker(problem), payload[0], [t]).losses[0] for t in tasks]
     assert together.losses.tolist() == alone
-
-
-def test_replies_come_in_client_order():
-    problem, units = world()
-    payload = {0: problem.method.broadcast(problem.method.start(), 0, None)}
-    replies = [run_work_unit(runs.worker(problem), problem.method, payload, unit) for unit in reversed(units)]
-    slots = list(in_client_order(replies))
-    assert [client_id for client_id, _, _ in slots] == list(range(6))
-    assert all(int(reply.client_ids[i]) == client_id for client_id, reply, i in slots)
 
 
 def test_an_error_is_traced_to_its_client():

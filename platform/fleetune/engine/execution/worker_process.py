@@ -1,0 +1,181 @@
+"""What a worker does: it carries out units of work and evaluates, in whichever process it lives.
+
+The coordinator plans the units (`work_units`); the serial executor and the workers on Ray carry them out by `WorkerProcess`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import numpy as np
+
+from fleetune.engine.checkpoint.client_store import slot_of
+from fleetune.engine.execution.work_units import WorkUnit, WorkUnitReply
+from fleetune.engine.round.ranks import laid_over
+from fleetune.errors import RunFailed
+from fleetune.methods.base import GlobalModel, Method, Payload
+from fleetune.models.base import BaseModel, placed
+from fleetune.problem import Inputs
+from fleetune.spec import RunSpec
+from fleetune.tensors import Packed, RunningSum, Stack, Tensors, add_weighted, all_finite, finite_rows, pack
+from fleetune.training.device import set_up
+from fleetune.training.evaluate import EvalSums, evaluate_rows
+from fleetune.training.plan import ClientTask, CohortUpdate
+from fleetune.training.worker import Worker
+
+
+class WorkerProcess:
+    """What happens in a worker process, on whichever side of the seam it lies."""
+
+    def __init__(self, spec: RunSpec, inputs: Inputs, method: Method, *, base: BaseModel | None = None):
+        """``base``: the base model as `placed_base` gives it, where this process has placed it before."""
+        self.spec, self.inputs, self.method = spec, inputs, method
+        set_up(spec.execution.device, spec.execution.kernels)
+        self.worker = Worker(
+            base=base or placed_base(spec, inputs.base),
+            lora=spec.model.lora,
+            local=spec.local,
+            data=inputs.train,
+            precision=spec.execution.precision,
+        )
+
+    def run(self, unit: WorkUnit, payloads: Mapping[int, Payload], *, locate: bool = False) -> WorkUnitReply:
+        """Carry out one unit."""
+        return run_work_unit(self.worker, self.method, payloads, unit, locate=locate)
+
+    def evaluate(self, model: GlobalModel, rows: np.ndarray) -> EvalSums:
+        """Evaluate on held-out examples ``rows``."""
+        config = self.spec.evaluation
+        return evaluate_rows(
+            self.worker.network(model.submodel),
+            model.adapter,
+            data=self.inputs.evaluation.data,
+            responses=self.inputs.evaluation.responses,
+            rows=rows,
+            reader=self.inputs.reader,
+            max_new_tokens=config.max_new_tokens if config.generate else None,
+            answer_pattern=self.spec.data.answer_pattern,
+        )
+
+
+def placed_base(spec: RunSpec, base: BaseModel) -> BaseModel:
+    """The base model on the device and in the precision of a spec."""
+    return placed(base, device=spec.execution.device, precision=spec.execution.precision)
+
+
+def run_work_unit(
+    worker: Worker, method: Method, payloads: Mapping[int, Payload], unit: WorkUnit, *, locate: bool = False
+) -> WorkUnitReply:
+    """Carry out a unit. With ``locate`` an error is traced to its client by running the cohort's clients one by one."""
+    n = len(unit.client_ids)
+    reply = WorkUnitReply(
+        unit.index,
+        unit.client_ids,
+        np.zeros(n),
+        np.zeros(n, np.int64),
+        np.zeros(n, np.int64),
+        np.zeros((2, n), np.int64),
+        np.zeros(n),
+        np.zeros(n, bool),
+        np.zeros(n, bool),
+        has_store=unit.store.is_here,
+    )
+    totals: dict[int, RunningSum] = {}
+    server: Tensors = {}
+    kept: dict[int, Packed] = {}
+    for cohort in unit.cohorts:
+        before = unit.before(cohort)
+        tasks = unit.tasks(cohort, before)
+        started = time.perf_counter()
+        try:
+            update = _update(worker, method, payloads[cohort.payload], tasks)
+        except Exception as error:
+            if not locate:
+                raise
+            raise _located(error, worker, method, payloads[cohort.payload], tasks, unit) from error
+        span = slice(cohort.start, cohort.stop)
+        reply.wall_seconds[span] = (time.perf_counter() - started) / len(tasks)
+        reply.losses[span], reply.num_tokens[span] = update.losses, update.num_tokens
+        if update.cut_bytes is not None:
+            reply.cut_bytes[:, span] = update.cut_bytes
+        reply.diverged[span] = _diverged(update, coupled=method.coupled)
+        _collect(reply, span, method, update, tasks, totals.setdefault(cohort.payload, RunningSum()))
+        if update.private is not None:
+            reply.keeps[span] = ~reply.diverged[span]  # whose work came to nothing has what it had
+            mine = _kept(update.private, unit.ranks[span], tasks, before, worker.lora.rank)
+            kept.update({c: mine[c] for c in unit.client_ids[span][reply.keeps[span]].tolist()})
+        add_weighted(server, update.server, 1.0)
+    reply.partial_sums = {key: total.packed() for key, total in totals.items() if total}
+    reply.server = pack(server) if server else None
+    if not reply.has_store:
+        reply.private = kept
+    elif kept:
+        unit.store.write(slot_of(unit.round_idx, unit.index), kept)
+    return reply
+
+
+def _update(worker: Worker, method: Method, payload: Payload, tasks: list[ClientTask]) -> CohortUpdate:
+    """One update for the cohort; methods that cannot stack (dropout) work one by one, by themselves."""
+    if len(tasks) == 1 or method.coupled or not worker.lora.dropout:
+        return method.local_update(worker, payload, tasks)
+    return CohortUpdate.joined([method.local_update(worker, payload, [task]) for task in tasks])
+
+
+def _diverged(update: CohortUpdate, *, coupled: bool) -> np.ndarray:
+    """Whose work is not finite, bool (K,); where clients share a server's half, who made it so: all, if that cannot be told."""
+    out = ~np.isfinite(update.losses)
+    for stack in (update.upload, update.private):
+        if stack is not None:
+            out |= ~finite_rows(stack.data)
+    if coupled and update.diverged_at is not None and np.isfinite(update.diverged_at).any():
+        return update.diverged_at == update.diverged_at.min()
+    if not out.any() and not all_finite(update.server.values()):
+        return np.ones(len(out), bool)
+    return out
+
+
+def _collect(
+    reply: WorkUnitReply,
+    span: slice,
+    method: Method,
+    update: CohortUpdate,
+    tasks: list[ClientTask],
+    total: RunningSum,
+) -> None:
+    """Add the cohort's upload to the unit's sum, or keep each client's; late clients count for nothing."""
+    counted = [k for k, task in enumerate(tasks) if task.weight > 0]
+    if update.upload is not None and update.upload.shapes:
+        reply.upload_bytes[span] = update.upload.data[0].nbytes
+        if method.partial_sums and counted:
+            rows = update.upload if len(counted) == len(tasks) else update.upload.rows(counted)
+            total.add(rows, [tasks[k].weight for k in counted])
+        elif not method.partial_sums:
+            reply.each.update({tasks[k].client_id: pack(update.upload.client(k)) for k in counted})
+
+
+def _kept(
+    private: Stack, ranks: np.ndarray, tasks: list[ClientTask], before: Mapping[int, Tensors], full_rank: int
+) -> dict[int, Packed]:
+    """What clients keep, at full rank: what a smaller rank left out stays as it was."""
+    out = {}
+    for k, (task, rank) in enumerate(zip(tasks, ranks.tolist(), strict=True)):
+        mine = private.client(k)
+        if rank < full_rank:
+            mine = laid_over(mine, before.get(task.client_id, {}), full_rank)
+        out[task.client_id] = pack(mine)
+    return out
+
+
+def _located(
+    error: Exception, worker: Worker, method: Method, payload: Payload, tasks: list[ClientTask], unit: WorkUnit
+) -> RunFailed:
+    """The clients whose own work fails; all of the cohort where it fails only together."""
+    guilty = []
+    for task in tasks:
+        try:
+            method.local_update(worker, payload, [task])
+        except Exception:
+            guilty.append(task.client_id)
+    who = guilty or [task.client_id for task in tasks]
+    return RunFailed(f"{type(error).__name__}: {error}", round_idx=unit.round_idx, stage=unit.stage, client_ids=who)
