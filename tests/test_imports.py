@@ -21,6 +21,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = {"transformers", "peft", "datasets", "mlflow", "ray", "matplotlib", "sklearn", "bitsandbytes"}
 MAY_IMPORT_RAY = {
     "engine/execution/ray_pool.py",
+    "engine/execution/ray_worker.py",
     "engine/launch/cluster.py",
     "engine/launch/ray_coordinator.py",
     "engine/launch/run.py",

@@ -17,7 +17,8 @@ import pytest
 import ray
 
 from fleetune.engine.execution.executor import SerialExecutor
-from fleetune.engine.execution.ray_pool import RayExecutor, SharedInputs
+from fleetune.engine.execution.ray_pool import RayExecutor
+from fleetune.engine.execution.ray_worker import SharedInputs
 from fleetune.engine.execution.work_units import WorkUnit, WorkUnitReply
 from fleetune.engine.launch import run as launch
 from fleetune.engine.launch.cluster import Cluster

@@ -12,7 +12,8 @@ from ray import tune
 
 from fleetune.engine.coordinator import Event
 from fleetune.engine.execution.executor import Executor
-from fleetune.engine.execution.ray_pool import RayExecutor, SharedInputs
+from fleetune.engine.execution.ray_pool import RayExecutor
+from fleetune.engine.execution.ray_worker import SharedInputs
 from fleetune.engine.launch.resolve import gpu_share
 from fleetune.problem import Inputs, Problem
 from fleetune.sweep.trial_runner import TrialOrder, TrialRunner, inputs_key

@@ -18,7 +18,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from fleetune.engine.execution.ray_pool import SharedInputs
+from fleetune.engine.execution.ray_worker import SharedInputs
 from fleetune.engine.launch.resolve import gpu_share
 from fleetune.errors import UserError
 from fleetune.problem import Inputs

@@ -1,141 +1,24 @@
-"""Ray: worker actors through which clients pass, and the executor over them.
-
-The base model and the data are put into the object store once and mapped by every worker of a node; a payload is put once per
-round. Workers outlive runs: a further run of the same process finds them warm.
-"""
+"""The pool of workers on Ray: an executor that deals out calls, tries failed ones again, and replaces workers that die."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from fleetune.engine.execution.ray_worker import PackedPayload, RayWorker, SharedInputs
 from fleetune.engine.execution.work_units import WorkUnit, WorkUnitReply
-from fleetune.engine.execution.worker_process import WorkerProcess, placed_base
 from fleetune.errors import RunFailed
 from fleetune.files import WriteFailed
-from fleetune.methods.base import Context, GlobalModel, Method, Payload, Provision
-from fleetune.models.base import BaseModel
-from fleetune.models.config import LoRAConfig
-from fleetune.models.network import Network
-from fleetune.models.submodel import Submodel
-from fleetune.problem import (
-    Inputs,
-    base_from_arrays,
-    base_to_arrays,
-    set_threads,
-)
+from fleetune.methods.base import GlobalModel, Method, Payload
 from fleetune.spec import RunSpec
-from fleetune.tensors import Packed, pack
+from fleetune.tensors import pack
 from fleetune.training.evaluate import EvalSums
-
-
-@dataclass(frozen=True)
-class SharedInputs:
-    """Inputs in the object store: the base by itself, so that runs over other data share it."""
-
-    base: Any
-    rest: Any
-
-    @classmethod
-    def put(cls, inputs: Inputs, *, base: Any = None) -> SharedInputs:
-        """Put inputs into the object store; ``base``: the reference of a base that is there already."""
-        rest = replace(inputs, base=None)  # type: ignore[arg-type]
-        return cls(base or ray.put(base_to_arrays(inputs.base)), ray.put(rest))
-
-    def get(self) -> Inputs:
-        """The inputs; their arrays are views into the object store."""
-        return _inputs(ray.get(self.base), ray.get(self.rest))
-
-
-def _inputs(base: Mapping[str, Any], rest: Inputs) -> Inputs:
-    return replace(rest, base=base_from_arrays(base))
-
-
-@dataclass(frozen=True)
-class PackedPayload:
-    """A payload for the object store: its tensors as two buffers."""
-
-    tensors: Packed
-    server: Packed
-    values: dict[str, Any]
-    provision: Provision | None
-
-    @classmethod
-    def of(cls, payload: Payload) -> PackedPayload:
-        """Pack a payload."""
-        return cls(pack(payload.tensors), pack(payload.server), payload.values, payload.provision)
-
-    def unpack(self) -> Payload:
-        """The payload, its tensors views into the mapped buffers."""
-        return Payload(self.tensors.unpack(), self.values, self.server.unpack(), self.provision)
-
-
-@ray.remote(num_cpus=1, max_restarts=0)
-class RayWorker:
-    """A worker process that becomes one cohort of clients after the other."""
-
-    def __init__(self, threads: int):
-        set_threads(threads)
-        self.side: WorkerProcess | None = None
-        self.run_number = 0
-        self._payloads: dict[Any, Payload] = {}
-        self._round_idx = -1
-        self._base: tuple[Any, BaseModel] | None = None
-        self._networks: dict[LoRAConfig, dict[Submodel, Network]] = {}
-
-    def prepare(
-        self,
-        run_number: int,
-        base_key: str,
-        spec: RunSpec,
-        method: type[Method],
-        base: Mapping[str, Any],
-        rest: Inputs,
-    ) -> None:
-        """Take up a run. The base model where it is computed with, and networks over it, are kept for the next one."""
-        inputs = _inputs(base, rest)
-        key = (base_key, spec.execution.device, spec.execution.precision)
-        if self._base is None or self._base[0] != key:
-            self._base, self._networks = (key, placed_base(spec, inputs.base)), {}
-        context = Context(inputs.base, spec.model.lora, inputs.sites, spec.rounds.num_rounds, spec.seed)
-        self.side = WorkerProcess(spec, inputs, method(spec.method, context), base=self._base[1])
-        self.side.worker.adopt(self._networks.setdefault(spec.model.lora, {}))
-        self._payloads = {}
-        self.side.worker.network(Submodel.prefix(inputs.base.num_layers))
-        self.run_number = run_number
-
-    def run(self, run_number: int, unit: WorkUnit, payload_refs: dict[int, Any], locate: bool) -> WorkUnitReply:
-        """Carry out a unit; payloads are fetched once per round."""
-        if (
-            unit.round_idx != self._round_idx
-        ):  # the payloads of rounds gone by would keep their place in the object store
-            self._round_idx = unit.round_idx
-            self._payloads = {}
-        return self._side(run_number).run(
-            unit, {key: self._payload(ref) for key, ref in payload_refs.items()}, locate=locate
-        )
-
-    def evaluate(self, run_number: int, model: dict[str, Any], rows: np.ndarray) -> EvalSums:
-        """Evaluate on some held-out examples."""
-        adapter = model["adapter"].unpack()
-        return self._side(run_number).evaluate(GlobalModel(Submodel.from_values(model["submodel"]), adapter), rows)
-
-    def _side(self, run_number: int) -> WorkerProcess:
-        """What the run works with; where it could not be taken up, the former run's must not do its work."""
-        if self.side is None or self.run_number != run_number:
-            raise RuntimeError(f"this worker has not taken up run {run_number}")
-        return self.side
-
-    def _payload(self, ref: Any) -> Payload:
-        if ref not in self._payloads:
-            self._payloads[ref] = ray.get(ref).unpack()
-        return self._payloads[ref]
 
 
 class Job:

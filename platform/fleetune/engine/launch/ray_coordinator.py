@@ -8,7 +8,8 @@ from typing import Any
 import ray
 
 from fleetune.engine.coordinator import Baselines, Coordinator, Event
-from fleetune.engine.execution.ray_pool import RayExecutor, SharedInputs
+from fleetune.engine.execution.ray_pool import RayExecutor
+from fleetune.engine.execution.ray_worker import SharedInputs
 from fleetune.problem import build_problem, set_threads
 from fleetune.records.run_directory import RunDirectory
 from fleetune.spec import RunSpec

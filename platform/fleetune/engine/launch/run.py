@@ -249,7 +249,7 @@ class RayBackend(LocalBackend):
 
     def events(self, problem: Problem, run_dir: RunDirectory) -> Generator[Event, None, None]:
         """Hand the run to the coordinator actor and pass on its events."""
-        from fleetune.engine.execution.ray_pool import SharedInputs
+        from fleetune.engine.execution.ray_worker import SharedInputs
 
         self.cluster.wait()
         execution = problem.spec.execution
