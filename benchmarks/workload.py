@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fleetune.data.dataset import TokenizedDataset
-from fleetune.engine.launch.run import engine
+from fleetune.engine.launch.backends import backend_for
 from fleetune.models.base import BaseModel
 from fleetune.models.folder import ASSETS
 from fleetune.models.network import linear_sites
@@ -121,7 +121,7 @@ def timed_rounds(of: RunSpec, data: Inputs, *, after: Callable[[int], None] | No
     loss = float("nan")
     with (
         tempfile.TemporaryDirectory(prefix="fleetune-bench-") as folder,
-        engine(of, address=None, debug=False) as backend,
+        backend_for(of, address=None, debug=False) as backend,
     ):
         of = backend.resolve(of)
         problem = build_problem(of, data)

@@ -18,7 +18,7 @@ import yaml
 
 from fleetune import cli
 from fleetune.catalogue import CATALOGUES
-from fleetune.engine.launch import run as launch
+from fleetune.engine.launch import backends
 from fleetune.engine.pending_rounds import FinishedRound, PendingRounds
 from fleetune.methods import METHODS
 from fleetune.records.run_directory import RunDirectory
@@ -157,7 +157,7 @@ def fail_in_round_1(monkeypatch: pytest.MonkeyPatch) -> int:
     first, second = (set(whole.clients["client_id"][whole.clients["round"] == r]) for r in (0, 1))
     victim = int(min(second - first))
     broken = commands.poisoned(whole.problem.inputs, whole.problem.partition.shard(victim))
-    monkeypatch.setattr(launch, "load_inputs", lambda *args, **kwargs: broken)
+    monkeypatch.setattr(backends, "load_inputs", lambda *args, **kwargs: broken)
     return victim
 
 
@@ -180,14 +180,14 @@ def test_debug_gives_the_same_results_in_this_thread_and_lets_exceptions_through
     job = commands.job_file(tmp_path)
     plain = fleetune("run", job, "-w", tmp_path, "--json").document
     seen: list[Any] = []
-    run_work_unit = launch.SerialExecutor._run_one
+    run_work_unit = backends.SerialExecutor._run_one
 
     def spy(*args: Any) -> Any:
         seen.append((threading.current_thread() is threading.main_thread(), ray.is_initialized()))
         return run_work_unit(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(launch.SerialExecutor, "_run_one", spy)
+        patch.setattr(backends.SerialExecutor, "_run_one", spy)
         out = fleetune("run", job, "-w", tmp_path, "--debug", "--json", "--set", "execution.kind=ray")
     assert out.status == 0
     assert seen == [(True, False)] * 9

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from fleetune.engine.launch import backends
 from fleetune.engine.launch import run as launch
 from fleetune.errors import UserError
 from fleetune.fleet.fleet import build_fleet
@@ -413,10 +414,10 @@ def test_a_base_model_that_was_kept_is_read_again_once_its_files_change(tmp_path
     folder = tmp_path / "model"
     shutil.copytree(tiny.model_folder(), folder)
     spec = tiny.spec({"model.base": str(folder)})
-    engine = launch.RayBackend.__new__(launch.RayBackend)
+    engine = backends.RayBackend.__new__(backends.RayBackend)
     engine._coordinators, engine._bases = {(1, 1, 0.0): None}, {}
     first = engine.inputs(spec).base
-    engine._bases[launch.base_key(spec)] = (first, None)
+    engine._bases[backends.base_key(spec)] = (first, None)
     assert engine.inputs(spec).base is first
     flipped(folder / "model.safetensors")
     second = engine.inputs(spec)

@@ -22,9 +22,9 @@ HEAVY = {"transformers", "peft", "datasets", "mlflow", "ray", "matplotlib", "skl
 MAY_IMPORT_RAY = {
     "engine/execution/ray_pool.py",
     "engine/execution/ray_worker.py",
+    "engine/launch/backends.py",
     "engine/launch/cluster.py",
     "engine/launch/ray_coordinator.py",
-    "engine/launch/run.py",
     "submit.py",
     "sweep/trainable.py",
     "sweep/tune.py",

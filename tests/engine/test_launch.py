@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from fleetune.engine.checkpoint.checkpoint import saved_rounds
+from fleetune.engine.launch import backends
 from fleetune.engine.launch import run as launch
 from fleetune.engine.launch.cluster import connect, names_ray
 from fleetune.engine.launch.resolve import gpu_share, resolve_execution
@@ -123,7 +124,7 @@ def test_what_was_decided_is_decided():
 
 def test_a_gpu_that_is_not_there_is_told_and_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Before anything starts, on this machine as on a cluster."""
-    monkeypatch.setattr(launch, "num_gpus", lambda: 0)
+    monkeypatch.setattr(backends, "num_gpus", lambda: 0)
     with pytest.raises(UserError, match="there is no GPU that PyTorch can use") as error:
         launch.run(tiny.spec({"execution.device": "cuda"}), workspace=tmp_path)
     assert (error.value.field, error.value.value) == ("execution.device", "cuda")

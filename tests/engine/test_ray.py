@@ -20,9 +20,9 @@ from fleetune.engine.execution.executor import SerialExecutor
 from fleetune.engine.execution.ray_pool import RayExecutor
 from fleetune.engine.execution.ray_worker import SharedInputs
 from fleetune.engine.execution.work_units import WorkUnit, WorkUnitReply
+from fleetune.engine.launch import backends
 from fleetune.engine.launch import run as launch
 from fleetune.engine.launch.cluster import Cluster
-from fleetune.engine.launch.cluster import _clusters as joined
 from fleetune.errors import RunFailed, UserError
 from fleetune.methods import METHODS
 from fleetune.methods.base import Payload
@@ -117,9 +117,7 @@ def cluster() -> Iterator[None]:
         namespace="fleetune",
     )
     yield
-    launch._backends.clear()
-    joined.clear()
-    ray.shutdown()
+    backends.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +173,7 @@ def test_hosts_share_the_gpu_that_ray_gives_them(workers: list[Any]):
 def test_a_cluster_s_gpus_are_found(monkeypatch: pytest.MonkeyPatch):
     """One node of five cores with one GPU, as Ray counts them, whatever this machine has."""
     monkeypatch.setattr(Cluster, "_connect", lambda joining: joining._ready.set())
-    engine = launch.RayBackend("auto")
+    engine = backends.RayBackend("auto")
 
     def chosen(**execution: Any) -> Any:
         return engine.resolve(tiny.spec({"execution": execution})).execution
@@ -348,7 +346,7 @@ def test_a_failing_evaluation_is_told(place: str, pair: RayExecutor, monkeypatch
 @pytest.fixture
 def cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cluster above says how many there are, whatever this machine has."""
-    monkeypatch.setattr(launch, "num_cores", lambda: NUM_CORES)
+    monkeypatch.setattr(backends, "num_cores", lambda: NUM_CORES)
 
 
 def on_ray(num_workers: int = 1) -> RunSpec:
@@ -365,7 +363,7 @@ def same_records(run_path: Path, whole: runs.Finished) -> None:
 
 
 def coordinators() -> dict[tuple[int, int, float], Any]:
-    return launch._backends[None]._coordinators
+    return backends.ray_backend(None)._coordinators
 
 
 @pytest.mark.usefixtures("cores")
@@ -391,7 +389,7 @@ def test_a_failed_run_names_its_client_and_can_be_gone_on_with(tmp_path: Path, m
     with monkeypatch.context() as patch:
         healthy = runs.problem(on_ray())
         inputs = poisoned(healthy.inputs, healthy.partition.shard(victim))
-        patch.setattr(launch, "load_inputs", lambda *args, **kwargs: inputs)
+        patch.setattr(backends, "load_inputs", lambda *args, **kwargs: inputs)
         with pytest.raises(RunFailed, match=rf"^client {victim}, round 1, stage 0: IndexError"):
             launch.run(on_ray(), workspace=tmp_path)
     (run_path,) = (tmp_path / "runs").iterdir()

@@ -9,11 +9,9 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import ray
 import yaml
 
-from fleetune.engine.launch import cluster
-from fleetune.engine.launch import run as launch
+from fleetune.engine.launch import backends
 from fleetune.records import RunDirectory, SweepDirectory
 from fleetune.sweep import config
 from fleetune.sweep import launch as sweeps
@@ -28,13 +26,9 @@ GRID = {"method.growth_rate": [2, 4], "seed": [0, 1]}
 @pytest.fixture(scope="module", autouse=True)
 def local_ray() -> Iterator[None]:
     """Ray of this process, started by the first sweep and used by all."""
-    ray.shutdown()
-    launch._backends.clear()
-    cluster._clusters.clear()
+    backends.shutdown()
     yield
-    ray.shutdown()
-    launch._backends.clear()
-    cluster._clusters.clear()
+    backends.shutdown()
 
 
 def sweep_file(folder: Path, *, base: dict[str, Any] | None = None, **fields: Any) -> Path:

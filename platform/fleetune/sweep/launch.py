@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fleetune.engine.launch import run as launch
+from fleetune.engine.launch.backends import base_key, ray_backend
+from fleetune.engine.launch.cluster import num_cores
 from fleetune.engine.launch.directories import git_commit, locked
+from fleetune.engine.launch.resolve import num_gpus
 from fleetune.errors import Stopped, UserError
 from fleetune.problem import Inputs, build_problem, load_inputs
 from fleetune.records.sweep_directory import SweepDirectory
@@ -125,11 +128,11 @@ def _plan(sweep: SweepSpec, path: Path) -> tuple[list[Trial], list[Trial], Any]:
 
 def _prepare(trials: Sequence[Trial], workspace: Path, address: str | None) -> dict[str, Any]:
     """Join the cluster; meanwhile read model and data, and check every trial with them. Inputs in the object store, by key."""
-    backend = launch.ray_backend(address)
+    backend = ray_backend(address)
     inputs: dict[str, Inputs] = {}
     bases: dict[str, Any] = {}
     for trial in trials:
-        key, base = inputs_key(trial.spec), launch.base_key(trial.spec)
+        key, base = inputs_key(trial.spec), base_key(trial.spec)
         try:
             loaded = inputs.get(key) or load_inputs(trial.spec, base=bases.get(base))
             build_problem(trial.spec, loaded)
@@ -142,7 +145,7 @@ def _prepare(trials: Sequence[Trial], workspace: Path, address: str | None) -> d
 
     specs = [trial.spec for trial in trials]
     if address is None:
-        tuning.check_fits(specs, [launch.num_cores()], [launch.num_gpus()])
+        tuning.check_fits(specs, [num_cores()], [num_gpus()])
     backend.cluster.wait()
     if address is not None:
         tuning.check_fits(specs, tuning.node_cores(), tuning.node_gpus())

@@ -12,8 +12,9 @@ from fleetune.content import check_content
 from fleetune.engine.coordinator import Baselines, Coordinator, Event
 from fleetune.engine.execution.executor import Executor, SerialExecutor
 from fleetune.engine.execution.worker_process import placed_base
+from fleetune.engine.launch.backends import base_key
 from fleetune.engine.launch.directories import locked, run_meta
-from fleetune.engine.launch.run import base_key, conclude, finish
+from fleetune.engine.launch.run import conclude, finish
 from fleetune.models.base import BaseModel
 from fleetune.problem import Inputs, Problem, build_problem, load_inputs, set_threads
 from fleetune.records.run_directory import RunDirectory

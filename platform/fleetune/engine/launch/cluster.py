@@ -80,6 +80,11 @@ def forget(address: str | None) -> None:
     _clusters.pop(address, None)
 
 
+def forget_all() -> None:
+    """The next `join` tries anew, at whatever address."""
+    _clusters.clear()
+
+
 def leave() -> None:
     """Leave every cluster; of one that runs on this machine for this process alone, no process is left.
 
