@@ -54,24 +54,24 @@ class Load:
 
 @dataclass(frozen=True)
 class CostTable:
-    """Costs of one round, one entry per client; seconds are virtual. The parts of the memory are those at its peak."""
+    """Costs of one round for n clients, columns (n,). Seconds are virtual; the parts of the memory are those at its peak."""
 
-    flops: np.ndarray
-    server_flops: np.ndarray
-    peak_memory_bytes: np.ndarray
-    weights_bytes: np.ndarray
-    adapter_bytes: np.ndarray
-    gradient_bytes: np.ndarray
-    optimizer_bytes: np.ndarray
-    activation_bytes: np.ndarray  # kept for the backward pass, logits, and temporaries
-    budget_bytes: np.ndarray
-    compute_seconds: np.ndarray
-    server_seconds: np.ndarray
-    downlink_seconds: np.ndarray
-    uplink_seconds: np.ndarray
-    sim_seconds: np.ndarray
-    energy_joules: np.ndarray
-    over_budget: np.ndarray  # bool: peak_memory_bytes > budget_bytes
+    flops: np.ndarray  # (n,) floating-point operations of the client in all its steps
+    server_flops: np.ndarray  # (n,) of the server in the client's steps (split learning); else 0
+    peak_memory_bytes: np.ndarray  # (n,) bytes; the sum of the five parts below, in the step that needs most
+    weights_bytes: np.ndarray  # (n,) bytes of the base model's weights
+    adapter_bytes: np.ndarray  # (n,) bytes of the LoRA adapters
+    gradient_bytes: np.ndarray  # (n,) bytes of the gradients
+    optimizer_bytes: np.ndarray  # (n,) bytes of the optimizer's state
+    activation_bytes: np.ndarray  # (n,) bytes of what the backward pass needs, logits, and temporaries
+    budget_bytes: np.ndarray  # (n,) bytes of memory that the client may use
+    compute_seconds: np.ndarray  # (n,) the client's own computing, all steps
+    server_seconds: np.ndarray  # (n,) the server's computing in the client's steps
+    downlink_seconds: np.ndarray  # (n,) from the server to the client, latency included
+    uplink_seconds: np.ndarray  # (n,) from the client to the server, latency included
+    sim_seconds: np.ndarray  # (n,) the client's whole turn, the sum of the four above
+    energy_joules: np.ndarray  # (n,) joules that the client's device takes in its turn
+    over_budget: np.ndarray  # (n,) bool: peak_memory_bytes > budget_bytes
 
     def __len__(self) -> int:
         return len(self.flops)

@@ -205,7 +205,10 @@ class Coordinator:
         client_ids: np.ndarray,
         replies: list[WorkUnitReply],
     ) -> Iterator[Update]:
-        """Work units become updates one by one; their tensors are let go as soon as they are added."""
+        """Turn the replies of work units into updates, one after the other; ``weights`` and ``client_ids`` are (n,).
+
+        The tensors of a reply are dropped as soon as the method has used them: those of a whole round would not fit.
+        """
         place = {client_id: i for i, client_id in enumerate(client_ids.tolist())}
         full = self.spec.model.lora.rank
         ranks = np.where(weights > 0, work.of_clients("rank"), full)
@@ -214,24 +217,28 @@ class Coordinator:
         for reply in stream:
             counted = [i for i in (place[int(c)] for c in reply.client_ids) if weights[i] > 0]
             has_diverged |= any(weights[place[int(c)]] > 0 for c in reply.client_ids[reply.diverged])
-            if has_diverged:  # all that is left to learn is who else did
+            # Once a client that counts has diverged, the round's sums are not used (`Diverged`). The replies that are left still
+            # say who else diverged, so they are read to the end, without updates.
+            if has_diverged:
                 counted = []
+            # The server's own half (split learning) is one state for the whole unit, not one for each payload. A method adds up
+            # what the updates say of it, so it rides on the unit's first update and on no other.
             server = reply.server.unpack() if reply.server is not None else {}
             for key in sorted({int(work.group_of[i]) for i in counted}):
-                mine = [i for i in counted if work.group_of[i] == key]
-                ids = tuple(client_ids[mine].tolist())
-                group, share = work.groups[key], float(weights[mine].sum())
+                members = [i for i in counted if work.group_of[i] == key]
+                ids = tuple(client_ids[members].tolist())
+                group, share = work.groups[key], float(weights[members].sum())
                 if key in reply.partial_sums or server:
                     packed = reply.partial_sums.get(key)
                     total = self._whole(packed.unpack(), work, key, share, trained) if packed else {}
                     yield Update(total, 1.0, ids, server, group, share)
                     server = {}
-                for i, client_id in zip(mine, ids, strict=True):
+                for i, client_id in zip(members, ids, strict=True):
                     if client_id in reply.each:
                         weight = float(weights[i])
                         upload = self._whole(reply.each[client_id].unpack(), work, key, 1.0, trained)
                         yield Update(upload, weight, (client_id,), {}, group, weight)
-            if reply.private:  # else the worker has written it there
+            if reply.private:  # a worker with access to the store has written them there itself
                 self.checkpoint.store.write(slot_of(work.round_idx, reply.index), reply.private)
             reply.let_go()
             replies.append(reply)

@@ -71,16 +71,20 @@ class CohortUpdate:
     """What K clients bring back: stacked tensors and one number each, in the order of their tasks."""
 
     upload: Stack | None
+    """The tensors that each client sends to the server, stacked over the K clients."""
     losses: np.ndarray
+    """(K,) float: mean training loss over the client's steps, in nats per token."""
     num_tokens: np.ndarray
+    """(K,) int: tokens that the client trained on, in all steps."""
     private: Stack | None = None
+    """The tensors that stay with each client until its next round, stacked over the K clients."""
     server: Tensors = field(default_factory=dict)
     """State of the server that its own half trained meanwhile (split learning); crosses no link."""
     cut_bytes: np.ndarray | None = None
-    """(2, K): bytes that each client sent over the cut and received over it (split learning)."""
+    """(2, K) int: bytes that each client sent over the cut and received over it (split learning)."""
     diverged_at: np.ndarray | None = None
-    """(K,): when each client's loss was first not finite, in any unit of time; inf: never. For clients that share something
-    while they work (a server's half): there the first to diverge drags the others along, and is alone to blame."""
+    """(K,) float: when each client's loss was first not finite, in any unit of time; inf if it never was. Only for clients that
+    share something while they work (a server's half): there the first to diverge spoils the others, and is alone to blame."""
 
     @classmethod
     def joined(cls, updates: Sequence[CohortUpdate]) -> CohortUpdate:

@@ -1,4 +1,4 @@
-"""The seam to where work runs: an executor carries out units and evaluations, and yields replies in the order of the units."""
+"""The interface to where work runs: an executor carries out units and evaluations; replies come in the order of the units."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Executor(Protocol):
         ...
 
     def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> Evaluation:
-        """Begin an evaluation over chunks of held-out examples; where it can, it goes on beside units that come later."""
+        """Begin an evaluation over chunks of held-out examples, (n,) rows each. It may go on beside units that come later."""
         ...
 
 
@@ -33,11 +33,11 @@ class Evaluation(Protocol):
     """An evaluation that was begun."""
 
     def is_done(self) -> bool:
-        """Whether `sums` would not wait."""
+        """True if `sums` would not wait."""
         ...
 
     def sums(self) -> list[EvalSums]:
-        """The sums over each chunk, in order; waits for them. RunFailed where it failed."""
+        """The sums over each chunk, in order; waits for them. Raises RunFailed if the evaluation failed."""
         ...
 
 
@@ -48,7 +48,7 @@ class Evaluated:
     parts: list[EvalSums]
 
     def is_done(self) -> bool:
-        """It is."""
+        """True."""
         return True
 
     def sums(self) -> list[EvalSums]:

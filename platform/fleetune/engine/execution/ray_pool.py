@@ -22,7 +22,7 @@ from fleetune.training.evaluate import EvalSums
 
 
 class Job:
-    """One call to a worker: how it is made, how its failure is told, and what came of it."""
+    """One call to a worker: how it is made, how its failure is worded, and its result."""
 
     def __init__(
         self, submit: Callable[[int, bool], Any], failed: Callable[[Exception], RunFailed], *, is_work_unit: bool
@@ -33,7 +33,7 @@ class Job:
         self.error: RunFailed | WriteFailed | None = None
 
     def take(self) -> Any:
-        """The result, which is let go of here. Raises what went wrong."""
+        """Returns the result and drops it here, or raises the error that the call ended with."""
         if self.error is not None:
             raise self.error
         result, self.result = self.result, None
@@ -43,6 +43,7 @@ class Job:
 class RayExecutor:
     """A pool of workers. Work units are dealt longest first to whoever is free; replies are used in the order of the units.
 
+    What can go wrong: a worker dies with calls under way (`_replace`), a call fails (`_settle`), replies pile up (`_fill`).
     Evaluations go to workers that units leave idle: at the end of a round, and while the coordinator prepares the next one.
     """
 
@@ -62,14 +63,14 @@ class RayExecutor:
         return RayWorker.options(**needs).remote(self.threads)  # type: ignore[attr-defined]
 
     def _forget(self) -> None:
-        """Nothing is asked of any worker: calls of a run that was broken off are nobody's any more."""
+        """Begin with no calls. Those of a run that was broken off may still end on the workers, but nobody looks at them."""
         self._units: deque[Job] = deque()
         self._evaluations: deque[Job] = deque()
         self._running: dict[Any, tuple[Job, int]] = {}  # reference -> its job and worker, in the order of submission
         self._load = [0] * self.num_workers
+        # Workers whose last reply said that they reach the run's private store; private tensors are not sent to them.
         self._has_store = [False] * self.num_workers
-        """Which workers are known to reach the run's private store; what they need of it is not sent to them."""
-        self._num_unread = 0
+        self._num_unread = 0  # replies of units that lie in memory until the coordinator takes them
 
     def prepare(self, base_key: str, spec: RunSpec, method: type[Method], shared: SharedInputs) -> None:
         """Hand a run to all workers, without waiting for them."""
@@ -86,12 +87,12 @@ class RayExecutor:
             needed = {cohort.payload: refs[cohort.payload] for cohort in unit.cohorts}
 
             def submit(worker: int, is_retry: bool) -> Any:
-                mine = unit if self._has_store[worker] else unit.with_private()
-                return self.workers[worker].run.remote(self._run_number, mine, needed, is_retry)
+                sent = unit if self._has_store[worker] else unit.with_private()
+                return self.workers[worker].run.remote(self._run_number, sent, needed, is_retry)
 
             def failed(error: Exception) -> RunFailed:
                 who = unit.client_ids.tolist()
-                return RunFailed(_told(error), round_idx=unit.round_idx, stage=unit.stage, client_ids=who)
+                return RunFailed(_one_line(error), round_idx=unit.round_idx, stage=unit.stage, client_ids=who)
 
             return Job(submit, failed, is_work_unit=True)
 
@@ -108,7 +109,7 @@ class RayExecutor:
             def submit(worker: int, is_retry: bool) -> Any:
                 return self.workers[worker].evaluate.remote(self._run_number, ref, rows)
 
-            return Job(submit, lambda error: RunFailed(f"evaluation: {_told(error)}"), is_work_unit=False)
+            return Job(submit, lambda error: RunFailed(f"evaluation: {_one_line(error)}"), is_work_unit=False)
 
         jobs = [job(rows) for rows in chunks]
         self._evaluations.extend(jobs)
@@ -116,7 +117,7 @@ class RayExecutor:
         return RayEvaluation(self, jobs)
 
     def step(self, *, timeout_seconds: float | None = None, evaluations_first: bool = False) -> bool:
-        """Wait for one call to end and deal out what waits; False where none ended in time, or none is under way."""
+        """Wait for one call to end and deal out what waits; False if none ended in time, or none is under way."""
         self._fill(evaluations_first)
         ended, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout_seconds) if self._running else ([], [])
         for ref in ended:
@@ -125,6 +126,8 @@ class RayExecutor:
         return bool(ended)
 
     def _replies(self, jobs: Sequence[Job]) -> Iterator[WorkUnitReply]:
+        # Sums of floats depend on their order. Replies come back in any order; used in that of the units, they give the same
+        # bits on any number of workers, however fast each is.
         for job in jobs:
             while not job.is_done:
                 self.step()
@@ -132,9 +135,11 @@ class RayExecutor:
             yield job.take()
 
     def _fill(self, evaluations_first: bool = False) -> None:
-        """Deal out. Few replies at a time wait to be read; an evaluation takes an idle worker, or any where it is waited for."""
+        """Deal out calls. An evaluation takes an idle worker, or any worker if somebody waits for it (``evaluations_first``)."""
         if evaluations_first:
             self._begin_evaluations(self.queued_per_worker)
+        # Replies hold tensors. Behind a slow unit, those of a whole round would pile up in memory, so only few may wait. The unit
+        # whose reply is used next has always begun already, so the bound stops nothing for good.
         while self._units and self._num_unread < 2 * self.num_workers and self._has_room(self.queued_per_worker):
             self._start(self._units.popleft())
         self._begin_evaluations(queued_per_worker=1)
@@ -163,7 +168,7 @@ class RayExecutor:
         except RayTaskError as error:
             self._end(ref)
             if not job.is_retry:
-                job.is_retry = True
+                job.is_retry = True  # for a unit also: find out whose work fails, so that the error names the clients
                 self._start(job)
                 return
             cause = self._cause(error, worker)
@@ -184,14 +189,14 @@ class RayExecutor:
         self._load[worker] -= 1
 
     def _fail(self, job: Job, error: RunFailed | WriteFailed) -> None:
-        """Whoever takes the job's result is told. The units that are not begun yet would be for nothing."""
+        """Note the error for whoever takes the job's result. Units that are not begun yet are dropped: the run is over."""
         job.error, job.is_done = error, True
         if job.is_work_unit:
             self._num_unread += 1
             self._units.clear()
 
     def _cause(self, error: RayTaskError, worker: int) -> Exception:
-        """What was raised on the worker. One that could not take up the run fails in every call for that reason."""
+        """The exception raised on the worker, or the one that kept it from taking up the run: then every call fails."""
         try:
             ray.get(self._prepared[worker])
         except RayTaskError as earlier:
@@ -201,10 +206,12 @@ class RayExecutor:
         return error.cause if isinstance(error.cause, Exception) else error
 
     def _replace(self, worker: int, error: RayActorError) -> None:
-        """A fresh worker takes the dead one's place and its jobs: calls are stateless, so the result is the same.
+        """A fresh worker takes the dead one's place and all its jobs.
 
-        The job that the worker was at when it died, the first of them, may be what killed it.
+        A job's result does not depend on what its worker did before, so it is the same when it is run again. A worker runs its
+        calls one after the other: the first of them is the one it was at when it died, and may be what killed it.
         """
+        # All its calls are taken out at once. Else each would end with the same error, and the fresh worker be replaced as well.
         refs = [ref for ref, (_, where) in self._running.items() if where == worker]
         lost = [self._running.pop(ref)[0] for ref in refs]
         self.workers[worker] = self._new_worker()
@@ -216,7 +223,7 @@ class RayExecutor:
             self._fail(lost[0], lost[0].failed(error))
             del lost[0]
         for job in lost:
-            job.is_retry = False
+            job.is_retry = False  # the death was the worker's: an error of the call itself is still tried once more
             self._start(job, worker)
 
 
@@ -228,7 +235,7 @@ class RayEvaluation:
     jobs: list[Job]
 
     def is_done(self) -> bool:
-        """Whether all chunks have come back."""
+        """True if all chunks have come back."""
         while not all(job.is_done for job in self.jobs) and self.executor.step(timeout_seconds=0):
             pass
         return all(job.is_done for job in self.jobs)
@@ -240,7 +247,7 @@ class RayEvaluation:
         return [job.take() for job in self.jobs]
 
 
-def _told(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     """An error in one line: its kind and what it says."""
     name = "the worker process died" if isinstance(error, RayActorError) else type(error).__name__
     return f"{name}: {' '.join(str(error).split())}"

@@ -32,39 +32,46 @@ class Cohort:
     start: int
     stop: int
     payload: int
+    """Index of the payload among those of the round."""
     batch_size: int
-    """Examples of each step of its clients."""
+    """Examples in each step of its clients."""
 
 
 @dataclass(frozen=True)
 class WorkUnit:
-    """Columns over the clients of a unit."""
+    """A unit of n clients: what a worker has to know of them, as columns, cohort after cohort."""
 
     index: int
+    """Number of the unit among those of its round."""
     round_idx: int
     stage: int
     run_seed: int
     client_ids: np.ndarray
+    """(n,) int."""
     weights: np.ndarray
+    """(n,) float: p_k, each client's share in the round's average; 0 for one whose update comes too late."""
     learning_rate: float
     rows: np.ndarray
-    """Examples of all steps of all clients, (sum of steps, largest batch); smaller batches are filled up with -1."""
+    """(sum of steps, largest batch) int: the examples of all steps of all clients, as rows of the tokenised dataset, client
+    after client. Smaller batches are filled up with -1."""
     row_offsets: np.ndarray
+    """(n + 1,) int: the steps of client i are ``rows[row_offsets[i] : row_offsets[i + 1]]``."""
     cohorts: tuple[Cohort, ...]
+    """They follow each other without gaps and cover all n clients."""
     ranks: np.ndarray
-    """Of the adapters that they train."""
+    """(n,) int: the LoRA rank of the adapter that each client trains."""
     store: ClientStore
     slots: Mapping[int, int] = field(default_factory=dict)
-    """Where what each of them kept lies in the store."""
+    """Client id -> the slot of the store that holds its private tensors; only of clients that have some."""
     private: Mapping[int, Packed] = field(default_factory=dict)
-    """What they kept, for a worker that has no access to the store."""
+    """Client id -> its private tensors, for a worker that has no access to the store."""
 
     def with_private(self) -> WorkUnit:
-        """The unit with what its clients kept."""
+        """The unit together with its clients' private tensors."""
         return replace(self, private=dict(self.store.read(self.slots))) if self.slots else self
 
     def before(self, cohort: Cohort) -> dict[int, Tensors]:
-        """What the cohort's clients kept last, of those that did."""
+        """Client id -> its private tensors, for those clients of the cohort that have some."""
         ids = self.client_ids[cohort.start : cohort.stop].tolist()
         missing = {client: self.slots[client] for client in ids if client in self.slots and client not in self.private}
         found = {client: self.private[client] for client in ids if client in self.private}
@@ -72,7 +79,7 @@ class WorkUnit:
         return {client: packed.unpack() for client, packed in found.items()}
 
     def tasks(self, cohort: Cohort, before: Mapping[int, Tensors] = MappingProxyType({})) -> list[ClientTask]:
-        """The cohort's tasks; ``before``: what its clients kept, which they go on with at the rank that they train."""
+        """The cohort's tasks. ``before``: its clients' private tensors, cut to the rank that each of them trains."""
         out = []
         for i in range(cohort.start, cohort.stop):
             client_id = int(self.client_ids[i])
@@ -92,28 +99,39 @@ class WorkUnit:
 
 @dataclass
 class WorkUnitReply:
-    """Columns over the clients of a unit, and their tensors: a partial sum per payload, or each by itself."""
+    """What comes back of a unit of n clients: columns in the order of the unit, and tensors, summed or client by client."""
 
     index: int
+    """Number of the unit among those of its round."""
     client_ids: np.ndarray
+    """(n,) int, as in the unit."""
     losses: np.ndarray
+    """(n,) float: mean training loss over the client's steps, in nats per token."""
     num_tokens: np.ndarray
+    """(n,) int: tokens that the client trained on, in all steps."""
     upload_bytes: np.ndarray
+    """(n,) int: size of the tensors that the client sends to the server, in bytes; 0 if it sends none."""
     cut_bytes: np.ndarray
+    """(2, n) int: bytes that the client sent over the cut and received over it; 0 without split learning."""
     wall_seconds: np.ndarray
+    """(n,) float: real seconds of the client's cohort, shared equally among its clients."""
     keeps: np.ndarray
-    """Whether the client keeps something of its own."""
+    """(n,) bool: true if the client has new private tensors."""
     diverged: np.ndarray
-    """Whether its loss or its tensors are not finite; the sums are of no use where such a client has a weight."""
+    """(n,) bool: true if the client's loss or tensors are not finite. If such a client has a weight, the sums are useless."""
     partial_sums: dict[int, Packed] = field(default_factory=dict)
+    """Payload -> the sum of weight times upload over its clients, for methods that need no more than that."""
     each: dict[int, Packed] = field(default_factory=dict)
+    """Client id -> its upload without its weight, for the other methods; late clients' uploads stay behind."""
     server: Packed | None = None
+    """State of the server that its own half trained meanwhile (split learning), summed over the cohorts."""
     private: dict[int, Packed] = field(default_factory=dict)
-    """What the clients keep, from a worker that has no access to the store; others have written it there."""
+    """Client id -> its new private tensors, if the worker has no access to the store; else it has written them there."""
     has_store: bool = True
+    """True if the worker has access to the run's store."""
 
     def let_go(self) -> None:
-        """Drop the tensors that were used. The columns are copied, because they lie in the buffer that came with them."""
+        """Drop the tensors, which have been used. The columns are copied, as they are views into the same buffer."""
         self.partial_sums, self.server, self.each, self.private = {}, None, {}, {}
         for name in (
             "client_ids",
@@ -146,7 +164,9 @@ def make_work_units(
 ) -> list[WorkUnit]:
     """Cohorts of at most ``cohort_size`` clients of one payload (all of them, if coupled), dealt to a bounded number of units.
 
-    Clients with equally many steps stand together, the longest first; so do the units, and a late worker has little left to do.
+    ``client_ids``, ``weights``, ``payloads`` and ``ranks`` are (n,); ``rows`` holds (steps, batch) for each of the n clients.
+    Clients with equally many steps stand together, because a cohort takes as long as its longest client. The longest cohorts
+    come first, and so do their units: whichever worker ends last then ends with a short unit.
     """
     if not len(client_ids):
         return []
@@ -169,7 +189,6 @@ def make_work_units(
             for c, stop in zip(part, stops, strict=True)
         )
         ids = client_ids[members]
-        mine = [rows[i] for i in members]
         units.append(
             WorkUnit(
                 index=index,
@@ -179,7 +198,7 @@ def make_work_units(
                 client_ids=ids,
                 weights=weights[members],
                 learning_rate=learning_rate,
-                rows=_as_one(mine),
+                rows=_as_one([rows[i] for i in members]),
                 row_offsets=np.concatenate([[0], np.cumsum(steps[members])]),
                 cohorts=spans,
                 ranks=ranks[members],

@@ -26,10 +26,10 @@ from fleetune.training.worker import Worker
 
 
 class WorkerProcess:
-    """What happens in a worker process, on whichever side of the seam it lies."""
+    """Carries out units and evaluations of one run, in the main process or in a worker on Ray."""
 
     def __init__(self, spec: RunSpec, inputs: Inputs, method: Method, *, base: BaseModel | None = None):
-        """``base``: the base model as `placed_base` gives it, where this process has placed it before."""
+        """``base``: the base model as `placed_base` returns it, if this process has placed it before."""
         self.spec, self.inputs, self.method = spec, inputs, method
         set_up(spec.execution.device, spec.execution.kernels)
         self.worker = Worker(
@@ -83,7 +83,7 @@ def run_work_unit(
     )
     totals: dict[int, RunningSum] = {}
     server: Tensors = {}
-    kept: dict[int, Packed] = {}
+    new_private: dict[int, Packed] = {}
     for cohort in unit.cohorts:
         before = unit.before(cohort)
         tasks = unit.tasks(cohort, before)
@@ -102,16 +102,16 @@ def run_work_unit(
         reply.diverged[span] = _diverged(update, coupled=method.coupled)
         _collect(reply, span, method, update, tasks, totals.setdefault(cohort.payload, RunningSum()))
         if update.private is not None:
-            reply.keeps[span] = ~reply.diverged[span]  # whose work came to nothing has what it had
-            mine = _kept(update.private, unit.ranks[span], tasks, before, worker.lora.rank)
-            kept.update({c: mine[c] for c in unit.client_ids[span][reply.keeps[span]].tolist()})
+            reply.keeps[span] = ~reply.diverged[span]  # a client that diverged stays with its former private tensors
+            private = _private_of(update.private, unit.ranks[span], tasks, before, worker.lora.rank)
+            new_private.update({c: private[c] for c in unit.client_ids[span][reply.keeps[span]].tolist()})
         add_weighted(server, update.server, 1.0)
     reply.partial_sums = {key: total.packed() for key, total in totals.items() if total}
     reply.server = pack(server) if server else None
     if not reply.has_store:
-        reply.private = kept
-    elif kept:
-        unit.store.write(slot_of(unit.round_idx, unit.index), kept)
+        reply.private = new_private
+    elif new_private:
+        unit.store.write(slot_of(unit.round_idx, unit.index), new_private)
     return reply
 
 
@@ -123,7 +123,10 @@ def _update(worker: Worker, method: Method, payload: Payload, tasks: list[Client
 
 
 def _diverged(update: CohortUpdate, *, coupled: bool) -> np.ndarray:
-    """Whose work is not finite, bool (K,); where clients share a server's half, who made it so: all, if that cannot be told."""
+    """True for each client whose work is not finite, (K,) bool.
+
+    If clients share a server's half, only those that made it so; all, if that cannot be found out.
+    """
     out = ~np.isfinite(update.losses)
     for stack in (update.upload, update.private):
         if stack is not None:
@@ -143,7 +146,7 @@ def _collect(
     tasks: list[ClientTask],
     total: RunningSum,
 ) -> None:
-    """Add the cohort's upload to the unit's sum, or keep each client's; late clients count for nothing."""
+    """Add the cohort's uploads to the unit's sum, or put each into the reply; those of late clients (weight 0) are left out."""
     counted = [k for k, task in enumerate(tasks) if task.weight > 0]
     if update.upload is not None and update.upload.shapes:
         reply.upload_bytes[span] = update.upload.data[0].nbytes
@@ -154,23 +157,23 @@ def _collect(
             reply.each.update({tasks[k].client_id: pack(update.upload.client(k)) for k in counted})
 
 
-def _kept(
+def _private_of(
     private: Stack, ranks: np.ndarray, tasks: list[ClientTask], before: Mapping[int, Tensors], full_rank: int
 ) -> dict[int, Packed]:
-    """What clients keep, at full rank: what a smaller rank left out stays as it was."""
+    """Client id -> its private tensors at full rank; what a smaller rank left out stays as it was. ``ranks`` (K,)."""
     out = {}
     for k, (task, rank) in enumerate(zip(tasks, ranks.tolist(), strict=True)):
-        mine = private.client(k)
+        tensors = private.client(k)
         if rank < full_rank:
-            mine = laid_over(mine, before.get(task.client_id, {}), full_rank)
-        out[task.client_id] = pack(mine)
+            tensors = laid_over(tensors, before.get(task.client_id, {}), full_rank)
+        out[task.client_id] = pack(tensors)
     return out
 
 
 def _located(
     error: Exception, worker: Worker, method: Method, payload: Payload, tasks: list[ClientTask], unit: WorkUnit
 ) -> RunFailed:
-    """The clients whose own work fails; all of the cohort where it fails only together."""
+    """An error that names the clients whose own work fails, or all of the cohort if it fails only together."""
     guilty = []
     for task in tasks:
         try:

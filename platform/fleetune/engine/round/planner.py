@@ -24,25 +24,28 @@ from fleetune.seeds import seed_of
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """A round before its work: its clients (n,), what each is given, what it costs each, and who will count."""
+    """A round of n clients before its work: what each receives, what that costs, and whose update will count."""
 
     client_ids: np.ndarray
+    """(n,) int: the clients that were sampled."""
     work: Work
+    """What each of them is to do, and the payloads that the server sends."""
     costs: Costs
-    """What the whole turn costs each client, refused ones included."""
+    """Columns (n,): what the whole turn costs each client, refused ones included; units as in the columns' names."""
     outcome: Outcome
+    """How the turn of each client ends, and how long the round takes."""
     refused_by: np.ndarray
-    """The budget for which a client is refused, or None, objects (n,)."""
+    """(n,) objects: the budget for which a client is refused, or None."""
     hints: np.ndarray
-    """What would fit it, in words, or None, objects (n,)."""
+    """(n,) objects: what would fit the client, in words, or None."""
     start_seconds: float
-    """Virtual time at which it begins."""
+    """Virtual time at which the round begins."""
     waited_seconds: float
-    """Of it, for how long nobody was available."""
+    """Virtual seconds before the start during which nobody was available."""
     num_available: int
     """Clients that could have been sampled."""
     busy_seconds: np.ndarray
-    """How long each client is at work, (n,): to the end of its turn, unless it leaves before."""
+    """(n,) float: virtual seconds that each client is at work, to the end of its turn or until it leaves."""
 
 
 class RoundPlanner:
