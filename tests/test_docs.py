@@ -63,6 +63,18 @@ def test_links_resolve(page: Path):
     assert not missing
 
 
+def test_files_that_the_architecture_names_exist():
+    """Paths are relative to the package, or to the root where they begin with one of its folders."""
+    named = set(re.findall(r"`([\w./]+\.(?:py|c|yaml))`", (DOCS / "architecture.md").read_text(encoding="utf-8")))
+    written_by_a_run = {"spec.yaml"}
+    missing = [
+        path
+        for path in sorted(named - written_by_a_run)
+        if not ((ROOT / path).is_file() or (ROOT / "platform" / "fleetune" / path).is_file())
+    ]
+    assert missing == []
+
+
 def test_every_page_is_reached_from_the_index():
     assert {page for page in PAGES if page.parent != ROOT} - {*links(DOCS / "index.md"), DOCS / "index.md"} == set()
 
