@@ -28,5 +28,5 @@ while sum(node["Alive"] for node in ray.nodes()) < 2:
     time.sleep(0.2)
 END
 
-fleetune run "$job" --address "$address" --set execution.hosts=2 --set execution.threads=1 \
+fleetune run "$job" --address "$address" --set execution.workers=2 --set execution.threads=1 \
   --set rounds.num_rounds=2 --set evaluation.generate=false "$@"
