@@ -1,4 +1,4 @@
-"""Write the generated pages of docs/: job_file.md, from the pydantic models that read a job file, and devices.md.
+"""Write the generated pages of docs/reference/: job_file.md, from the pydantic models that read a job file, and devices.md.
 
 python docs/generate.py            write
 python docs/generate.py --check    exit status 1 where a page is not what would be written
@@ -66,7 +66,7 @@ def job_file() -> str:
     for name, method in METHODS.items():
         own = {n: f for n, f in method.Config.model_fields.items() if n != "name"}
         text = table(rows(own, "method.")) if own else "No settings of its own.\n"
-        parts.append(f"### {name}\n\n[{name}](methods/{name}.md): {method.source}.\n\n{text}")
+        parts.append(f"### {name}\n\n[{name}](../methods/{name}.md): {method.source}.\n\n{text}")
     return "\n".join(parts)
 
 
@@ -90,7 +90,7 @@ def table(lines: Iterator[tuple[str, str, str, str]]) -> str:
 
 
 def _method_names() -> str:
-    return ", ".join(f"[`{name}`](methods/{name}.md)" for name in METHODS)
+    return ", ".join(f"[`{name}`](../methods/{name}.md)" for name in METHODS)
 
 
 def _is_config(annotation: Any) -> bool:
@@ -142,7 +142,7 @@ def _default(field: FieldInfo) -> str:
     return f"`{value}`" if value != " " else "a space"
 
 
-PAGES = {"job_file.md": job_file, "devices.md": devices.markdown}
+PAGES = {"reference/job_file.md": job_file, "reference/devices.md": devices.markdown}
 
 
 def main() -> int:

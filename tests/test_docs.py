@@ -52,7 +52,7 @@ def commands(page: Path) -> list[str]:
 
 def test_generated_pages_are_what_the_models_say():
     generated: dict[str, Any] = runpy.run_path(str(DOCS / "generate.py"))["PAGES"]
-    assert set(generated) == {"job_file.md", "devices.md"}
+    assert set(generated) == {"reference/job_file.md", "reference/devices.md"}
     for name, page in generated.items():
         assert (DOCS / name).read_text(encoding="utf-8") == page(), f"run python docs/generate.py for {name}"
 
@@ -65,7 +65,9 @@ def test_links_resolve(page: Path):
 
 def test_files_that_the_architecture_names_exist():
     """Paths are relative to the package, or to the root where they begin with one of its folders."""
-    named = set(re.findall(r"`([\w./]+\.(?:py|c|yaml))`", (DOCS / "architecture.md").read_text(encoding="utf-8")))
+    named = set(
+        re.findall(r"`([\w./]+\.(?:py|c|yaml))`", (DOCS / "design" / "architecture.md").read_text(encoding="utf-8"))
+    )
     written_by_a_run = {"spec.yaml"}
     missing = [
         path
@@ -87,7 +89,7 @@ def test_a_method_has_its_page_and_its_row(name: str):
     assert all(f"arxiv.org/abs/{number}" in page for number in paper)
     assert f"fleetune run jobs/methods/{name}.yaml" in page
     assert f"| [`{name}`](docs/methods/{name}.md) |" in (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"methods/{name}.md" in (DOCS / "methods_on_the_spine.md").read_text(encoding="utf-8")
+    assert f"methods/{name}.md" in (DOCS / "design" / "methods_on_the_spine.md").read_text(encoding="utf-8")
 
 
 @every_page
@@ -129,8 +131,8 @@ def test_the_readme_lists_what_is_there():
 
 
 def test_the_example_of_a_new_method_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """FFA-LoRA from docs/adding_a_method.md: B alone goes down and up, A is drawn by the client and stays."""
-    text = (DOCS / "adding_a_method.md").read_text(encoding="utf-8")
+    """FFA-LoRA from docs/guides/adding_a_method.md: B alone goes down and up, A is drawn by the client and stays."""
+    text = (DOCS / "guides" / "adding_a_method.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     assert len(blocks) == 1
     (tmp_path / "ffa_lora.py").write_text(blocks[0], encoding="utf-8")

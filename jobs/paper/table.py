@@ -1,4 +1,4 @@
-"""The papers' resource figures beside ours: python jobs/paper/table.py prints the tables of docs/paper_costs.md.
+"""The papers' resource figures beside ours: python jobs/paper/table.py prints the tables of docs/reference/paper_costs.md.
 
 python jobs/paper/table.py --write     put them into the page
 """

@@ -2,7 +2,7 @@
 
 A new cost is added here, in one place: records, plans, reports and MLflow go by this table.
 
-The table in ``docs/records.md`` is made from here (:func:`markdown_table`), and a test holds the two
+The table in ``docs/reference/records.md`` is made from here (:func:`markdown_table`), and a test holds the two
 together.
 """
 

@@ -127,7 +127,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError("must hold a mapping of fields", field="JOB", value=str(path), hint="see docs/job_file.md")
+        raise UserError(
+            "must hold a mapping of fields", field="JOB", value=str(path), hint="see docs/reference/job_file.md"
+        )
     return values
 
 

@@ -273,5 +273,5 @@ def test_an_architecture_can_be_named_by_its_hub_id():
 
 
 def test_the_page_of_costs_ends_with_the_table_that_is_printed():
-    page = REPOSITORY / "docs" / "cost.md"
+    page = REPOSITORY / "docs" / "reference" / "cost.md"
     assert page.read_text().endswith(table() + "\n")

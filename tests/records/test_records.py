@@ -333,7 +333,7 @@ def test_trace_samples_clients_of_a_large_run(tmp_path: Path):
 
 
 def test_the_documented_columns_are_the_columns():
-    text = (REPOSITORY / "docs" / "records.md").read_text()
+    text = (REPOSITORY / "docs" / "reference" / "records.md").read_text()
     assert schema.markdown_table(schema.CLIENT_COLUMNS) in text
     assert schema.markdown_table(schema.ROUND_COLUMNS) in text
     assert schema.markdown_table(schema.TRIAL_COLUMNS) in text

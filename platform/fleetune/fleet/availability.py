@@ -39,7 +39,7 @@ class AvailabilityConfig(Config):
     def _a_trace_has_a_file(self) -> AvailabilityConfig:
         if (self.kind == "trace") != (self.path is not None):
             rule = "is needed for kind=trace" if self.path is None else f"goes with kind=trace, not {self.kind}"
-            raise UserError(rule, field="fleet.availability.path", value=self.path, hint="see docs/budgets.md")
+            raise UserError(rule, field="fleet.availability.path", value=self.path, hint="see docs/guides/budgets.md")
         return self
 
 

@@ -34,7 +34,7 @@ class FleetConfig(Config):
     num_clients: int = Field(default=20, gt=0, le=10_000_000)
     """Registered clients."""
     device_files: tuple[Place, ...] = ()
-    """Files with devices and links of your own (docs/adding_a_device.md), which can then be named below."""
+    """Files with devices and links of your own (docs/guides/adding_a_device.md), which can then be named below."""
     devices: dict[str, float] = Field(default_factory=lambda: dict(DEFAULT_DEVICES))
     """Fraction of the clients on each device, summing to 1.
 

@@ -11,8 +11,8 @@ from fleetune.spec import RunSpec
 from fleetune.training.device import can_compile
 
 MAX_COHORT = 16
-# Padded tokens of one step of a cohort on processors. Measured (docs/benchmarks.md): products are full well before, and a stack
-# of 16 takes longer per client than one of 4 or 8 where each client brings hundreds of tokens. On GPUs this was not measured.
+# Padded tokens of one step of a cohort on processors. Measured (docs/design/benchmarks.md): products are full well before, and a
+# stack of 16 takes longer per client than one of 4 or 8 where each client brings hundreds of tokens. Not measured on GPUs.
 MAX_STEP_TOKENS = 4096
 
 
