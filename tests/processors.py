@@ -4,7 +4,7 @@ PyTorch, oneDNN and MKL choose their kernels by what the processor can do; here 
 the other. The compiled pieces (fleetune/models/kernels/) are built for older processors than this one. A level that the
 processor lacks would end in an illegal instruction, so it is named and left out.
 
-    python tests/processors.py            all of both: half an hour on two cores
+    python tests/processors.py            all of both: seven minutes on two cores
     python tests/processors.py --short    few tests at each level: three minutes
 """
 
