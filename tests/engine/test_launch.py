@@ -241,6 +241,29 @@ def cluster(folder: Path, variables: dict[str, str]) -> Iterator[str]:
                 child.kill()
 
 
+TOKENS_SHOWN = """
+import os
+from ray._raylet import AuthenticationTokenLoader, Config
+from fleetune.engine.launch import cluster
+Config.initialize("")
+shown = AuthenticationTokenLoader.instance().get_token_for_http_header
+before = shown()["authorization"]
+del os.environ["RAY_AUTH_TOKEN"]
+with cluster._on_loopback():
+    after = shown()["authorization"]
+assert after == "Bearer " + os.environ["RAY_AUTH_TOKEN"] != before
+"""
+
+
+def test_a_process_that_has_used_another_cluster_shows_its_own_one_s_token():
+    """Ray keeps the token that a process read first, and its own cluster would not let it in."""
+    access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
+    done = subprocess.run(
+        [sys.executable, "-c", TOKENS_SHOWN], env={**os.environ, **access}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def same_records(one: Path, other: Path) -> None:
     a, b = (RunDirectory.open(path) for path in (one, other))
     told = ["run_id", "wall_seconds"]

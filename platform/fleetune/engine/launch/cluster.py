@@ -147,10 +147,14 @@ def _on_loopback() -> Iterator[None]:
     interfaces, but where its clusters are switched off (ray._private.services.get_node_ip_address, 2.60). The token is one that
     was given, or one of this process alone: in the environment, which other users cannot read, and in no file.
     """
+    from ray import _raylet
     from ray._private import ray_constants
 
     if not os.environ.get(TOKEN) and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
         os.environ[TOKEN] = secrets.token_hex(32)
+    loader = getattr(_raylet, "AuthenticationTokenLoader", None)  # an older Ray has no tokens
+    if loader is not None:
+        loader.instance().reset_cache()  # a process that has used another cluster goes on showing that one's token
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     os.environ[NO_CLUSTERS] = "0"  # for the processes that Ray starts
