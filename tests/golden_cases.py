@@ -68,7 +68,7 @@ RENAMED: dict[str, str] = {
     "hosts": "workers",
     "hosts_per_gpu": "workers_per_gpu",
 }
-ADDED: set[str] = set()
+ADDED: set[str] = {"server_seconds"}  # in plans: one table of columns says what is summed up
 """Names that recordings made before do not have."""
 GONE: set[str] = set()
 """Names that only recordings made before have."""
