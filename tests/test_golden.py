@@ -21,17 +21,17 @@ def test_the_last_digit_of_one_number_is_found():
 
 
 def test_columns_that_come_and_go_are_found_unless_they_are_named(monkeypatch: pytest.MonkeyPatch):
-    before, after = {"num_workers": [2], "old": [1]}, {"num_workers": [2], "new": [1]}
+    before, after = {"num_lots": [2], "old": [1]}, {"num_workers": [2], "new": [1]}
     assert len(list(golden.differences(before, after))) == 4
-    monkeypatch.setattr(golden, "RENAMED", {"num_workers": "num_workers"})
+    monkeypatch.setattr(golden, "RENAMED", {"num_lots": "num_workers"})
     monkeypatch.setattr(golden, "ADDED", {"new"})
     monkeypatch.setattr(golden, "GONE", {"old"})
     assert list(golden.differences(before, after)) == []
-    assert list(golden.differences({"num_workers": [2]}, {"num_workers": [3]})) == ["num_workers / 0: was 2, is 3"]
+    assert list(golden.differences({"num_lots": [2]}, {"num_workers": [3]})) == ["num_workers / 0: was 2, is 3"]
 
 
 def test_a_field_is_given_under_the_name_that_the_tree_has():
-    assert golden._field("execution.workers", {"workers", "threads"}) == "execution.workers"
+    assert golden._field("execution.workers", {"hosts", "threads"}) == "execution.hosts"
     assert golden._field("execution.workers", {"workers", "threads"}) == "execution.workers"
     assert golden._field("local.steps", set()) == "local.steps"
 

@@ -318,7 +318,7 @@ def test_the_untrained_model_s_quality_is_shared_by_runs_that_read_the_same(
     assert start(0, {}) == 1
     assert start(1, {"local.steps": 1, "execution.cohort": 1}) == 1
     monkeypatch.setattr(
-        "fleetune.engine.execution.executor.set_up", lambda device, kernels: None
+        "fleetune.engine.execution.worker_process.set_up", lambda device, kernels: None
     )  # no compiler is needed here
     assert start(2, {"execution.kernels": "compiled"}) == 2
     other_answers(data)
@@ -356,7 +356,7 @@ def test_a_trial_whose_data_changed_is_not_finished(tmp_path: Path):
     from fleetune.sweep.driver import take_stock
     from fleetune.sweep.expansion import sweep_id, trials_of
     from fleetune.sweep.status import SweepStatus
-    from fleetune.sweep.trial_runner import Order, TrialRunner
+    from fleetune.sweep.trial_runner import TrialOrder, TrialRunner
 
     data = tmp_path / "train.jsonl"
     shutil.copy(tiny.data_file(), data)
@@ -370,7 +370,7 @@ def test_a_trial_whose_data_changed_is_not_finished(tmp_path: Path):
 
     def work(board: Any) -> dict[str, Any]:
         entry = board.entries[0]
-        order = Order(0, entry.trial.spec.to_dict(), str(tmp_path), entry.run.path.name, {})
+        order = TrialOrder(0, entry.trial.spec.to_dict(), str(tmp_path), entry.run.path.name, {})
         return list(TrialRunner().run(order))[-1]
 
     first, _ = stock()

@@ -16,7 +16,7 @@ from fleetune.plan.variants import variants
 from fleetune.plan.walk import Plan, Row, plan
 
 JOBS = Path(__file__).parent
-PAGE = JOBS.parent.parent / "docs" / "paper_costs.md"
+PAGE = JOBS.parent.parent / "docs" / "reference" / "paper_costs.md"
 BEGIN, END = "<!-- tables -->", "<!-- end -->"
 BATCHES = (1, 2, 4, 8, 16)
 
