@@ -50,7 +50,7 @@ def main() -> None:
     from fleetune.records import RunDirectory, SweepDirectory
     from fleetune.spec import from_dict
     from fleetune.tracking.stream import RecordStream
-from fleetune.tracking.tracker import Tracker
+    from fleetune.tracking.tracker import Tracker
 
     uri = os.path.expandvars(args.uri) if args.uri else None
     with tempfile.TemporaryDirectory(prefix="fleetune-bench-") as folder:
