@@ -254,7 +254,7 @@ FAKES = {
 def test_the_slurm_script_runs_a_job_on_two_nodes(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory):
     """With stand-ins for Slurm's commands that start on this machine what they should start on a node.
 
-    The run's two hosts ask for a core each, and each node has one: both nodes work. Ray ends with the script.
+    The run's two workers ask for a core each, and each node has one: both nodes work. Ray ends with the script.
     """
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -279,7 +279,7 @@ def test_the_slurm_script_runs_a_job_on_two_nodes(tmp_path: Path, tmp_path_facto
     out = commands.finish(process)
     assert out.status == 0, out.stderr
     assert out.document["status"] == "finished"
-    assert "in 2 Ray hosts" in out.stderr
+    assert "in 2 Ray workers" in out.stderr
     log = (tmp_path / "srun.log").read_text().splitlines()
     assert [line for line in log if line.startswith("--nodelist")] == [f"--nodelist={n}" for n in ("one", "one", "two")]
     assert subprocess.run(["bash", CLUSTER / "slurm.sh"], env=env, capture_output=True).returncode == 2
