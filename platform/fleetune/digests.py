@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from fleetune.files import default_cache_dir
+from fleetune import files
 
 LENGTH = 32  # hexadecimal digits, half of SHA-256
 CHUNK_BYTES = 1 << 20
@@ -28,7 +26,7 @@ def file_digest(path: Path) -> str:
     # ctime too: tools that copy a file's times along set mtime back, and none sets ctime.
     seen = (path.resolve(), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     key = digest_of(map(str, seen))
-    kept = default_cache_dir() / "digests" / key if status.st_size >= KEPT_BYTES else None
+    kept = files.default_cache_dir() / "digests" / key if status.st_size >= KEPT_BYTES else None
     if time.time() - max(status.st_mtime, status.st_ctime) < SETTLED_SECONDS:
         return _read(path)
     if key not in _known:
@@ -69,10 +67,6 @@ def _recall(kept: Path) -> str | None:
 
 
 def _keep(kept: Path, digest: str) -> None:
-    """Beside its place, then renamed; a cache that cannot be written is no reason to stop."""
+    """A cache that cannot be written is no reason to stop."""
     with contextlib.suppress(OSError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=kept.parent, suffix=".tmp")
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(digest)
-        os.replace(temporary, kept)
+        files.write(kept, digest.encode("ascii"), lasting=False)

@@ -56,7 +56,7 @@ def damaged(
 
 
 def default_cache_dir() -> Path:
-    """Where tokenised data is kept: ``$FLEETUNE_CACHE``, or ``~/.cache/fleetune``."""
+    """Where what can be worked out again is kept: ``$FLEETUNE_CACHE``, or ``~/.cache/fleetune``."""
     return Path(os.environ.get("FLEETUNE_CACHE") or "~/.cache/fleetune").expanduser()
 
 

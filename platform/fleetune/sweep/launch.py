@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from fleetune.engine.launch import run as launch
 from fleetune.engine.launch.backends import base_key, ray_backend
 from fleetune.engine.launch.cluster import num_cores
-from fleetune.engine.launch.directories import git_commit, locked
+from fleetune.engine.launch.directories import git_commit, locked, writable
 from fleetune.engine.launch.resolve import num_gpus
 from fleetune.errors import Stopped, UserError
 from fleetune.problem import Inputs, build_problem, load_inputs
@@ -149,7 +148,7 @@ def _prepare(trials: Sequence[Trial], workspace: Path, address: str | None) -> d
     backend.cluster.wait()
     if address is not None:
         tuning.check_fits(specs, tuning.node_cores(), tuning.node_gpus())
-    with _writable(workspace):
+    with writable(workspace):
         workspace.mkdir(parents=True, exist_ok=True)
         tuning.check_shared(workspace.absolute())
     return tuning.put(inputs)
@@ -160,21 +159,8 @@ def _open(sweep: SweepSpec, path: Path, text: str | None) -> SweepDirectory:
         return SweepDirectory.open(path)
     meta = {"sweep": sweep.name, "git_commit": git_commit(), "text": text}
     values = sweep.model_dump(mode="json", exclude_none=True)
-    with _writable(path.parent.parent):
+    with writable(path.parent.parent):
         return SweepDirectory.create(path.parent.parent, path.name, values, meta=meta, directory=path.parent)
-
-
-@contextlib.contextmanager
-def _writable(workspace: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot be written to: {error.strerror or error}",
-            field="--workspace",
-            value=str(workspace),
-            hint="choose another with --workspace, or set FLEETUNE_WORKSPACE",
-        ) from None
 
 
 def _known(sweep: SweepSpec, sweep_status: SweepStatus) -> list[tuple[str, list[dict[str, Any]]]]:

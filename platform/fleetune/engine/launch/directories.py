@@ -45,8 +45,15 @@ def new_run_directory(spec: RunSpec, problem: Problem, workspace: Path, meta: di
     while (workspace / "runs" / run_id).exists():
         number += 1
         run_id = f"{run_id.removesuffix(f'-{number - 1}')}-{number}"
-    try:
+    with writable(workspace):
         return RunDirectory.create(workspace, run_id, spec.to_dict(), meta=known)
+
+
+@contextlib.contextmanager
+def writable(workspace: Path) -> Iterator[None]:
+    """Raises UserError if the workspace cannot be written to in the block."""
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"cannot be written to: {error.strerror or error}",
