@@ -25,7 +25,7 @@ lint: $(VENV)/.developed ## formatter, linter, type checker
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-docs: $(VENV)/.tested ## write the generated pages of docs/
+docs: $(VENV)/.tested ## write the generated pages of docs/ and the README's tree
 	$(BIN)/python docs/generate.py
 
 bench: $(VENV)/.tested ## measure the engine (benchmarks/README.md says what else there is)

@@ -1,4 +1,4 @@
-"""Write the generated pages of docs/reference/: job_file.md, from the pydantic models that read a job file, and devices.md.
+"""Write the generated pages: the job file, from the models that read it; the devices; the tree of files; the README's tree.
 
 python docs/generate.py            write
 python docs/generate.py --check    exit status 1 where a page is not what would be written
@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from tree import readme, tree_page
 
 from fleetune.fleet import devices
 from fleetune.methods import METHODS
@@ -142,7 +143,12 @@ def _default(field: FieldInfo) -> str:
     return f"`{value}`" if value != " " else "a space"
 
 
-PAGES = {"reference/job_file.md": job_file, "reference/devices.md": devices.markdown}
+PAGES = {
+    "reference/job_file.md": job_file,
+    "reference/devices.md": devices.markdown,
+    "design/tree.md": tree_page,
+    "../README.md": readme,
+}
 
 
 def main() -> int:

@@ -25,6 +25,11 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
+WALKS = (DOCS / "design" / "architecture.md", ROOT / "benchmarks" / "README.md")
+NAMING_FILES = [*PAGES, ROOT / "benchmarks" / "README.md", ROOT / "cluster" / "README.md"]
+EXAMPLES = {"platform/fleetune/methods/ffa_lora.py", "jobs/methods/ffa-lora.yaml", "tests/methods/test_ffa_lora.py"}
+"""What the reader of docs/guides/adding_a_method.md writes."""
+
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -50,9 +55,10 @@ def commands(page: Path) -> list[str]:
     return [re.split(r"\s+#|;", match[1])[0].replace("$seed", "0") for match in found if match]
 
 
-def test_generated_pages_are_what_the_models_say():
+def test_generated_pages_are_what_the_code_says(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(DOCS)
     generated: dict[str, Any] = runpy.run_path(str(DOCS / "generate.py"))["PAGES"]
-    assert set(generated) == {"reference/job_file.md", "reference/devices.md"}
+    assert set(generated) == {"reference/job_file.md", "reference/devices.md", "design/tree.md", "../README.md"}
     for name, page in generated.items():
         assert (DOCS / name).read_text(encoding="utf-8") == page(), f"run python docs/generate.py for {name}"
 
@@ -63,18 +69,26 @@ def test_links_resolve(page: Path):
     assert not missing
 
 
-def test_files_that_the_architecture_names_exist():
-    """Paths are relative to the package, or to the root where they begin with one of its folders."""
-    named = set(
-        re.findall(r"`([\w./]+\.(?:py|c|yaml))`", (DOCS / "design" / "architecture.md").read_text(encoding="utf-8"))
-    )
-    written_by_a_run = {"spec.yaml"}
-    missing = [
-        path
-        for path in sorted(named - written_by_a_run)
-        if not ((ROOT / path).is_file() or (ROOT / "platform" / "fleetune" / path).is_file())
-    ]
-    assert missing == []
+@pytest.mark.parametrize("page", NAMING_FILES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page: Path):
+    """Paths are relative to the package, to the root, or to the page. A name without a folder may be one that a run writes,
+    or the reader: on other pages than those that walk through the code it is not looked at."""
+    named = set(re.findall(r"`([\w./-]+\.(?:py|c|h|yaml|sh))`", page.read_text(encoding="utf-8")))
+    if page not in WALKS:
+        named = {path for path in named if "/" in path}
+    places = (ROOT, ROOT / "platform" / "fleetune", page.parent)
+    missing = {path for path in named if not any((place / path).is_file() for place in places)}
+    assert missing - {"spec.yaml"} - EXAMPLES == set()
+
+
+def test_names_that_the_architecture_uses_are_those_of_the_code():
+    """`Class.method`, `function` and `CONSTANT` of the walks: each part is a word of some module, script or test."""
+    text = (DOCS / "design" / "architecture.md").read_text(encoding="utf-8")
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    parts = {part for name in re.findall(r"`([A-Za-z_][\w.]*)`", prose) for part in name.split(".")}
+    sources = [*ROOT.glob("platform/fleetune/**/*.py"), ROOT / "tests" / "test_imports.py"]
+    words = {word for file in sources for word in re.findall(r"\w+", file.read_text(encoding="utf-8"))}
+    assert parts - words - {"parquet", "yaml", "layers", "0", "self_attn", "base_model"} == set()
 
 
 def test_every_page_is_reached_from_the_index():
@@ -113,21 +127,17 @@ def test_commands_are_found_in_the_text(tmp_path: Path):
     assert commands(page) == ["fleetune sync 0", "fleetune run a.yaml", "fleetune ui"]
 
 
-def test_the_readme_lists_what_is_there():
-    """Every entry of the file tree exists, and every package of ours is one of them."""
+def test_the_trees_list_every_room_and_every_module():
+    """Otherwise a room that `docs/generate.py` passes over would be missing and the page still be current."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     tree = re.search(r"## What is where\n\n```\n(.*?)```", text, flags=re.S)
     assert tree
-    parents: list[str] = []
-    paths = []
-    for line in tree[1].splitlines():
-        name = line.split()[0]
-        del parents[(len(line) - len(line.lstrip())) // 2 :]
-        paths.append("".join([*parents, name]))
-        parents.append(name)
-    assert [path for path in paths if not (ROOT / path).exists()] == []
-    packages = {f"platform/fleetune/{p.parent.name}/" for p in ROOT.glob("platform/fleetune/*/__init__.py")}
-    assert packages <= set(paths)
+    listed = re.findall(r"^ *([\w.-]+/?)(?:  .*)?$", tree[1], flags=re.M)
+    packages = {f"{p.parent.name}/" for p in ROOT.glob("platform/fleetune/**/__init__.py")}
+    assert packages <= set(listed)
+    tree_page = (DOCS / "design" / "tree.md").read_text(encoding="utf-8")
+    modules = {p.name for p in ROOT.glob("platform/fleetune/**/*.py") if p.name != "__init__.py"}
+    assert modules <= set(re.findall(r"^ *([\w.-]+)", tree_page, flags=re.M))
 
 
 def test_the_example_of_a_new_method_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

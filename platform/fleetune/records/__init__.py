@@ -1,4 +1,4 @@
-"""Records: the run directory, and what is made from it (MLflow, trace, figures, report)."""
+"""Records: the directory of a run or sweep, which is the truth about it, and its tables and timeline."""
 
 from fleetune.records.find import find_runs
 from fleetune.records.run_directory import RunDirectory
