@@ -16,7 +16,7 @@ TOP = {
     "cluster/": "Ray on your machines, EC2, Kubernetes, Slurm; MLflow on PostgreSQL and S3; their README.md",
     "docs/": "documentation: index.md",
     "tests/": "tests, in folders that mirror the package; golden.py: two commits that should give the same bits",
-    "benchmarks/": "measurements of the engine; code.py: what the code asks of its reader",
+    "benchmarks/": "measurements of the engine; readability.py: what the code asks of its reader",
 }
 """The first level of the README's tree, in its order."""
 
