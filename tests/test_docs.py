@@ -69,6 +69,19 @@ def test_links_resolve(page: Path):
     assert not missing
 
 
+@every_page
+def test_links_to_headings_resolve(page: Path):
+    """A heading's anchor is its text in small letters, with dashes for blanks and without punctuation."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    missing = []
+    for name, anchor in re.findall(r"\]\(([\w./-]*)#([^)\s]+)\)", text):
+        target = (page.parent / name).resolve() if name else page
+        headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), flags=re.M)
+        anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        missing += [f"{name}#{anchor}"] if anchor not in anchors else []
+    assert missing == []
+
+
 @pytest.mark.parametrize("page", NAMING_FILES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_a_page_names_exist(page: Path):
     """Paths are relative to the package, to the root, or to the page. A name without a folder may be one that a run writes,
