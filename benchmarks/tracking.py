@@ -22,11 +22,11 @@ import measure
 NUM_CLIENTS = 20
 
 
-def write_round(run: Any, round_idx: int) -> None:
+def write_round(run: Any, number: int) -> None:
     """A finished round as a coordinator writes it."""
-    row = {"round": round_idx, "stage": 0, "num_clients": NUM_CLIENTS, "num_ok": NUM_CLIENTS, "num_oom": 0}
-    row |= {"train_loss": 1.0 / (round_idx + 1), "eval_loss": 1.0 / (round_idx + 2), "eval_accuracy": 0.5}
-    row |= {"sim_seconds": 10.0 * round_idx, "wall_seconds": 1.0, "uplink_bytes": 10**6, "downlink_bytes": 10**6}
+    row = {"round": number, "stage": 0, "num_clients": NUM_CLIENTS, "num_ok": NUM_CLIENTS, "num_oom": 0}
+    row |= {"train_loss": 1.0 / number, "eval_loss": 1.0 / (number + 1), "eval_accuracy": 0.5}
+    row |= {"sim_seconds": 10.0 * number, "wall_seconds": 1.0, "uplink_bytes": 10**6, "downlink_bytes": 10**6}
     row |= {"energy_joules": 100.0, "num_dropped": 0, "num_late": 0}
     columns = {
         "client_id": np.arange(NUM_CLIENTS),
@@ -70,8 +70,8 @@ def main() -> None:
             follower.watch(runs[-1].path)
 
         def trial(run: RunDirectory) -> None:
-            for round_idx in range(args.rounds):
-                write_round(run, round_idx)
+            for number in range(1, args.rounds + 1):
+                write_round(run, number)
                 time.sleep(args.seconds_per_round)
             run.consolidate()
             run.write_result({"status": "finished", "metrics": {}, "totals": {}})

@@ -150,11 +150,11 @@ def test_help_is_no_error(fleetune: Command, arguments: list[str]):
     assert "Usage: " in out.stdout
 
 
-def fail_in_round_1(monkeypatch: pytest.MonkeyPatch) -> int:
-    """All examples of a client that works in round 1 but not in round 0 break its work; returns that client."""
+def fail_in_round_2(monkeypatch: pytest.MonkeyPatch) -> int:
+    """All examples of a client that works in round 2 but not in round 1 break its work; returns that client."""
     spec = tiny.spec(commands.QUICK)
     whole = runs.run(spec)
-    first, second = (set(whole.clients["client_id"][whole.clients["round"] == r]) for r in (0, 1))
+    first, second = (set(whole.clients["client_id"][whole.clients["round"] == r]) for r in (1, 2))
     victim = int(min(second - first))
     broken = commands.poisoned(whole.problem.inputs, whole.problem.partition.shard(victim))
     monkeypatch.setattr(backends, "load_inputs", lambda *args, **kwargs: broken)
@@ -164,12 +164,12 @@ def fail_in_round_1(monkeypatch: pytest.MonkeyPatch) -> int:
 def test_a_failed_run_ends_with_status_1_and_says_where(
     fleetune: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    victim = fail_in_round_1(monkeypatch)
+    victim = fail_in_round_2(monkeypatch)
     out = fleetune("run", commands.job_file(tmp_path), "-w", tmp_path, "--json")
     assert out.status == 1
     assert out.document["error"] == "failed"
-    assert out.document["reason"].startswith(f"client {victim}, round 1, stage 0: IndexError")
-    assert f"the run failed: client {victim}, round 1" in out.stderr
+    assert out.document["reason"].startswith(f"client {victim}, round 2, stage 0: IndexError")
+    assert f"the run failed: client {victim}, round 2" in out.stderr
     assert "Traceback" not in out.stderr
 
 
@@ -194,7 +194,7 @@ def test_debug_gives_the_same_results_in_this_thread_and_lets_exceptions_through
     for mine, theirs in zip(records(Path(out.document["run_dir"])), records(Path(plain["run_dir"])), strict=True):
         pd.testing.assert_frame_equal(mine, theirs, check_exact=True)
 
-    fail_in_round_1(monkeypatch)
+    fail_in_round_2(monkeypatch)
     with pytest.raises(IndexError, match="index out of range"):
         fleetune("run", job, "-w", tmp_path, "--debug")
 
@@ -205,7 +205,7 @@ def test_ctrl_c_leaves_a_run_that_can_be_gone_on_with(
     job = commands.job_file(tmp_path)
     whole = fleetune("run", job, "-w", tmp_path / "whole", "--json").document
     with monkeypatch.context() as patch:
-        patch.setattr(PendingRounds, "add", interrupted_in_round(1, PendingRounds.add))
+        patch.setattr(PendingRounds, "add", interrupted_in_round(2, PendingRounds.add))
         out = fleetune("run", job, "-w", tmp_path, "--json")
     assert out.status == 130
     assert out.document == {"error": "stopped"}
@@ -215,11 +215,11 @@ def test_ctrl_c_leaves_a_run_that_can_be_gone_on_with(
         pd.testing.assert_frame_equal(mine, theirs, check_exact=True)
 
 
-def interrupted_in_round(round_idx: int, add: Callable[..., None]) -> Callable[..., None]:
+def interrupted_in_round(number: int, add: Callable[..., None]) -> Callable[..., None]:
     """Ctrl-C after the round's work, before anything of it is recorded."""
 
     def interrupt(ledger: PendingRounds, finished: FinishedRound) -> None:
-        if finished.row["round"] == round_idx:
+        if finished.row["round"] == number:
             raise KeyboardInterrupt
         add(ledger, finished)
 

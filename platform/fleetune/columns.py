@@ -39,9 +39,18 @@ class Column:
         return word if word in ("bytes", "seconds", "joules", "flops") else ""
 
 
+UNTRAINED = 0
+"""Where the untrained model stands among the numbers of rounds."""
+
+
+def round_number(round_idx: int) -> int:
+    """The number that tables, MLflow and messages give a round, from 1. Inside the engine the first round has the index 0."""
+    return round_idx + 1
+
+
 CLIENT_COLUMNS: tuple[Column, ...] = (
     Column("run_id", "string", "the run"),
-    Column("round", "int32", "round, from 0"),
+    Column("round", "int32", "round, from 1"),
     Column("stage", "int32", "stage of a progressive method, from 0; empty for others"),
     Column("client_id", "int32", "client, from 0"),
     Column("device", "string", "device class of the client"),
@@ -101,7 +110,7 @@ CLIENT_COLUMNS: tuple[Column, ...] = (
 
 ROUND_COLUMNS: tuple[Column, ...] = (
     Column("run_id", "string", "the run"),
-    Column("round", "int32", "round, from 0"),
+    Column("round", "int32", "round, from 1"),
     Column("stage", "int32", "stage of a progressive method, from 0; empty for others"),
     Column("num_available", "int32", "clients that could be chosen when the round began"),
     Column("num_clients", "int32", "clients chosen for the round"),

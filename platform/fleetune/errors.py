@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+from fleetune.columns import round_number
 from fleetune.redaction import redacted
 
 MAX_VALUE, MAX_FIELD, MAX_WORDS = 300, 150, 500  # characters of a message's parts; assumed: nobody reads on
@@ -53,7 +54,7 @@ class RunFailed(RuntimeError):
         self.round_idx, self.stage, self.client_ids = round_idx, stage, tuple(client_ids)
         shown = ", ".join(map(str, self.client_ids[:8])) + (", …" if len(self.client_ids) > 8 else "")
         where = [f"client {shown}"] if self.client_ids else []
-        where += [f"round {round_idx}"] if round_idx is not None else []
+        where += [f"round {round_number(round_idx)}"] if round_idx is not None else []
         where += [f"stage {stage}"] if stage is not None else []
         super().__init__(redacted(f"{', '.join(where)}: {reason}" if where else reason))
 

@@ -221,5 +221,5 @@ def test_a_row_that_was_damaged_while_the_run_goes_on_is_told(tmp_path: Path):
     content[slot] ^= 1
     path.write_bytes(content)
     assert [client for client, _ in store.read({1: 5})] == [1]
-    with pytest.raises(files.Damaged, match=r"what clients keep since round 0: the checksum of client 2"):
+    with pytest.raises(files.Damaged, match=r"what clients keep since round 1: the checksum of client 2"):
         list(store.read({2: 5}))

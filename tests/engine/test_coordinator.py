@@ -106,7 +106,7 @@ def test_a_method_may_ask_for_every_update(tmp_path: Path):
     """Each client comes once with p_k = n_k / sum n, and the result is that of partial sums."""
     done, method = run_with(EachUpdate, tmp_path)
     assert isinstance(method, EachUpdate)
-    last = done.clients[done.clients["round"] == 2]
+    last = done.clients[done.clients["round"] == 3]
     shares = dict(zip(last["client_id"], last["shard_examples"] / last["shard_examples"].sum(), strict=True))
     assert sorted(ids for ids, _ in method.seen) == [(c,) for c in sorted(shares)]
     assert all(weight == pytest.approx(shares[ids[0]]) for ids, weight in method.seen)
@@ -131,10 +131,10 @@ def test_a_failure_that_passes_is_retried_without_a_trace(tmp_path: Path):
 
 
 def test_a_failure_that_stays_names_its_client_and_leaves_the_rounds_before_it(tmp_path: Path):
-    """A client that is sampled first in round 1 or 2 always fails; the rounds before it are on record."""
+    """A client that is sampled first in round 2 or 3 always fails; the rounds before it are on record."""
     clients = runs.run(tiny.spec(FAST)).clients
     first = clients.groupby("client_id")["round"].min()
-    guilty = int(first[first > 0].index[0])
+    guilty = int(first[first > 1].index[0])
 
     class FailsForOne(Fails):
         client = guilty
@@ -142,7 +142,7 @@ def test_a_failure_that_stays_names_its_client_and_leaves_the_rounds_before_it(t
     with pytest.raises(RunFailed, match=f"client {guilty}, round {first[guilty]}, stage 0: ZeroDivisionError"):
         run_with(FailsForOne, tmp_path)
     run_dir = RunDirectory.open(tmp_path / "runs" / "own")
-    assert run_dir.rounds()["round"].tolist() == list(range(first[guilty]))
+    assert run_dir.rounds()["round"].tolist() == list(range(1, first[guilty]))
 
 
 def test_clients_that_drop_out_are_sent_to_but_do_not_answer():
@@ -209,7 +209,7 @@ def test_a_round_that_all_miss_is_followed_when_the_first_of_them_is_done():
     done = runs.run(
         tiny.spec({**FAST, **rules, "rounds.clients_per_round": 6, "fleet.network": "3g", "local.steps": 20})
     )
-    first, second = (done.clients[done.clients["round"] == t] for t in (0, 1))
+    first, second = (done.clients[done.clients["round"] == t] for t in (1, 2))
     quickest = first["sim_seconds"].min()
     assert quickest > 0.2
     assert done.rounds["waited_seconds"].tolist() == [0.0, pytest.approx(quickest - 0.2)]

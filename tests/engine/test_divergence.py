@@ -97,7 +97,7 @@ def run_without(spec: Any, who: Who, folder: Path) -> runs.Finished:
 def sampled(round_idx: int) -> list[int]:
     """Who works in a round of the tiny world."""
     clients = runs.run(tiny.spec({**FAST, "evaluation.every": 9})).clients
-    return clients["client_id"][clients["round"] == round_idx].tolist()
+    return clients["client_id"][clients["round"] == round_idx + 1].tolist()
 
 
 # The adapter of rank 2 weighs 15,872 bytes each way, so that the nanos train one of rank 1.
@@ -119,12 +119,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_round_with_a_diverged_client_is_the_round_without_it(case: str, tmp_path: Path):
-    """The last of round 0, and of round 1: state, what clients keep and the records are those of a run that left it out."""
+    """The last of round 1, and of round 2: state, what clients keep and the records are those of a run that left it out."""
     method, settings = CASES[case]
     spec = tiny.spec({**FAST, **settings}, method=method)
     plain = runs.run(spec).clients
     ok = plain[plain["status"] == "ok"]
-    who = {t: [int(ok["client_id"][ok["round"] == t].max())] for t in (0, 1)}
+    who = {t: [int(ok["client_id"][ok["round"] == t + 1].max())] for t in (0, 1)}
     done, without = run_hot(spec, who, tmp_path / "a"), run_without(spec, who, tmp_path / "b")
     assert all_finite(done.state.tensors.values())
     assert done.rounds["num_failed"].tolist() == [1, 1, 0]
@@ -190,7 +190,7 @@ def test_a_late_client_that_diverges_keeps_nothing_and_costs_no_second_pass(tmp_
 
 
 def test_a_round_without_any_good_client_leaves_the_state_as_it_is(tmp_path: Path):
-    """All of round 1 diverge: round 2 starts from the state of round 0, and the run is finished."""
+    """All of round 2 diverge: round 3 starts from the state of round 1, and the run is finished."""
     done = run_hot(tiny.spec({**FAST, "evaluation.every": 1}), {1: list(ALL)}, tmp_path)
     assert done.rounds["num_ok"].tolist() == [3, 0, 3]
     assert done.rounds["num_failed"].tolist() == [0, 3, 0]
@@ -216,9 +216,9 @@ def test_a_run_of_clients_that_all_diverge_fails(num_rounds: int, tmp_path: Path
 
 
 def test_the_last_good_adapter_of_a_run_that_fails_is_kept(tmp_path: Path):
-    """Round 0 is good, 1 to 3 are not: the adapter is that of a run of one round."""
+    """Round 1 is good, 2 to 4 are not: the adapter is that of a run of one round."""
     spec = tiny.spec({**FAST, "rounds.num_rounds": 9})
-    with pytest.raises(RunFailed, match=r"^round 3: .* in 3 rounds in a row.*the last good adapter is kept"):
+    with pytest.raises(RunFailed, match=r"^round 4: .* in 3 rounds in a row.*the last good adapter is kept"):
         run_hot(spec, dict.fromkeys(range(1, 9), ALL), tmp_path)
     short = runs.run(tiny.spec({**FAST, "rounds.num_rounds": 1}))
     name = "adapter/adapter_model.safetensors"
@@ -293,7 +293,7 @@ def test_divergence_is_told_once_and_not_again_after_a_resume(tmp_path: Path):
     rest = run_hot(spec, who, tmp_path).events
     told = [list(text) for events in (first, rest) for text in [map_notices(events)]]
     assert [len(texts) for texts in told] == [1, 0]
-    assert told[0][0].startswith("round 0: 1 of 3 clients diverged")
+    assert told[0][0].startswith("round 1: 1 of 3 clients diverged")
 
 
 def map_notices(events: Sequence[dict[str, Any]]) -> list[str]:

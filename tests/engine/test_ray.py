@@ -97,9 +97,9 @@ def same_adapters(a: runs.Finished, b: runs.Finished) -> None:
 
 
 def second_round_client(case: str) -> int:
-    """A client that works in round 1 and not in round 0."""
+    """A client that works in round 2 and not in round 1."""
     clients = serially(case).clients
-    first, second = (set(clients["client_id"][clients["round"] == r]) for r in (0, 1))
+    first, second = (set(clients["client_id"][clients["round"] == r]) for r in (1, 2))
     return int(min(second - first))
 
 
@@ -229,7 +229,7 @@ class Watched:
 
 
 def test_a_worker_that_is_killed_changes_nothing(workers: list[Any]):
-    """WorkUnit 4 is the second of round 1: one of two workers dies with it, and its successor carries it out."""
+    """WorkUnit 4 is the second of round 2: one of two workers dies with it, and its successor carries it out."""
     pool = Dying(workers[:2], range(4, 5))
     run = runs.run(spec_of("fedsa-lora"), on(pool))
     workers[:2] = pool.unwatched
@@ -251,7 +251,7 @@ def test_a_worker_that_died_between_two_runs_is_replaced(workers: list[Any], pai
 def test_work_that_always_kills_its_worker_ends_the_run(workers: list[Any]):
     """A crash in native code, or a client too big for the machine: it is given another worker, then it is named."""
     pool = Dying(workers[:1], range(3, 99))
-    with pytest.raises(RunFailed, match=r"^client \d, round 1, stage 0: the worker process died") as failure:
+    with pytest.raises(RunFailed, match=r"^client \d, round 2, stage 0: the worker process died") as failure:
         runs.run(spec_of("fedit"), on(pool))
     workers[:1] = pool.unwatched
     assert len(pool.killed) >= pool.max_deaths
@@ -269,7 +269,7 @@ def test_a_failing_client_is_named(place: str, pair: RayExecutor, monkeypatch: p
     inputs = poisoned(healthy.inputs, healthy.partition.shard(victim))
     monkeypatch.setattr(runs, "inputs", lambda _: inputs)
     with pytest.raises(
-        RunFailed, match=rf"^client {victim}, round 1, stage 0: IndexError: index out of range"
+        RunFailed, match=rf"^client {victim}, round 2, stage 0: IndexError: index out of range"
     ) as failure:
         runs.run(spec, on(pair) if place == "ray" else SerialExecutor)
     assert (failure.value.client_ids, failure.value.round_idx, failure.value.stage) == ((victim,), 1, 0)
@@ -390,15 +390,15 @@ def test_a_failed_run_names_its_client_and_can_be_gone_on_with(tmp_path: Path, m
         healthy = runs.problem(on_ray())
         inputs = poisoned(healthy.inputs, healthy.partition.shard(victim))
         patch.setattr(backends, "load_inputs", lambda *args, **kwargs: inputs)
-        with pytest.raises(RunFailed, match=rf"^client {victim}, round 1, stage 0: IndexError"):
+        with pytest.raises(RunFailed, match=rf"^client {victim}, round 2, stage 0: IndexError"):
             launch.run(on_ray(), workspace=tmp_path)
     (run_path,) = (tmp_path / "runs").iterdir()
     run_dir = RunDirectory.open(run_path)
     result = run_dir.result()
     assert result is not None
     assert result["status"] == "failed"
-    assert f"client {victim}, round 1" in result["error"]
-    assert run_dir.rounds()["round"].tolist() == [0]
+    assert f"client {victim}, round 2" in result["error"]
+    assert run_dir.rounds()["round"].tolist() == [1]
 
     assert launch.resume(run_path).status == "finished"
     same_records(run_path, serially("fedit"))
@@ -406,7 +406,7 @@ def test_a_failed_run_names_its_client_and_can_be_gone_on_with(tmp_path: Path, m
 
 @pytest.mark.usefixtures("cores")
 def test_a_coordinator_that_dies_is_replaced_and_goes_on(tmp_path: Path):
-    """Killed after round 0 (and however much of round 1): its workers go with it, and new ones do the rest."""
+    """Killed after round 1 (and however much of round 2): its workers go with it, and new ones do the rest."""
     events: list[dict[str, Any]] = []
 
     def kill_once(event: dict[str, Any]) -> None:

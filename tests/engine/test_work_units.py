@@ -202,6 +202,6 @@ def test_an_error_is_traced_to_its_client():
     payload = {0: problem.method.broadcast(problem.method.start(), 0, None)}
     with pytest.raises(IndexError):
         run_work_unit(runs.worker(problem), problem.method, payload, units[0])
-    with pytest.raises(RunFailed, match="client 1, round 0, stage 0: IndexError") as raised:
+    with pytest.raises(RunFailed, match="client 1, round 1, stage 0: IndexError") as raised:
         run_work_unit(runs.worker(problem), problem.method, payload, units[0], locate=True)
     assert raised.value.client_ids == (1,)

@@ -198,7 +198,7 @@ def test_adapting_clients_are_charged_for_what_they_pass(adapt: str, method: str
     for one in passed:
         for cohort in one.unit.cohorts:
             for i in range(cohort.start, cohort.stop):
-                row = table.loc[(one.unit.round_idx, one.reply.client_ids[i])]
+                row = table.loc[(one.unit.round_idx + 1, one.reply.client_ids[i])]
                 sent = sum(t.nbytes for t in one.payloads[cohort.payload].tensors.values())
                 assert row["downlink_bytes"] == sent + one.reply.cut_bytes[1, i]
                 assert row["uplink_bytes"] == one.reply.upload_bytes[i] + one.reply.cut_bytes[0, i]

@@ -65,7 +65,7 @@ def test_three_rounds_are_finite_and_learn(case: str):
     """Every number is finite, and the state is not what an untrained one would be."""
     done, _ = reference(case)
     assert [e["kind"] for e in done.events] == ["start", "round", "round", "round", "end"]
-    assert done.rounds["round"].tolist() == [0, 1, 2]
+    assert done.rounds["round"].tolist() == [1, 2, 3]
     assert done.rounds["num_ok"].tolist() == [3, 3, 3]
     assert np.isfinite(done.rounds["train_loss"]).all()
     assert np.isfinite(done.rounds["eval_loss"].iloc[-1])
@@ -125,7 +125,7 @@ def test_charged_bytes_are_those_of_the_tensors_passed(case: str):
         assert (reply.upload_bytes == num_bytes(one.partial_sum.unpack())).all()
         for cohort in one.unit.cohorts:
             for i in range(cohort.start, cohort.stop):
-                row = table.loc[(one.unit.round_idx, reply.client_ids[i])]
+                row = table.loc[(one.unit.round_idx + 1, reply.client_ids[i])]
                 assert row["uplink_bytes"] == reply.upload_bytes[i] + reply.cut_bytes[0, i]
                 assert row["downlink_bytes"] == num_bytes(one.payloads[cohort.payload].tensors) + reply.cut_bytes[1, i]
                 assert row["num_tokens"] == reply.num_tokens[i]

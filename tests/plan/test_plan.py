@@ -78,8 +78,8 @@ def test_a_plan_is_what_the_run_records(method: str, costs: dict[str, Any], tmp_
     assert {"sim_seconds", "uplink_bytes", "energy_joules", "num_ok"} <= set(ours)
     for name in ours:
         assert as_recorded(ours[name], theirs[name]) == plain(theirs[name]), name
-    for round_idx, columns in enumerate(clients):
-        recorded = done.clients[done.clients["round"] == round_idx].reset_index(drop=True)
+    for number, columns in enumerate(clients, start=1):
+        recorded = done.clients[done.clients["round"] == number].reset_index(drop=True)
         for name, column in columns.items():
             assert as_recorded(column, recorded[name]) == plain(recorded[name]), name
 

@@ -101,8 +101,8 @@ def test_a_damaged_run_goes_on_from_what_is_whole_or_names_the_file(how: str, st
         "checkpoint/state.safetensors": 3,
         "checkpoint/state_before.safetensors": 4,
         "checkpoint/clients/token": 4,
-        "checkpoint/records/round_00000003.arrow": 3,  # of the last round, which is done again
-        "checkpoint/records/round_00000001.arrow": "refused",
+        "checkpoint/records/round_00000004.arrow": 3,  # of the last round, which is done again
+        "checkpoint/records/round_00000002.arrow": "refused",
         "checkpoint/meta.json": "refused",
         "spec.yaml": "refused",
     }
@@ -119,7 +119,7 @@ def test_a_damaged_run_goes_on_from_what_is_whole_or_names_the_file(how: str, st
     assert set(found.values()) <= {3, 4, "refused"}
 
 
-@pytest.mark.parametrize("victim", ["state.safetensors", "records/round_00000003.arrow"])
+@pytest.mark.parametrize("victim", ["state.safetensors", "records/round_00000004.arrow"])
 def test_a_run_that_goes_on_from_the_round_before_has_the_same_bits(
     victim: str, stopped: Path, undisturbed: Path, tmp_path: Path
 ):

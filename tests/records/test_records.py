@@ -22,26 +22,28 @@ from fleetune import columns as schema
 from fleetune.errors import UserError
 from fleetune.records import RunDirectory, SweepDirectory, find_runs
 from fleetune.records.naming import flatten, group_labels, run_name, varied_fields
+from fleetune.records.run_directory import FORMAT
 from fleetune.records.timeline import write_timeline
+from fleetune.sweep.store import finished_runs
 from support import REPOSITORY
 from support.synthetic_runs import make_run, make_spec, rounds_of
 
 
 def test_two_clients_two_rounds(tmp_path: Path):
-    """Client 1 needs 5 bytes of its 4 and is refused, so round 0's largest peak is client 0's 3."""
+    """Client 1 needs 5 bytes of its 4 and is refused, so round 1's largest peak is client 0's 3."""
     run = RunDirectory.create(tmp_path, "a", {"seed": 0})
     peaks = {"client_id": [0, 1], "status": ["ok", "oom"], "peak_memory_bytes": [3, 5], "budget_bytes": 4}
-    run.append_round({"round": 0, "train_loss": 0.1 + 0.2, "depth": np.int64(4)}, peaks)
-    run.append_round({"round": 1, "train_loss": None, "depth": 8}, {"client_id": np.array([1]), "status": "oom"})
+    run.append_round({"round": 1, "train_loss": 0.1 + 0.2, "depth": np.int64(4)}, peaks)
+    run.append_round({"round": 2, "train_loss": None, "depth": 8}, {"client_id": np.array([1]), "status": "oom"})
     rounds, clients = run.rounds(), run.clients()
-    assert rounds["round"].tolist() == [0, 1]
+    assert rounds["round"].tolist() == [1, 2]
     assert rounds["train_loss"][0] == 0.1 + 0.2
     assert math.isnan(rounds["train_loss"][1])
     assert rounds["peak_memory_bytes_max"][0] == 3
     assert math.isnan(rounds["peak_memory_bytes_max"][1])
     assert rounds["depth"].tolist() == [4, 8]
     assert clients["client_id"].tolist() == [0, 1, 1]
-    assert clients["round"].tolist() == [0, 0, 1]
+    assert clients["round"].tolist() == [1, 1, 2]
     assert clients["budget_bytes"][:2].tolist() == [4, 4]
     assert clients["run_id"].unique().tolist() == ["a"]
     assert clients["uplink_bytes"].isna().all()
@@ -53,7 +55,7 @@ def test_counts_that_came_as_floats_stay_whole(tmp_path: Path):
     run = RunDirectory.create(tmp_path, "a", {})
     columns = {"peak_memory_bytes": np.array([3.2, np.nan]), "activation_bytes": [2**40 + 1, 0]}
     columns |= {"flops": [1e17, None]}
-    run.append_round({"round": 0}, columns)
+    run.append_round({"round": 1}, columns)
     clients = run.clients()
     assert clients["peak_memory_bytes"][0] == 3.0
     assert math.isnan(clients["peak_memory_bytes"][1])
@@ -70,7 +72,7 @@ def test_consolidate_changes_nothing_that_is_read(tmp_path: Path):
     assert [at for _, at in run.round_rows()] == [at for _, at in rows]
     assert not list((run.path / "checkpoint" / "records").iterdir())
     assert pd.read_parquet(run.path / "clients.parquet").shape == clients.shape
-    assert [row["round"] for row, _ in run.round_rows(first_round=10)] == [10, 11]
+    assert [row["round"] for row, _ in run.round_rows(first_round=11)] == [11, 12]
 
 
 def test_truncate_and_go_on_equals_uninterrupted(tmp_path: Path):
@@ -89,7 +91,7 @@ def test_truncate_and_go_on_equals_uninterrupted(tmp_path: Path):
     cut.write_result({"status": "failed"})
     for num_kept, first, last in ((7, 7, 9), (3, 3, 12)):
         cut.truncate(num_kept)
-        assert cut.rounds()["round"].tolist() == list(range(num_kept))
+        assert cut.rounds()["round"].tolist() == list(range(1, num_kept + 1))
         assert cut.result() is None
         for row, clients in rounds[first:last]:
             cut.append_round(row, clients)
@@ -115,9 +117,9 @@ WRITER = """
 import sys
 from fleetune.records import RunDirectory
 run = RunDirectory.open(sys.argv[1])
-for round_idx in range(100_000):
-    run.append_round({"round": round_idx}, {"client_id": list(range(50)), "flops": [float(round_idx)] * 50})
-    if round_idx % 7 == 6:
+for number in range(1, 100_000):
+    run.append_round({"round": number}, {"client_id": list(range(50)), "flops": [float(number)] * 50})
+    if number % 7 == 0:
         run.consolidate()
 """
 
@@ -134,7 +136,7 @@ def test_killed_at_any_moment_leaves_whole_rounds(tmp_path: Path):
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         rounds, clients = run.rounds()["round"], run.clients()
-        assert rounds.tolist() == list(range(len(rounds)))
+        assert rounds.tolist() == list(range(1, len(rounds) + 1))
         assert clients.groupby("round").size().tolist() == [50] * len(rounds)
         assert (clients["flops"] == clients["round"]).all()
         run.truncate(len(rounds))
@@ -165,6 +167,23 @@ def test_no_run_directory(tmp_path: Path):
     RunDirectory.create(tmp_path, "a", {})
     with pytest.raises(UserError, match="already holds a run"):
         RunDirectory.create(tmp_path, "a", {})
+
+
+def test_a_directory_that_numbers_rounds_otherwise_is_refused(tmp_path: Path):
+    """One of an earlier version does not say its format; one of a later version may."""
+    run = make_run(tmp_path, "a")
+    meta = {name: value for name, value in run.meta.items() if name != "format"}
+    for found, maker in (
+        ({}, "an earlier version of fleetune, which numbered rounds from 0,"),
+        ({"format": 3}, "a later version"),
+    ):
+        run._write_json("checkpoint/meta.json", {**meta, **found})
+        for read in (RunDirectory.open, lambda path: find_runs([path]), lambda _: find_runs([tmp_path])):
+            with pytest.raises(UserError, match=maker):
+                read(run.path)
+    assert finished_runs(tmp_path) == {}
+    run._write_json("checkpoint/meta.json", {**meta, "format": FORMAT})
+    assert [one.path for one in finished_runs(tmp_path)["ab12cd"]] == [run.path]
 
 
 def test_spec_meta_and_result_come_back(tmp_path: Path):
@@ -264,23 +283,23 @@ def test_names_say_what_tells_runs_apart(tmp_path: Path):
 
 
 def test_trace_lays_the_phases_end_to_end(tmp_path: Path):
-    """Round 0 refuses client 3 for 10 s. Round 1 begins after 2 s of waiting: 1 s receiving, 2 computing, 3 sending, 4 idle."""
+    """Round 1 refuses client 3 for 10 s. Round 2 begins after 2 s of waiting: 1 s receiving, 2 computing, 3 sending, 4 idle."""
     run = RunDirectory.create(tmp_path, "a", {})
     columns = {"client_id": [3], "device": "nano", "status": "ok"}
     phases = {"downlink_seconds": 1.0, "compute_seconds": 2.0, "uplink_seconds": 3.0, "sim_seconds": 6.0}
     refused = {"status": "oom", "refused_by": "memory", "refused_hint": "batch size 4"}
-    run.append_round({"round": 0, "stage": 0, "sim_seconds": 10.0}, columns | refused)
-    run.append_round({"round": 1, "stage": 0, "sim_seconds": 22.0, "waited_seconds": 2.0}, columns | phases)
+    run.append_round({"round": 1, "stage": 0, "sim_seconds": 10.0}, columns | refused)
+    run.append_round({"round": 2, "stage": 0, "sim_seconds": 22.0, "waited_seconds": 2.0}, columns | phases)
     events = json.loads(write_timeline(run).read_text())["traceEvents"]
     slices = {(e["pid"], e["tid"], e["name"]): (e["ts"] / 1e6, e["dur"] / 1e6) for e in events if e["ph"] == "X"}
     assert slices == {
-        (1, 0, "round 0"): (0, 10), (1, 0, "round 1"): (12, 10), (1, 1, "stage 0"): (0, 22),
+        (1, 0, "round 1"): (0, 10), (1, 0, "round 2"): (12, 10), (1, 1, "stage 0"): (0, 22),
         (1, 2, "nobody available"): (10, 2), (2, 3, "refused"): (0, 10), (2, 3, "downlink"): (12, 1),
         (2, 3, "compute"): (13, 2), (2, 3, "uplink"): (15, 3), (2, 3, "idle"): (18, 4),
     }  # fmt: skip
     assert [e["ts"] / 1e6 for e in events if e["name"] == "aggregate"] == [10, 22]
     assert [e["args"] for e in events if e["name"] == "refused"] == [
-        {"round": 0, "by": "memory", "would fit": "batch size 4"}
+        {"round": 1, "by": "memory", "would fit": "batch size 4"}
     ]
     named = {e["args"]["name"] for e in events if e["ph"] == "M"}
     assert named == {"server", "rounds", "stages", "nano", "client 3"}
@@ -291,7 +310,7 @@ def test_a_split_models_turn_has_the_servers_part_in_it(tmp_path: Path):
     run = RunDirectory.create(tmp_path, "a", {})
     columns = {"client_id": [0, 1], "device": "nano", "status": ["ok", "late"], "sim_seconds": [5.0, 7.0]}
     columns |= {"downlink_seconds": 1.0, "compute_seconds": 2.0, "server_seconds": [1.0, 3.0], "uplink_seconds": 1.0}
-    run.append_round({"round": 0, "sim_seconds": 6.0}, columns)
+    run.append_round({"round": 1, "sim_seconds": 6.0}, columns)
     events = json.loads(write_timeline(run).read_text())["traceEvents"]
     lanes = {tid: [(e["name"], e["dur"] / 1e6) for e in events if e["ph"] == "X" and e["pid"] == 2 and e["tid"] == tid]
              for tid in (0, 1)}  # fmt: skip

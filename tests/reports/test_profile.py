@@ -45,9 +45,9 @@ def test_refusals_are_counted_by_device_and_budget():
 
 
 def test_a_round_waits_for_the_slowest_that_counts():
-    """Round 0: client 1 computes longest; the late one and the refused one are not waited for. Round 1: client 0 sends."""
+    """Round 1: client 1 computes longest; the late one and the refused one are not waited for. Round 2: client 0 sends."""
     clients = turns(
-        round=[0, 0, 0, 0, 1, 1],
+        round=[1, 1, 1, 1, 2, 2],
         client_id=[0, 1, 2, 3, 0, 1],
         device=["a", "b", "b", "a", "a", "b"],
         status=["ok", "dropped", "late", "oom", "ok", "ok"],

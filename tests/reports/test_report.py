@@ -22,9 +22,9 @@ def test_totals_of_two_rounds(tmp_path: Path):
     """Uplink 10 + 20 bytes, the clock ends at 5 s, one of four turns is refused, accuracy ends at 40 %."""
     run = RunDirectory.create(tmp_path, "a", {})
     row = {"num_clients": 2, "num_oom": 0, "uplink_bytes": 10, "sim_seconds": 2.0, "eval_accuracy": 0.6}
-    run.append_round({"round": 0, **row}, {})
+    run.append_round({"round": 1, **row}, {})
     run.append_round(
-        {"round": 1, **row, "num_oom": 1, "uplink_bytes": 20, "sim_seconds": 5.0, "eval_accuracy": 0.4}, {}
+        {"round": 2, **row, "num_oom": 1, "uplink_bytes": 20, "sim_seconds": 5.0, "eval_accuracy": 0.4}, {}
     )
     totals = run_totals(run)
     assert totals["uplink_bytes"] == 30
@@ -44,7 +44,7 @@ def test_device_costs_leave_out_who_did_not_run(tmp_path: Path):
         "peak_memory_bytes": [7, 9, 5, 5, 4, 4],
         "budget_bytes": 8,
     }
-    run.append_round({"round": 0}, columns)
+    run.append_round({"round": 1}, columns)
     costs = device_costs(run)
     assert costs["sim_seconds"].to_dict() == {"agx": 6.0, "nano": 4.0, "orin": 2.0}
     assert costs["oom_fraction"].to_dict() == {"agx": 0.0, "nano": 0.5, "orin": 0.0}

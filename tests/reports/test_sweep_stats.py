@@ -30,8 +30,8 @@ ACCURACY, _, TRAIN_LOSS = SCORES
 
 
 def curve(trial: int, configuration: str, *rows: tuple[int, float, float | None]) -> pd.DataFrame:
-    """(rounds finished, bytes sent since the start, accuracy) of one trial."""
-    table = pd.DataFrame(rows, columns=["finished", "uplink_bytes", "eval_accuracy"]).astype(float)
+    """(round, bytes sent since the start, accuracy) of one trial."""
+    table = pd.DataFrame(rows, columns=["round", "uplink_bytes", "eval_accuracy"]).astype(float)
     return table.assign(trial=trial, configuration=configuration)
 
 
@@ -74,7 +74,7 @@ def test_mean_curve_keeps_the_rounds_that_all_seeds_have():
     seeds = pd.concat([curve(0, "a", (1, 10, 0.4), (2, 20, 0.9)), curve(1, "a", (1, 30, 0.6), (2, 60, None))])
     table = mean_curve(seeds, "eval_accuracy", "uplink_bytes")
     assert table.to_dict("records") == [
-        {"configuration": "a", "finished": 1.0, "x": 20.0, "mean": 0.5, "low": 0.4, "high": 0.6}
+        {"configuration": "a", "round": 1.0, "x": 20.0, "mean": 0.5, "low": 0.4, "high": 0.6}
     ]
 
 
@@ -93,7 +93,7 @@ def test_quality_under_a_budget():
     table = quality_under_budget(CURVES, ACCURACY, "uplink_bytes", [99, 300, 1000])
     assert table.loc[0].tolist() == [0.2, 0.5, 0.8]
     assert table.loc[1].tolist() == [0.3, 0.6, 0.6]
-    untrained_unknown = CURVES[CURVES["finished"] > 0]
+    untrained_unknown = CURVES[CURVES["round"] > 0]
     assert math.isnan(quality_under_budget(untrained_unknown, ACCURACY, "uplink_bytes", [99]).loc[0, 99])
 
 
@@ -121,9 +121,9 @@ def test_means_over_the_seeds_that_reached_a_target():
 def test_targets_lie_between_start_and_best():
     """From 0.2 to 0.8: 0.5, 0.65 and 0.74. A loss that falls from 2 to 1: 1.5, 1.25 and 1.1. Nothing got better: none."""
     assert targets_from(CURVES, ACCURACY) == [0.5, 0.65, 0.74]
-    losses = pd.DataFrame({"finished": [1, 2], "train_loss": [2.0, 1.0]})
+    losses = pd.DataFrame({"round": [1, 2], "train_loss": [2.0, 1.0]})
     assert targets_from(losses, TRAIN_LOSS) == [1.5, 1.25, 1.1]
-    assert targets_from(CURVES[CURVES["finished"] == 0], ACCURACY) == []
+    assert targets_from(CURVES[CURVES["round"] == 0], ACCURACY) == []
 
 
 def test_budgets_in_equal_ratios():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fleetune.records import RunDirectory
-from fleetune.tracking.metrics import RoundMetrics
+from fleetune.tracking.metrics import RoundMetrics, of_baseline
 
 
 def steps(uri: str, mlflow_run_id: str) -> dict[str, list[int]]:
@@ -16,7 +16,8 @@ def steps(uri: str, mlflow_run_id: str) -> dict[str, list[int]]:
 
 
 def expected_steps(run: RunDirectory) -> dict[str, list[int]]:
-    metrics, found = RoundMetrics(), {}
+    """Metric -> the steps that a store should hold: the untrained model at 0, the rounds from 1."""
+    metrics, found = RoundMetrics(), {key: [0] for key in of_baseline(run.meta.get("baseline", {}))}
     for row, _ in run.round_rows():
         for key in metrics.of(row):
             found.setdefault(key, []).append(row["round"])

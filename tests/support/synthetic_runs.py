@@ -78,7 +78,7 @@ def rounds_of(
         sim_seconds += float(turn.max())
         energy = compute * 12.0 + (down + up) * 3.0
         row = {
-            "round": round_idx,
+            "round": round_idx + 1,
             "stage": stage,
             "num_clients": num_clients,
             "num_ok": int(ran.sum()),

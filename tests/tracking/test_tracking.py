@@ -39,7 +39,7 @@ def test_metrics_of_two_rounds():
     own.
     """
     metrics = RoundMetrics()
-    first = metrics.of({"round": 0, "uplink_bytes": 10, "train_loss": 2.0, "depth": 4, "note": "x", "eval_loss": None})
+    first = metrics.of({"round": 1, "uplink_bytes": 10, "train_loss": 2.0, "depth": 4, "note": "x", "eval_loss": None})
     assert first == {
         "train/loss": 2.0,
         "cost/uplink_bytes": 10.0,
@@ -48,7 +48,7 @@ def test_metrics_of_two_rounds():
         "total/downlink_bytes": 0.0,
         "total/energy_joules": 0.0,
     }
-    second = metrics.of({"round": 1, "uplink_bytes": 5, "train_loss": float("nan"), "num_oom": 3})
+    second = metrics.of({"round": 2, "uplink_bytes": 5, "train_loss": float("nan"), "num_oom": 3})
     assert second["total/uplink_bytes"] == 15.0
     assert second["clients/oom"] == 3.0
     assert "train/loss" not in second
@@ -60,10 +60,11 @@ def test_a_password_is_not_shown():
 
 
 def test_sync_sends_everything_once(workspace: Path):
-    """12 rounds; evaluated every third. Sent twice, and once more with our note of the run's id lost."""
+    """12 rounds, evaluated every third, and the untrained model at 0. Sent twice, and then without our note of its id."""
     import mlflow
 
-    run = make_run(workspace, "sync", spec=make_spec(growth_rate=2))
+    untrained = {"eval_loss": 1.7, "eval_accuracy": 0.25}
+    run = make_run(workspace, "sync", spec=make_spec(growth_rate=2), meta={"baseline": untrained})
     first = sync(run.path)
     assert (first.num_metrics > 0, first.num_params > 0, first.num_artifacts > 0) == (True, True, True)
     again = sync(run.path)
@@ -72,7 +73,7 @@ def test_sync_sends_everything_once(workspace: Path):
     assert sync(run.path).mlflow_run_id == first.mlflow_run_id
     held = steps(first.uri, first.mlflow_run_id)
     assert held == expected_steps(run)
-    assert held["eval/accuracy"] == [2, 5, 8, 11]
+    assert held["eval/accuracy"] == held["eval/loss"] == [0, 3, 6, 9, 12]
 
     client = mlflow.MlflowClient(tracking_uri=default_uri(workspace))
     stored = client.get_run(first.mlflow_run_id)

@@ -138,7 +138,7 @@ class Coordinator:
     def _finish(self, state: State, progress: Progress) -> Event:
         self._ship(state)
         self.run_dir.consolidate()
-        rows = self.run_dir.round_rows(first_round=self.spec.rounds.num_rounds - 1)
+        rows = self.run_dir.round_rows(first_round=self.spec.rounds.num_rounds)
         return self._event("end", progress, rows[-1][0] if rows else {})
 
     # -- parts of a round -------------------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ class Coordinator:
 
 def _count(progress: Progress, row: Event) -> None:
     """A round more, and what it added to the totals."""
-    progress.next_round = int(row["round"]) + 1
+    progress.next_round = int(row["round"])  # an index, from 0, while rows number rounds from 1
     if row["num_ok"] or row["num_failed"]:
         progress.failed_rounds = 0 if row["num_ok"] else progress.failed_rounds + 1
     for name in TOTALS:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fleetune.columns import CLIENT_COLUMNS, names
+from fleetune.columns import CLIENT_COLUMNS, names, round_number
 from fleetune.data.batches import NO_EXAMPLE, num_tokens
 from fleetune.engine.execution.work_units import WorkUnitReply
 from fleetune.engine.round.planner import RoundPlan
@@ -90,7 +90,7 @@ def round_row(stage: int, now: RoundPlan, clients: dict[str, Any], sim_seconds: 
     weights = clients["shard_examples"][ok]
     loss = clients["train_loss"][ok]
     return {
-        "round": now.work.round_idx,
+        "round": round_number(now.work.round_idx),
         "stage": stage,
         "num_available": now.num_available,
         "num_clients": len(ok),

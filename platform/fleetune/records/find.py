@@ -28,8 +28,8 @@ def _runs_of(path: Path) -> Iterator[RunDirectory]:
     path = path.absolute()
     inside = sorted(p.parent for pattern in ("runs/*/spec.yaml", "*/spec.yaml") for p in path.glob(pattern))
     if (path / SweepDirectory.SPEC).is_file():
-        yield from SweepDirectory(path).runs()
+        yield from SweepDirectory.open(path).runs()
     elif inside:
-        yield from map(RunDirectory, inside)
+        yield from map(RunDirectory.open, inside)
     elif (path / "spec.yaml").is_file():
-        yield RunDirectory(path)
+        yield RunDirectory.open(path)

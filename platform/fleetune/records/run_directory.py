@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+FORMAT = 2
+"""How a directory is laid out and its rounds are numbered: since 2 from 1, before from 0. It goes up with every change by which
+an earlier directory would be misread."""
 CHECKSUM = "checksum"
 """The last field of a JSON file."""
 
@@ -68,20 +71,29 @@ class RunDirectory:
         place = os.path.relpath(Path(workspace).absolute(), path)
         run._write_json(
             "checkpoint/meta.json",
-            {"run_id": run_id, "workspace": place, "started_at": time.time(), **(meta or {})},
+            {"format": FORMAT, "run_id": run_id, "workspace": place, "started_at": time.time(), **(meta or {})},
         )
         run.write(cls.SPEC, yaml.safe_dump(_plain(spec), sort_keys=False, allow_unicode=True).encode())
         return run
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """The run in ``path``; UserError where there is none."""
+        """The run in ``path``. Raises UserError if there is none, or if it has another format (made by another version)."""
         path = Path(path).absolute()
+        kind, place = ("run", "runs/<run_id>") if cls is RunDirectory else ("sweep", "sweeps/<name>-<id>")
         if not (path / cls.SPEC).is_file():
-            kind, place = ("run", "runs/<run_id>") if cls is RunDirectory else ("sweep", "sweeps/<name>-<id>")
             hint = f"a {kind} directory is {place} in a workspace and holds {cls.SPEC}"
             raise UserError(f"this is no {kind} directory", field=f"{kind}_dir", value=str(path), hint=hint)
-        return cls(path)
+        run = cls(path)
+        if run.format != FORMAT:
+            maker = (
+                "an earlier version of fleetune, which numbered rounds from 0,"
+                if run.format < FORMAT
+                else "a later version"
+            )
+            hint = "start it again in a new workspace, or use the version that made it"
+            raise UserError(f"{maker} made it", field=f"{kind}_dir", value=str(path), hint=hint)
+        return run
 
     # ------------------------------------------------------------------ what was run
 
@@ -113,6 +125,11 @@ class RunDirectory:
     def update_meta(self, **fields: Any) -> None:
         """Sets fields of :attr:`meta`."""
         self._write_json("checkpoint/meta.json", {**self.meta, **fields})
+
+    @property
+    def format(self) -> int:
+        """The format it was made with: `FORMAT`, unless another version made it. Directories of format 1 do not say so."""
+        return int(self.meta.get("format", 1))
 
     @property
     def workspace(self) -> Path:
@@ -151,16 +168,16 @@ class RunDirectory:
         """
         (self.path / "result.json").unlink(missing_ok=True)
         files.clean(self.path)
-        for round_idx, path in self._parts().items():
-            if round_idx >= num_rounds:
+        for number, path in self._parts().items():
+            if number > num_rounds:
                 path.unlink(missing_ok=True)
         if (self.path / "rounds.parquet").exists() or (self.path / "clients.parquet").exists():
             import pyarrow.compute as pc
 
             clients = self._client_table({})
             rows, recorded_at_ms = self._round_rows({})
-            kept = [row for row in rows if row["round"] < num_rounds]
-            self._write_tables(clients.filter(pc.less(clients["round"], num_rounds)), kept, recorded_at_ms)
+            kept = [row for row in rows if row["round"] <= num_rounds]
+            self._write_tables(clients.filter(pc.less_equal(clients["round"], num_rounds)), kept, recorded_at_ms)
 
     def _write_tables(self, clients: pa.Table, rows: list[dict[str, Any]], recorded_at_ms: dict[int, int]) -> None:
         """Clients first: a round that is in rounds.parquet has its clients in clients.parquet."""
@@ -204,20 +221,20 @@ class RunDirectory:
 
     def check_rounds(self, num_rounds: int) -> None:
         """Raises `files.Damaged` unless the records of the first ``num_rounds`` rounds are all there, whole."""
-        parts = {idx: path for idx, path in self._parts().items() if idx < num_rounds}
+        parts = {number: path for number, path in self._parts().items() if number <= num_rounds}
         for path in parts.values():
             files.read(path, holds=_holds(path.name), must_be_sealed=True)
         stored = set(self._round_rows({})[1])
         if stored and not (self.path / "clients.parquet").exists():
             raise files.damaged(self.path / "clients.parquet", "it is missing", holds=_holds("clients.parquet"))
         self._client_table({})
-        for missing in sorted(set(range(num_rounds)) - parts.keys() - stored)[:1]:
+        for missing in sorted(set(range(1, num_rounds + 1)) - parts.keys() - stored)[:1]:
             path = self._part(missing)
             raise files.damaged(path, "it is missing", holds=_holds(path.name))
 
     def num_recorded(self) -> int:
         """How many rounds there are records of, up to the last one."""
-        return max([*self._parts(), *self._round_rows({})[1]], default=-1) + 1
+        return max([*self._parts(), *self._round_rows({})[1]], default=0)
 
     def rounds(self) -> pd.DataFrame:
         """One row per finished round, in order; null is NaN."""
@@ -229,9 +246,9 @@ class RunDirectory:
         """One row per client and round, in order of rounds; null is NaN."""
         return self._client_table(self._parts()).to_pandas()
 
-    def round_rows(self, *, first_round: int = 0) -> list[tuple[dict[str, Any], int]]:
+    def round_rows(self, *, first_round: int = 1) -> list[tuple[dict[str, Any], int]]:
         """(row, real time of recording in ms since 1970) of each finished round from ``first_round`` on."""
-        parts = {idx: path for idx, path in self._parts().items() if idx >= first_round}
+        parts = {number: path for number, path in self._parts().items() if number >= first_round}
         rows, recorded_at_ms = self._round_rows(parts)
         return [(row, recorded_at_ms[row["round"]]) for row in rows if row["round"] >= first_round]
 
@@ -240,9 +257,9 @@ class RunDirectory:
         from fleetune.records import tables
 
         found: dict[int, tuple[dict[str, Any], int]] = {}
-        for round_idx, path in parts.items():
+        for number, path in parts.items():
             with contextlib.suppress(FileNotFoundError):
-                found[round_idx] = tables.read_part_row(path)
+                found[number] = tables.read_part_row(path)
         with contextlib.suppress(FileNotFoundError):
             table = self._read_parquet("rounds.parquet")
             times = {
@@ -251,7 +268,7 @@ class RunDirectory:
             for row in table.to_pylist():
                 found.setdefault(row["round"], (row, times.get(row["round"], 0)))
         ordered = sorted(found)
-        return [found[idx][0] for idx in ordered], {idx: found[idx][1] for idx in ordered}
+        return [found[number][0] for number in ordered], {number: found[number][1] for number in ordered}
 
     def _client_table(self, parts: dict[int, Path]) -> pa.Table:
         import pyarrow as pa
@@ -260,15 +277,15 @@ class RunDirectory:
         from fleetune.records import tables
 
         found: list[tuple[int, pa.Table]] = []
-        for round_idx, path in parts.items():
+        for number, path in parts.items():
             with contextlib.suppress(FileNotFoundError):
-                found.append((round_idx, tables.read_part_clients(path)))
+                found.append((number, tables.read_part_clients(path)))
         with contextlib.suppress(FileNotFoundError):
             table = self._read_parquet("clients.parquet")
             if found:
-                newer = pa.array([round_idx for round_idx, _ in found], type=pa.int32())
+                newer = pa.array([number for number, _ in found], type=pa.int32())
                 table = table.filter(pc.invert(pc.is_in(table["round"], value_set=newer)))
-            found.append((-1, table))
+            found.append((0, table))
         if not found:
             return tables.client_table({}, defaults={})
         table = pa.concat_tables(
@@ -330,11 +347,11 @@ class RunDirectory:
     def _records(self) -> Path:
         return self.path / "checkpoint" / "records"
 
-    def _part(self, round_idx: int) -> Path:
-        return self._records / f"round_{round_idx:08d}.arrow"
+    def _part(self, number: int) -> Path:
+        return self._records / f"round_{number:08d}.arrow"
 
     def _parts(self) -> dict[int, Path]:
-        """Round -> its part, in order."""
+        """Round, from 1 -> its part, in order."""
         return {int(path.stem.removeprefix("round_")): path for path in sorted(self._records.glob("round_*.arrow"))}
 
 

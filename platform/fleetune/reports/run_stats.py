@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fleetune.columns import UNTRAINED
 from fleetune.records.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -43,23 +44,22 @@ def run_totals(run: RunDirectory) -> dict[str, float | None]:
 
 
 def rounds_from_the_start(run: RunDirectory) -> pd.DataFrame:
-    """A run's rounds with ``finished`` (rounds, from 1), ``uplink_total`` and ``energy_total`` since its start.
+    """A run's rounds, from 1, with ``uplink_total`` and ``energy_total`` since its start.
 
-    A first row, ``finished`` 0, is the untrained model, where it was evaluated.
+    A first row, round 0, is the untrained model, if it was evaluated.
     """
     import pandas as pd
 
     frame = run.rounds()
     frame = frame.assign(
-        finished=frame["round"] + 1,
         uplink_total=frame["uplink_bytes"].cumsum(),
         energy_total=frame["energy_joules"].cumsum(),
     )
     baseline = run.meta.get("baseline")
     if not baseline or frame.empty:
         return frame
-    zeros = {"finished": 0, "sim_seconds": 0.0, "uplink_total": 0.0, "energy_total": 0.0}
-    first = pd.DataFrame([{"round": -1, "stage": frame["stage"].iloc[0], **zeros, **baseline}])
+    zeros = {"sim_seconds": 0.0, "uplink_total": 0.0, "energy_total": 0.0}
+    first = pd.DataFrame([{"round": UNTRAINED, "stage": frame["stage"].iloc[0], **zeros, **baseline}])
     return pd.concat([first.reindex(columns=frame.columns).astype(frame.dtypes, errors="ignore"), frame])
 
 

@@ -183,7 +183,7 @@ def _comparable(values: pd.Series) -> pd.Series:
 
 def _curves(runs: Mapping[int, RunDirectory], configuration: pd.Series) -> pd.DataFrame:
     names = {"uplink_total": "uplink_bytes", "energy_total": "energy_joules"}
-    kept = ["finished", "sim_seconds", "uplink_bytes", "energy_joules", "train_loss", "eval_loss", "eval_accuracy"]
+    kept = ["round", "sim_seconds", "uplink_bytes", "energy_joules", "train_loss", "eval_loss", "eval_accuracy"]
     frames = []
     for trial, run in runs.items():
         rounds = rounds_from_the_start(run).drop(columns=list(names.values())).rename(columns=names)

@@ -5,7 +5,7 @@ or finished round, costs summed since the start; both carry ``configuration``, t
 differ in their seed only have in common.
 
 The protocols (quality under a budget, cost to a target, robustness) follow the idea of Geng, Lu, Zhao, Gao,
-Lane and Luo, "EdgeFlowerTune: PendingQuality Federated LLM Fine-Tuning Under Realistic Edge System Constraints",
+Lane and Luo, "EdgeFlowerTune: Evaluating Federated LLM Fine-Tuning Under Realistic Edge System Constraints",
 2026, https://arxiv.org/abs/2605.08636. What is measured there on boards and phones is simulated here.
 """
 
@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from fleetune.columns import UNTRAINED
 from fleetune.units import scale_of
 
 # Shares of the way from the untrained model to the best score at which targets lie.
@@ -80,7 +81,7 @@ def mean_curve(curves: pd.DataFrame, column: str, over: str) -> pd.DataFrame:
     ``column`` over seeds. A round that some seed has not evaluated is left out: the mean would jump.
     """
     known = curves[curves[column].notna()]
-    rows = known.groupby(["configuration", "finished"], sort=True).agg(
+    rows = known.groupby(["configuration", "round"], sort=True).agg(
         x=(over, "mean"), mean=(column, "mean"), low=(column, "min"), high=(column, "max"), count=(column, "size")
     )
     num_trials = known.groupby("configuration")["trial"].nunique()
@@ -148,7 +149,7 @@ def targets_from(curves: pd.DataFrame, score: Score, shares: Sequence[float] = T
     known = curves[curves[score.column].notna()]
     if known.empty:
         return []
-    values, untrained = score.sign() * known[score.column], known["finished"] == 0
+    values, untrained = score.sign() * known[score.column], known["round"] == UNTRAINED
     start = values[untrained].mean() if untrained.any() else values.min()
     best = values.max()
     targets = [round(float(score.sign() * (start + share * (best - start))), 3) for share in shares]
@@ -176,7 +177,7 @@ def _best_so_far(curves: pd.DataFrame, score: Score, cost: str) -> list[tuple[in
     found = []
     known = curves[curves[score.column].notna() & curves[cost].notna()]
     for trial, rows in known.groupby("trial", sort=True):
-        rows = rows.sort_values(["finished"], kind="stable")
+        rows = rows.sort_values(["round"], kind="stable")
         values = score.sign() * rows[score.column].to_numpy(dtype=float)
         found.append((int(str(trial)), rows[cost].to_numpy(dtype=float), score.sign() * np.maximum.accumulate(values)))
     return found

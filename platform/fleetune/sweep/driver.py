@@ -10,7 +10,7 @@ from fleetune.content import Contents, identity
 from fleetune.engine.launch import run as launch
 from fleetune.engine.launch.directories import git_commit
 from fleetune.errors import UserError
-from fleetune.records.run_directory import RunDirectory
+from fleetune.records.run_directory import FORMAT, RunDirectory
 from fleetune.records.sweep_directory import SweepDirectory
 from fleetune.sweep.config import SweepSpec
 from fleetune.sweep.expansion import Trial, in_trial
@@ -172,7 +172,7 @@ def take_stock(sweep_status: SweepStatus, trials: Sequence[Trial], sweep_path: P
         if entry.has_begun or finished:
             wanted = _identity(trial, contents)
             finished = [run for run in finished if run.meta.get("identity") == wanted]
-            if entry.has_begun and entry.run.meta.get("identity") != wanted:
+            if entry.has_begun and (entry.run.format != FORMAT or entry.run.meta.get("identity") != wanted):
                 entry = Entry(trial, RunDirectory(entry.run.path.with_name(f"{entry.run.path.name}-{wanted[:6]}")))
                 outdated += 1
         if entry.has_begun:

@@ -69,6 +69,8 @@ def run(
     ``text``: the sweep file's, which MLflow shows with the sweep and its trials.
     """
     path = workspace.absolute() / "sweeps" / sweep_id(sweep)
+    if (path / SweepDirectory.SPEC).is_file():
+        SweepDirectory.open(path)  # refuses one of another version before anything is done
     trials, probes, search = _plan(sweep, path)
     example = (trials or probes)[0].spec
     if example.tracking.enabled:

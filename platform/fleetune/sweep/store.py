@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fleetune.records.run_directory import RunDirectory
+from fleetune.records.run_directory import FORMAT, RunDirectory
 
 
 def finished_runs(workspace: Path) -> dict[str, list[RunDirectory]]:
@@ -14,8 +14,9 @@ def finished_runs(workspace: Path) -> dict[str, list[RunDirectory]]:
         run = RunDirectory(path.parent)
         try:
             spec_hash, status = run.meta.get("spec_hash"), (run.result() or {}).get("status")
+            is_readable = run.format == FORMAT
         except (OSError, ValueError):  # somebody else's, or damaged: not one to rely on
             continue
-        if spec_hash and status == "finished":
+        if spec_hash and status == "finished" and is_readable:
             found.setdefault(str(spec_hash), []).append(run)
     return found

@@ -301,5 +301,5 @@ def _scheduler(sweep: SweepSpec, known: Sequence[tuple[str, list[dict[str, Any]]
             if row.get(sweep.metric) is not None:
                 value = sweep.sign * float(row[sweep.metric])
                 trial: Any = SimpleNamespace(trial_id=trial_id)
-                scheduler._brackets[0].on_result(trial, int(row["round"]) + 1, value)
+                scheduler._brackets[0].on_result(trial, int(row["round"]), value)
     return scheduler

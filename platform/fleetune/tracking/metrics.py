@@ -8,7 +8,7 @@ from typing import Any
 
 from fleetune.columns import ROUND_COLUMNS
 
-# Column of rounds.parquet -> metric, once a round with step = round.
+# Column of rounds.parquet -> metric, once a round with step = round, from 1.
 METRICS = {column.name: column.metric for column in ROUND_COLUMNS if column.metric}
 # Sums since the first round: what a run's row in MLflow's table should show, and an x-axis for its charts.
 TOTALS = {column.name: f"total/{column.name}" for column in ROUND_COLUMNS if column.has_total}
@@ -19,7 +19,7 @@ class RoundMetrics:
     """Rounds in order -> metrics; keeps the running totals."""
 
     def __init__(self) -> None:
-        self.next_round = 0
+        self.next_round = 1
         self._totals = dict.fromkeys(TOTALS, 0.0)
 
     def of(self, row: Mapping[str, Any]) -> dict[str, float]:
@@ -33,6 +33,12 @@ class RoundMetrics:
             metrics[key] = self._totals[name]
         metrics |= {f"method/{name}": number(value) for name, value in row.items() if name not in OWN}
         return {key: value for key, value in metrics.items() if value is not None}
+
+
+def of_baseline(quality: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of the untrained model's quality, which stand at the step `columns.UNTRAINED`."""
+    metrics = {METRICS[name]: number(value) for name, value in quality.items() if name in METRICS}
+    return {key: value for key, value in metrics.items() if value is not None}
 
 
 def number(value: Any) -> float | None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fleetune.columns import UNTRAINED
 from fleetune.errors import UserError
 from fleetune.records.naming import flatten, method_of, run_name, shown
 from fleetune.records.run_directory import RunDirectory, parent_of
@@ -29,7 +30,7 @@ from fleetune.tracking.artifacts import files_of
 from fleetune.tracking.client import QUIET, made_once, make_client
 from fleetune.tracking.description import note
 from fleetune.tracking.logged_model import log_adapter
-from fleetune.tracking.metrics import RoundMetrics, number
+from fleetune.tracking.metrics import RoundMetrics, number, of_baseline
 from fleetune.tracking.store import ensure_store, locked
 from fleetune.tracking.system_metrics import SystemMetrics
 
@@ -109,6 +110,7 @@ class Tracker:
         self._experiment = tracking.get("experiment")
         self._system = SystemMetrics() if live and tracking.get("system_metrics") else None
         self._metrics = RoundMetrics()
+        self._has_baseline = False
         self._sent: dict[str, set[int]] | None = None
         self._ids: tuple[str, str] = ("", "")
         self._closed = False
@@ -202,10 +204,12 @@ class Tracker:
                 self._client.delete_run(stored.info.run_id)
 
     def _create_run(self, experiment_id: str) -> Any:
-        started_at_ms = int(self.run.meta.get("started_at", time.time()) * 1000)
         tags = {**self._tags(), "status": "running"}
         name = run_name(self.run)
-        return self._client.create_run(experiment_id, start_time=started_at_ms, tags=tags, run_name=name)
+        return self._client.create_run(experiment_id, start_time=self._started_at_ms(), tags=tags, run_name=name)
+
+    def _started_at_ms(self) -> int:
+        return int(self.run.meta.get("started_at", time.time()) * 1000)
 
     def _tags(self) -> dict[str, str]:
         meta = self.run.meta
@@ -280,7 +284,11 @@ class Tracker:
         from mlflow.entities import Metric
 
         assert self._sent is not None
-        news: list[Metric] = []
+        news = [
+            Metric(key, value, self._started_at_ms(), UNTRAINED)
+            for key, value in self._baseline().items()
+            if UNTRAINED not in self._sent.get(key, ())
+        ]
         for row, recorded_at_ms in self.run.round_rows(first_round=self._metrics.next_round):
             step = int(row["round"])
             for key, value in self._metrics.of(row).items():
@@ -293,11 +301,19 @@ class Tracker:
             self._client.log_batch(self._ids[1], metrics=news[start : start + METRICS_PER_CALL])
         return len(news)
 
+    def _baseline(self) -> dict[str, float]:
+        """The untrained model's metrics, once: it is evaluated beside the first round, so they may come after that round's."""
+        if self._has_baseline:
+            return {}
+        metrics = of_baseline(self.run.meta.get("baseline") or {})
+        self._has_baseline = bool(metrics)
+        return metrics
+
     def _close(self, result: dict[str, Any] | None) -> int:
         """Artifacts, the summary and the final status; a sweep, which has no rounds, gets its result as
         metrics.
         """
-        if result and not self._metrics.next_round:
+        if result and self._metrics.next_round == 1:
             self._push_result(result)
         num_artifacts = self._push_files(result)
         self._remove_doubles()
@@ -331,7 +347,7 @@ class Tracker:
         """Uploads files whose content the store does not have; what was sent is noted in
         ``checkpoint/mlflow.json``.
         """
-        if not (self.run.path / "figures").is_dir() and self._metrics.next_round:
+        if not (self.run.path / "figures").is_dir() and self._metrics.next_round > 1:
             from fleetune.reports.figures.runs import write_figures
 
             write_figures(self.run)

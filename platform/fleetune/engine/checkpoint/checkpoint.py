@@ -27,6 +27,7 @@ class Progress:
     """Where a run stands after its last finished round."""
 
     next_round: int = 0
+    """Index of the next round, from 0: how many rounds are finished."""
     sim_seconds: float = 0.0
     failed_rounds: int = 0
     """Rounds in a row up to the last in which everybody who worked diverged."""

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from fleetune import files
+from fleetune.columns import round_number
 from fleetune.tensors import Packed, load_header, save
 
 MAX_UNITS = 64
@@ -149,4 +150,4 @@ def _checksum(layout: tuple, client: int, row: np.ndarray) -> int:
 
 
 def _held(slot: int) -> str:
-    return f"what clients keep since round {slot // MAX_UNITS}"
+    return f"what clients keep since round {round_number(slot // MAX_UNITS)}"

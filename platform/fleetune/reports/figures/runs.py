@@ -52,9 +52,9 @@ def learning_curve(runs: Sequence[RunDirectory], *, path: Path) -> Path:
     known = [panel for panel in shown if any(f[panel[0]].notna().any() for frames in groups.values() for f in frames)]
     with panels(path, columns=max(1, len(known))) as axes:
         for ax, (column, title) in zip(axes, known or shown[:1], strict=False):
-            ax.set(title=title, xlabel="rounds finished")
+            ax.set(title=title, xlabel="round")
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-            _lines(ax, groups, _over("finished"), column)
+            _lines(ax, groups, _over("round"), column)
             if column == "eval_accuracy":
                 percent(ax)
             if len(runs) == 1:
@@ -298,7 +298,7 @@ def _effect(ax: Axes, values: list[Any], y: np.ndarray) -> None:
 def _mark_stages(ax: Axes, frame: pd.DataFrame) -> None:
     stage = frame["stage"].to_numpy(dtype=float)
     for i in np.flatnonzero(stage[1:] != stage[:-1]) if np.isfinite(stage).all() else ():
-        ax.axvline(frame["finished"].iloc[i + 1] - 0.5, color="#999999", lw=0.9, ls=":")
+        ax.axvline(frame["round"].iloc[i + 1] - 0.5, color="#999999", lw=0.9, ls=":")
 
 
 def _device_ticks(ax: Axes, order: pd.DataFrame) -> None:

@@ -35,7 +35,7 @@ def curves(results: SweepResults, *, path: Path) -> Path:
     scores = [s for s in SCORES if results.curves[s.column].notna().any()]
     scores = [results.score, *(s for s in scores if s.column == "train_loss" and s != results.score)]
     most = {cost.column: largest(results.curves[cost.column]) for cost in COSTS[:2]}
-    overs = [("finished", "rounds finished", 1.0)]
+    overs = [("round", "round", 1.0)]
     for cost in (COSTS[1], COSTS[0]):
         divisor, unit = scale_of(most[cost.column], cost.quantity)
         overs.append((cost.column, f"{cost.title} ({unit})", divisor))
@@ -49,7 +49,7 @@ def curves(results: SweepResults, *, path: Path) -> Path:
                 if (line["high"] > line["low"]).any() and look["color"] != GREY:
                     x = line["x"] / divisor
                     ax.fill_between(x, line["low"], line["high"], color=look["color"], alpha=0.15, lw=0)
-            if over == "finished":
+            if over == "round":
                 ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             if score.is_share:
                 percent(ax)
