@@ -34,6 +34,7 @@ MAY_IMPORT_MLFLOW = {
     "tracking/client.py",
     "tracking/logged_model.py",
     "tracking/store.py",
+    "tracking/stored_run.py",
     "tracking/sweep.py",
     "tracking/system_metrics.py",
 }

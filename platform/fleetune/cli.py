@@ -285,7 +285,7 @@ def ui(
     port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000,
 ) -> None:
     """Open the MLflow UI on this workspace's store."""
-    from fleetune.tracking.tracker import open_ui
+    from fleetune.tracking.ui import open_ui
 
     open_ui(workspace, port)
 

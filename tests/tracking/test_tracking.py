@@ -21,9 +21,9 @@ from fleetune.records import RunDirectory, SweepDirectory
 from fleetune.tracking.access import without_password
 from fleetune.tracking.client import QUIET
 from fleetune.tracking.metrics import RoundMetrics
+from fleetune.tracking.store import default_uri
 from fleetune.tracking.stream import RecordStream
 from fleetune.tracking.sync import sync
-from fleetune.tracking.tracker import default_uri
 from support.stored import expected_steps, steps
 from support.synthetic_runs import make_run, make_spec, rounds_of
 

@@ -58,6 +58,11 @@ def ensure_store(uri: str) -> None:
                 _make(path)
 
 
+def default_uri(workspace: str | Path) -> str:
+    """The store in a workspace: an SQLite file."""
+    return f"sqlite:///{Path(workspace).absolute() / 'mlflow.db'}"
+
+
 def file_of(uri: str) -> Path | None:
     """The file of an SQLite store; None for other stores."""
     if not uri.startswith("sqlite:"):

@@ -13,7 +13,8 @@ from typing import Any
 from fleetune.records.run_directory import RunDirectory, parent_of
 from fleetune.records.sweep_directory import SweepDirectory
 from fleetune.tracking.store import locked
-from fleetune.tracking.tracker import REUSED_FROM, SyncReport, Tracker
+from fleetune.tracking.stored_run import REUSED_FROM
+from fleetune.tracking.tracker import SyncReport, Tracker
 
 BEST = "best"
 OVER = ("finished", "stopped")
