@@ -11,8 +11,7 @@ import numpy as np
 from fleetune.columns import MEMORY_PARTS
 from fleetune.plan.summary import by_stage, comparison
 from fleetune.plan.walk import Plan, Row
-from fleetune.reports.figures.runs import BUDGET, PHASE_COLORS, REFUSED
-from fleetune.reports.figures.style import PALETTE, STYLE
+from fleetune.reports.figures.style import BUDGET, PALETTE, PHASE_COLORS, REFUSED, STYLE
 
 TOTALS = (
     ("sim_seconds", "Virtual time, hours", 3600.0),
@@ -56,6 +55,8 @@ def turns(plan: Plan, path: Path) -> Path:
     left = np.zeros(len(rows))
     for phase, color in PHASE_COLORS.items():
         part = np.array([row[f"{phase}_seconds"] for row in rows])
+        if not part.any():  # the server's, which only split learning waits for
+            continue
         axes[0].barh(y, part, left=left, color=color, height=0.62, label=phase)
         left += part
     axes[0].set(title=f"A turn under {plan.label}", xlabel="seconds, mean")

@@ -146,6 +146,13 @@ def image(path: Path, alt: str | None = None) -> Image:
     return Image(path, alt or path.stem.replace("_", " "))
 
 
+def markup(sentence: str, *values: object) -> str:
+    """A sentence with code or emphasis in it; the values that it is filled with are escaped."""
+    from markupsafe import Markup
+
+    return Markup(sentence).format(*values) if values else Markup(sentence)
+
+
 @functools.cache
 def _environment() -> jinja2.Environment:
     """Everything that a page is given is escaped, but for Markup."""

@@ -13,6 +13,8 @@ from fleetune.records.run_directory import RunDirectory
 from fleetune.records.sweep_directory import SweepDirectory
 from fleetune.reports.client_report import profile_sections
 from fleetune.reports.figures import runs as figures
+from fleetune.reports.figures.devices import cost_by_device
+from fleetune.reports.figures.timeline import timeline
 from fleetune.reports.html import Cell, Note, Page, Part, Section, Table, image
 from fleetune.reports.run_stats import STATUSES, device_costs, run_totals
 from fleetune.reports.sweep_report import sweep_report
@@ -134,7 +136,7 @@ def _swept(runs: Sequence[RunDirectory], folder: Path) -> list[Section]:
 
 def _device_costs(runs: Sequence[RunDirectory], folder: Path) -> list[Part]:
     """A figure of all, and a table for the first run of each group."""
-    parts: list[Part] = [image(figures.cost_by_device(runs, path=folder / "cost_by_device.png"))]
+    parts: list[Part] = [image(cost_by_device(runs, path=folder / "cost_by_device.png"))]
     for label, members in list(group_labels(list(runs)).items())[:MAX_DEVICE_TABLES]:
         name = label if len(members) == 1 else f"{label} (seed {members[0].spec.get('seed')})"
         if len(runs) > 1:
@@ -173,7 +175,7 @@ def _timelines(runs: Sequence[RunDirectory], folder: Path) -> list[Part]:
     for i, (label, members) in enumerate(list(group_labels(list(runs)).items())[:MAX_TIMELINES]):
         if len(runs) > 1:
             parts.append(Note(label, style="heading"))
-        parts.append(image(figures.timeline(members[0], path=folder / f"timeline_{i}.png"), f"timeline of {label}"))
+        parts.append(image(timeline(members[0], path=folder / f"timeline_{i}.png"), f"timeline of {label}"))
     return [*parts, Note("All rounds: open trace.json of a run in ui.perfetto.dev.")]
 
 

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fleetune.reports.client_stats import MEMORY_PARTS, PHASES, REFUSED, bounds, memory_parts
-from fleetune.reports.figures.style import GREY, PALETTE, largest, panels
+from fleetune.reports.figures.style import GREY, PALETTE, PHASE_COLORS, largest, panels
 from fleetune.units import scale_of
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-PHASE_COLORS = {"downlink": "#56B4E9", "compute": "#0072B2", "server": "#7F5AA8", "uplink": "#E69F00"}
 PART_COLORS = dict(zip(MEMORY_PARTS, ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), strict=True))
 BUDGET = "#D55E00"
 MAX_BARS = 60

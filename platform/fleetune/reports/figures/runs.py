@@ -4,7 +4,6 @@ range as a band.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +12,10 @@ import numpy as np
 
 from fleetune.records.naming import group_labels, varied_fields
 from fleetune.records.run_directory import RunDirectory
-from fleetune.records.timeline import PHASES, round_starts
+from fleetune.reports.figures.devices import cost_by_device
 from fleetune.reports.figures.style import PALETTE, largest, legend, panels, percent
-from fleetune.reports.run_stats import device_costs, rounds_from_the_start, run_totals
+from fleetune.reports.figures.timeline import timeline
+from fleetune.reports.run_stats import rounds_from_the_start, run_totals
 from fleetune.units import scale_of
 
 if TYPE_CHECKING:
@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 
     XOf = Callable[[pd.DataFrame], pd.Series]
 
-PHASE_COLORS = {"downlink": "#56B4E9", "compute": "#0072B2", "uplink": "#E69F00"}
-REFUSED, BUDGET = "#D55E00", "#1A1A1A"
-MAX_GROUPS, MAX_GANTT_CLIENTS = 16, 36
+MAX_GROUPS = 16
 
 
 def write_figures(run: RunDirectory) -> list[Path]:
@@ -84,98 +82,6 @@ def accuracy_vs_cost(runs: Sequence[RunDirectory], *, path: Path) -> Path:
             if evaluated:
                 percent(ax)
         legend(axes[0].figure, axes[0], groups)
-    return path
-
-
-def cost_by_device(runs: Sequence[RunDirectory], *, path: Path) -> Path:
-    """Per device class: time, bytes sent and energy of a turn, peak memory against the budget, share refused
-    for memory.
-    """
-    groups = dict(list(group_labels(list(runs)).items())[: len(PALETTE)])
-    return device_bars({label: _mean_costs(members) for label, members in groups.items()}, path=path)
-
-
-def device_bars(costs: dict[str, pd.DataFrame], *, path: Path) -> Path:
-    """The bars of :func:`cost_by_device`: label -> costs per device class, for no more labels than the palette has."""
-    devices = sorted({device for frame in costs.values() for device in frame.index})
-    costs = {label: frame.reindex(devices) for label, frame in costs.items()}
-    outcomes = [
-        ("sim_seconds", "Virtual time of a turn", "seconds"),
-        ("flops", "Computing in a turn", "flops"),
-        ("uplink_bytes", "Bytes sent in a turn", "bytes"),
-        ("energy_joules", "Energy of a turn", "joules"),
-        ("peak_memory_bytes", "Peak memory and budget", "bytes"),
-        ("oom_fraction", "Turns refused for memory", None),
-    ]
-    height = 1.4 + 0.36 * len(devices) * max(1, len(costs)) ** 0.6
-    with panels(path, columns=3, rows=2, width=3.6, height=height) as axes:
-        for i, (ax, (column, title, quantity)) in enumerate(zip(axes, outcomes, strict=True)):
-            _bars(ax, costs, devices, column, quantity)
-            ax.set_title(title)
-            if i % 3:
-                ax.set_yticklabels([])
-        legend(axes[0].figure, axes[0], costs)
-    return path
-
-
-def timeline(run: RunDirectory, *, path: Path, rounds: Sequence[int] | None = None) -> Path:
-    """Who did what when, in virtual time: the given rounds, by default the last three. Refused clients have a
-    cross.
-    """
-    frame, clients = run.rounds(), run.clients()
-    starts = round_starts(frame)
-    chosen = list(rounds) if rounds is not None else frame["round"].tolist()[-3:]
-    clients = clients[clients["round"].isin(chosen)].assign(device=lambda c: c["device"].fillna("-"))
-    order = clients[["device", "client_id"]].drop_duplicates().sort_values(["device", "client_id"])
-    if len(order) > MAX_GANTT_CLIENTS:
-        order = order.iloc[np.linspace(0, len(order) - 1, MAX_GANTT_CLIENTS).astype(int)]
-    place = {client_id: i for i, client_id in enumerate(order["client_id"])}
-    clients = clients[clients["client_id"].isin(place)]
-    y = clients["client_id"].map(place).to_numpy(dtype=float)
-    start = clients["round"].map(starts).to_numpy(dtype=float)
-    end = largest(frame.loc[frame["round"].isin(chosen), "sim_seconds"])
-    divisor, unit = scale_of(end, "seconds")
-    with panels(path, columns=1, width=11, height=1.4 + 0.2 * max(5, len(order))) as (ax,):
-        span = (
-            "no rounds"
-            if not chosen
-            else f"round {chosen[0]}"
-            if len(chosen) == 1
-            else f"rounds {chosen[0]}–{chosen[-1]}"
-        )
-        ax.set(title=f"Timeline, {span}", xlabel=f"virtual time ({unit})")
-        ax.grid(axis="y", visible=False)
-        refused = clients["status"].isin(("oom", "refused")).to_numpy()
-        at = start
-        for phase in PHASES:
-            seconds = np.nan_to_num(clients[f"{phase}_seconds"].to_numpy(dtype=float))
-            ran = ~refused & (seconds > 0)
-            if ran.any():
-                look: Any = {
-                    "color": PHASE_COLORS[phase],
-                    "label": phase,
-                    "edgecolor": "white",
-                    "linewidth": 0.4,
-                }
-                ax.barh(y[ran], seconds[ran] / divisor, left=at[ran] / divisor, **look)
-            at = at + seconds
-        if refused.any():
-            ax.plot(
-                (start / divisor)[refused],
-                y[refused],
-                "x",
-                color=REFUSED,
-                ms=5,
-                mew=1.6,
-                label="refused",
-            )
-        for round_idx in chosen:
-            ax.axvline(starts[round_idx] / divisor, color="#999999", lw=0.8, ls=":")
-        ax.axvline(end / divisor, color="#999999", lw=0.8, ls=":")
-        _device_ticks(ax, order)
-        ax.set_ylim(len(order) - 0.4, -0.6)
-        if ax.get_legend_handles_labels()[1]:
-            ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12 - 0.5 / max(5, len(order))), ncols=4)
     return path
 
 
@@ -246,36 +152,6 @@ def _lines(ax: Axes, groups: dict[str, list[pd.DataFrame]], x_of: XOf, column: s
         ax.text(0.5, 0.5, "no client could train", transform=ax.transAxes, ha="center", color="#777777")
 
 
-def _bars(ax: Axes, costs: dict[str, pd.DataFrame], devices: list[str], column: str, quantity: str | None) -> None:
-    """Horizontal bars: a cluster per device class, a bar per group; a tick where the memory budget ends."""
-    values = {label: frame[column].to_numpy(dtype=float) for label, frame in costs.items()}
-    most = max((largest(v) for v in values.values()), default=0.0)
-    divisor, unit = scale_of(most, quantity) if quantity else (0.01, "%")
-    place, thickness = np.arange(len(devices)), 0.8 / max(1, len(costs))
-    for i, (label, v) in enumerate(values.items()):
-        y = place + (i - (len(costs) - 1) / 2) * thickness
-        ax.barh(y, np.nan_to_num(v) / divisor, height=0.9 * thickness, color=PALETTE[i], label=label)
-    if column == "peak_memory_bytes" and costs:
-        budget = next(iter(costs.values()))["budget_bytes"].to_numpy(dtype=float) / divisor
-        limit = 1.35 * most / divisor  # a budget far beyond the need would squeeze the bars
-        for at, b in zip(place.tolist(), budget.tolist(), strict=True):
-            if b <= limit:
-                ax.plot([b, b], [at - 0.45, at + 0.45], color=BUDGET, lw=2)
-            elif math.isfinite(b):
-                ax.text(limit, at, f"{b:.0f} →", va="center", ha="right", fontsize=8, color=BUDGET)
-        ax.set_xlim(0, limit or 1)
-    ax.set_xlim(left=0, right=max(100.0 * most * 1.1, 10.0) if quantity is None else None)
-    ax.set(xlabel=unit, yticks=place, yticklabels=devices)
-    ax.set_ylim(len(devices) - 0.45, -0.55)
-    ax.grid(axis="y", visible=False)
-
-
-def _mean_costs(members: list[RunDirectory]) -> pd.DataFrame:
-    import pandas as pd
-
-    return pd.concat([device_costs(run) for run in members]).groupby(level=0).mean()
-
-
 def _effect(ax: Axes, values: list[Any], y: np.ndarray) -> None:
     ordered = sorted(set(values), key=lambda v: (isinstance(v, str), v))
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in ordered)
@@ -299,14 +175,3 @@ def _mark_stages(ax: Axes, frame: pd.DataFrame) -> None:
     stage = frame["stage"].to_numpy(dtype=float)
     for i in np.flatnonzero(stage[1:] != stage[:-1]) if np.isfinite(stage).all() else ():
         ax.axvline(frame["finished"].iloc[i + 1] - 0.5, color="#999999", lw=0.9, ls=":")
-
-
-def _device_ticks(ax: Axes, order: pd.DataFrame) -> None:
-    """A device class's name in the middle of its clients, a line between classes."""
-    middles, names, first = [], [], 0
-    for device, members in order.groupby("device", sort=True):
-        middles.append(first + (len(members) - 1) / 2)
-        names.append(f"{device}\n{len(members)} clients")
-        first += len(members)
-        ax.axhline(first - 0.5, color="#DDDDDD", lw=0.8)
-    ax.set_yticks(middles, names)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, told apart also by the colour-blind: https://jfly.uni-koeln.de/color/
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F5AA8", "#4D4D4D")
+PHASE_COLORS = {"downlink": "#56B4E9", "compute": "#0072B2", "server": "#7F5AA8", "uplink": "#E69F00"}
+REFUSED, BUDGET = "#D55E00", "#1A1A1A"
 # What is there, but not what the figure is about.
 GREY = "#C4C4C4"
 STYLE: Any = {
