@@ -9,12 +9,12 @@ from typing import Any, get_args
 import pytest
 from pydantic import ValidationError
 
+from fleetune.config import flatten
 from fleetune.errors import UserError
 from fleetune.methods import METHODS
 from fleetune.spec import (
     RunSpec,
     apply_overrides,
-    flatten,
     from_dict,
     json_schema,
     load,

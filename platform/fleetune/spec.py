@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 from pydantic import Field, ValidationError
 
-from fleetune.config import Config
+from fleetune.config import Config, flatten
 from fleetune.data.config import DataConfig
 from fleetune.errors import UserError, nearest, unknown_name
 from fleetune.fleet.fleet import FleetConfig
@@ -255,15 +255,6 @@ def plain(value: Any, field: str = "", depth: int = 0, budget: Iterator[int] | N
     if isinstance(value, (bytes, set, frozenset)):
         raise UserError(f"is of YAML's type {type(value).__name__}, which no field takes", field=field or "JOB")
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested data as dotted fields."""
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        path = f"{prefix}{key}"
-        out.update(flatten(value, f"{path}.") if isinstance(value, dict) and value else {path: value})
-    return out
 
 
 def json_schema() -> dict[str, Any]:

@@ -6,18 +6,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from fleetune.config import flatten
 from fleetune.records.run_directory import RunDirectory
 
 
-def flatten(spec: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
-    """Nested data -> dotted names. What is null or empty is left out; lists stay whole."""
-    flat: dict[str, Any] = {}
-    for key, value in spec.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, prefix=f"{prefix}{key}."))
-        elif value is not None and value != []:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def filled_fields(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The dotted fields of nested data that hold something: neither null nor empty. Lists are values."""
+    return {field: value for field, value in flatten(spec).items() if value is not None and value not in ([], {})}
 
 
 def shown(value: Any) -> str:
@@ -55,7 +50,7 @@ def group_labels(runs: list[RunDirectory]) -> dict[str, list[RunDirectory]]:
     """Runs that differ in their seed only, under one label; labels that would collide get the fields that
     differ.
     """
-    specs = {run.path: {k: v for k, v in flatten(run.spec).items() if _tells(k)} for run in runs}
+    specs = {run.path: {k: v for k, v in filled_fields(run.spec).items() if _tells(k)} for run in runs}
     groups: dict[str, list[RunDirectory]] = {}
     for run in runs:
         groups.setdefault(json.dumps(specs[run.path], sort_keys=True), []).append(run)
@@ -75,7 +70,7 @@ def varied_fields(runs: list[RunDirectory]) -> dict[str, list[Any]]:
     """The dotted fields in which these runs differ, but for seed, name and how they were executed -> their
     values.
     """
-    specs = [{k: v for k, v in flatten(run.spec).items() if _tells(k)} for run in runs]
+    specs = [{k: v for k, v in filled_fields(run.spec).items() if _tells(k)} for run in runs]
     names = dict.fromkeys(name for spec in specs for name in spec)
     values = {name: [spec.get(name) for spec in specs] for name in names}
     return {name: found for name, found in values.items() if len({json.dumps(v) for v in found}) > 1}

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 CHECKSUM = "checksum"
 """The last field of a JSON file."""
+CHECKSUM_KEY = b"fleetune.checksum"
+"""The key under which the metadata of an Arrow or Parquet file holds it."""
 
 
 class StoredFiles:
@@ -28,9 +30,7 @@ class StoredFiles:
         files.write(self.path / name, content)
 
     def _write_parquet(self, name: str, table: pa.Table) -> None:
-        from fleetune.records import tables
-
-        self.write(name, tables.parquet_bytes(table))
+        self.write(name, parquet_bytes(table))
 
     def _read_parquet(self, name: str) -> pa.Table:
         """A table; FileNotFoundError where it is not there."""
@@ -57,6 +57,18 @@ class StoredFiles:
             raise files.damaged(path, "it holds no fields", holds=holds)
         value.pop(CHECKSUM, None)
         return value
+
+
+def parquet_bytes(table: pa.Table) -> memoryview:
+    """A table as a Parquet file with room for its checksum."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({CHECKSUM_KEY.decode(): files.BLANK})
+    return memoryview(sink.getvalue())
 
 
 def content_of(name: str) -> str:

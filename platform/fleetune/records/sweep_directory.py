@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fleetune.columns import TRIAL_COLUMNS, arrow_schema
 from fleetune.errors import UserError
-from fleetune.records.naming import flatten
+from fleetune.records.naming import filled_fields
 from fleetune.records.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class SweepDirectory(RunDirectory):
         import pyarrow as pa
 
         rows = [{**row, "run_dir": self._relative(row.get("run_dir"))} for row in rows]
-        changed = [flatten(row["overrides"]) for row in rows]
+        changed = [filled_fields(row["overrides"]) for row in rows]
         schema = arrow_schema(TRIAL_COLUMNS)
         columns = {column.name: pa.array([row.get(column.name) for row in rows], column.type) for column in schema}
         for field in dict.fromkeys(field for overrides in changed for field in overrides):

@@ -16,8 +16,9 @@ import pyarrow as pa
 
 from fleetune import files
 from fleetune.columns import CLIENT_COLUMNS, ROUND_COLUMNS, arrow_schema
+from fleetune.records.stored_files import CHECKSUM_KEY, plain
 
-ROUND_KEY, TIME_KEY, CHECKSUM_KEY = b"fleetune.round", b"fleetune.recorded_at_ms", b"fleetune.checksum"
+ROUND_KEY, TIME_KEY = b"fleetune.round", b"fleetune.recorded_at_ms"
 
 
 def part_bytes(round_row: Mapping[str, Any], clients: Mapping[str, Any], *, recorded_at_ms: int) -> memoryview:
@@ -27,23 +28,12 @@ def part_bytes(round_row: Mapping[str, Any], clients: Mapping[str, Any], *, reco
     """
     table = client_table(clients, defaults={k: round_row.get(k) for k in ("run_id", "round", "stage")})
     row = {"peak_memory_bytes_max": largest_peak(table), **round_row}
-    text = json.dumps(row, default=_plain).encode()
+    text = json.dumps(row, default=plain).encode()
     known = {ROUND_KEY: text, TIME_KEY: str(recorded_at_ms).encode(), CHECKSUM_KEY: files.BLANK.encode()}
     table = table.replace_schema_metadata(known)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
-    return memoryview(sink.getvalue())
-
-
-def parquet_bytes(table: pa.Table) -> memoryview:
-    """A table as a Parquet file with room for its checksum."""
-    import pyarrow.parquet as pq
-
-    sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
-        writer.write_table(table)
-        writer.add_key_value_metadata({CHECKSUM_KEY.decode(): files.BLANK})
     return memoryview(sink.getvalue())
 
 
@@ -133,10 +123,3 @@ def _whole(values: Any) -> Any:
     if isinstance(values, pa.Array | pa.ChunkedArray):
         return values
     return [None if value is None or value != value else round(value) for value in values]
-
-
-def _plain(value: Any) -> Any:
-    """NumPy values for JSON."""
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    raise TypeError(f"a round's row holds plain values and NumPy values, not {type(value).__name__}")

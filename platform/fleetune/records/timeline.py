@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fleetune.records.run_directory import RunDirectory
+from fleetune.records.stored_files import plain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,7 +44,7 @@ def write_timeline(run_dir: str | Path | RunDirectory, *, max_events: int = MAX_
     events.sort(key=lambda event: (event["ts"], -event.get("dur", 0.0)))
     notes = {"run_id": run.run_id, "clock": "virtual time", "clients": sampled}
     head = f'{{"displayTimeUnit": "ms", "otherData": {json.dumps(notes)}, "traceEvents": ['
-    lines = ",\n".join(json.dumps(event, default=_plain) for event in [*names, *events])
+    lines = ",\n".join(json.dumps(event, default=plain) for event in [*names, *events])
     run.write("trace.json", "\n".join([head, lines, "]}", ""]).encode())
     return run.path / "trace.json"
 
@@ -198,8 +199,3 @@ def _name(kind: str, pid: int, tid: int, name: str) -> Event:
 def _known(args: dict[str, Any]) -> dict[str, Any]:
     """Without what is null in the records: NaN is no JSON."""
     return {name: value for name, value in args.items() if value is not None and value == value}
-
-
-def _plain(value: Any) -> Any:
-    """NumPy values for JSON."""
-    return value.item() if isinstance(value, np.generic) else str(value)

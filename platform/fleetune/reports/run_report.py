@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fleetune.errors import UserError
 from fleetune.records.find import find_runs
-from fleetune.records.naming import flatten, group_labels, run_name, shown, varied_fields
+from fleetune.records.naming import filled_fields, group_labels, run_name, shown, varied_fields
 from fleetune.records.run_directory import RunDirectory
 from fleetune.records.sweep_directory import SweepDirectory
 from fleetune.reports.client_report import profile_sections
@@ -97,7 +97,7 @@ def _subtitle(runs: Sequence[RunDirectory]) -> str:
 
 def _facts(runs: Sequence[RunDirectory]) -> list[tuple[str, str]]:
     """What all runs have in common, field by field, and which fields were varied."""
-    specs = [flatten(run.spec) for run in runs]
+    specs = [filled_fields(run.spec) for run in runs]
     fields = [*HEADER_FIELDS, *(k for k in specs[0] if k.startswith(("method.", "model.lora.", "fleet.devices.")))]
     common = {k: specs[0][k] for k in fields if k in specs[0] and all(spec.get(k) == specs[0][k] for spec in specs)}
     varied = {k: sorted({shown(v) for v in values if v is not None}) for k, values in varied_fields(list(runs)).items()}

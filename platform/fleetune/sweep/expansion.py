@@ -15,7 +15,7 @@ import numpy as np
 from fleetune.engine.launch.directories import slug
 from fleetune.engine.launch.resolve import resolve_execution
 from fleetune.errors import UserError
-from fleetune.records.naming import flatten, shown
+from fleetune.records.naming import filled_fields, shown
 from fleetune.seeds import rng
 from fleetune.spec import RunSpec, from_dict
 from fleetune.sweep.config import MAX_TRIALS, Distribution, SweepSpec
@@ -80,7 +80,7 @@ def in_trial(error: UserError, number: int, overrides: Mapping[str, Any]) -> Use
 
 def label(overrides: Mapping[str, Any]) -> str:
     """What a trial changes, in a line."""
-    return ", ".join(f"{field}={shown(value)}" for field, value in flatten(overrides).items())
+    return ", ".join(f"{field}={shown(value)}" for field, value in filled_fields(overrides).items())
 
 
 def _combinations(sweep: SweepSpec) -> Iterator[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fleetune.records.naming import flatten, method_of, run_name, shown
+from fleetune.records.naming import filled_fields, method_of, run_name, shown
 from fleetune.records.run_directory import RunDirectory
 from fleetune.tracking.client import made_once
 
@@ -26,7 +26,7 @@ def log_adapter(client: Any, run: RunDirectory, experiment_id: str, mlflow_run_i
     stored = client.get_run(mlflow_run_id)
     if stored.outputs is not None and stored.outputs.model_outputs:
         return
-    flat = flatten(run.spec)
+    flat = filled_fields(run.spec)
 
     def find() -> Any:
         query = f"tags.fleetune_run_id = '{run.run_id}'"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fleetune.records.naming import flatten, method_of, run_name, shown
+from fleetune.records.naming import filled_fields, method_of, run_name, shown
 from fleetune.records.run_directory import RunDirectory, parent_of
 from fleetune.records.sweep_directory import SweepDirectory
 from fleetune.tracking.access import check_no_secret, without_password
@@ -172,7 +172,9 @@ class StoredRun:
         from mlflow.entities import Param
 
         flat = {
-            k: shown(v) for k, v in flatten(self.run.spec).items() if not k.startswith(("tracking.", "base.tracking."))
+            k: shown(v)
+            for k, v in filled_fields(self.run.spec).items()
+            if not k.startswith(("tracking.", "base.tracking."))
         }
         params = [Param(k, v if len(v) <= PARAM_LENGTH else v[: PARAM_LENGTH - 1] + "…") for k, v in flat.items()]
         params = [p for p in params if p.key not in present]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fleetune.records.naming import flatten
+from fleetune.records.naming import filled_fields
 from fleetune.records.run_directory import RunDirectory
 from fleetune.tracking.access import without_password
 from fleetune.tracking.artifacts import files_of
@@ -126,7 +126,7 @@ class Tracker(StoredRun):
         from mlflow.entities import Metric
 
         assert self._sent is not None
-        values = {key: number(value) for key, value in flatten(result.get("metrics") or {}).items()}
+        values = {key: number(value) for key, value in filled_fields(result.get("metrics") or {}).items()}
         now_ms = int(time.time() * 1000)
         news = [Metric(k, v, now_ms, 0) for k, v in values.items() if v is not None and 0 not in self._sent.get(k, ())]
         self._client.log_batch(self._ids[1], metrics=news)
