@@ -16,7 +16,7 @@ from fleetune.reports.figures import runs as figures
 from fleetune.reports.figures.devices import cost_by_device
 from fleetune.reports.figures.timeline import timeline
 from fleetune.reports.html import Cell, Note, Page, Part, Section, Table, image
-from fleetune.reports.run_stats import STATUSES, device_costs, run_totals
+from fleetune.reports.run_stats import RUN_COSTS, STATUSES, device_costs, paid, run_totals
 from fleetune.reports.sweep_report import sweep_report
 from fleetune.units import NOTHING, percent, readable
 
@@ -106,7 +106,14 @@ def _facts(runs: Sequence[RunDirectory]) -> list[tuple[str, str]]:
 
 def _runs_table(runs: Sequence[RunDirectory]) -> Table:
     """A row per run, the best accuracy first."""
-    header = ["run", "rounds", "accuracy", "best", "train loss", "virtual time", "uplink", "downlink", "energy"]
+    header = [
+        "run",
+        "rounds",
+        "accuracy",
+        "best accuracy",
+        "training loss",
+        *(cost.title for cost in RUN_COSTS.values()),
+    ]
     totals = [run_totals(run) for run in runs]
     best = max((t["eval_accuracy"] for t in totals if t["eval_accuracy"] is not None), default=None)
     rows = []
@@ -119,10 +126,7 @@ def _runs_table(runs: Sequence[RunDirectory]) -> Table:
             Cell(percent(t["eval_accuracy"]), t["eval_accuracy"], best=is_best),
             Cell(percent(t["best_accuracy"]), t["best_accuracy"]),
             Cell(NOTHING if loss is None else f"{loss:.3f}", loss),
-            Cell(readable(t["sim_seconds"], "seconds"), t["sim_seconds"]),
-            Cell(readable(t["uplink_bytes"], "bytes"), t["uplink_bytes"]),
-            Cell(readable(t["downlink_bytes"], "bytes"), t["downlink_bytes"]),
-            Cell(readable(t["energy_joules"], "joules"), t["energy_joules"]),
+            *(Cell(readable(t[name], cost.unit), t[name]) for name, cost in RUN_COSTS.items()),
             Cell(percent(t["oom_fraction"]), t["oom_fraction"]),
         ])  # fmt: skip
     return Table([*header, "out of memory"], rows, caption="Runs")
@@ -145,28 +149,20 @@ def _device_costs(runs: Sequence[RunDirectory], folder: Path) -> list[Part]:
     return parts
 
 
-DEVICE_COLUMNS = {
-    "time of a turn": ("sim_seconds", "seconds"),
-    "computing": ("compute_seconds", "seconds"),
-    "receiving": ("downlink_seconds", "seconds"),
-    "sending": ("uplink_seconds", "seconds"),
-    "sent": ("uplink_bytes", "bytes"),
-    "energy": ("energy_joules", "joules"),
-    "peak memory": ("peak_memory_bytes", "bytes"),
-    "budget": ("budget_bytes", "bytes"),
-}
 TURN_ENDS = {"out of memory" if status == "oom" else status: status for status in STATUSES}
 
 
 def _device_table(run: RunDirectory, *, caption: str) -> Table:
     """Means of a turn per device class, and how many turns ended in which way."""
-    rows = []
-    for device, costs in device_costs(run).iterrows():
+    rows, table = [], device_costs(run)
+    columns = paid(table)
+    for device, costs in table.iterrows():
         cells = [Cell(str(device)), Cell(f"{costs['num_turns']:.0f}", costs["num_turns"])]
-        cells += [Cell(readable(costs[name], kind), costs[name]) for name, kind in DEVICE_COLUMNS.values()]
+        cells += [Cell(readable(costs[c.name], c.unit), costs[c.name]) for c in columns]
         cells += [Cell(percent(costs[f"{s}_fraction"]), costs[f"{s}_fraction"]) for s in TURN_ENDS.values()]
         rows.append(cells)
-    return Table(["device class", "turns", *DEVICE_COLUMNS, *TURN_ENDS], rows, caption=caption)
+    header = ["device class", "turns", *(c.title for c in columns), *TURN_ENDS]
+    return Table(header, rows, caption=caption)
 
 
 def _timelines(runs: Sequence[RunDirectory], folder: Path) -> list[Part]:

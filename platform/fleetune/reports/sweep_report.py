@@ -14,7 +14,7 @@ from fleetune.reports.figures import sweep as sweep_figures
 from fleetune.reports.figures import swept_fields as sweep_field_figures
 from fleetune.reports.figures.style import PALETTE
 from fleetune.reports.html import Cell, Items, Note, Page, Part, Section, Table, image, markup
-from fleetune.reports.run_stats import STATUSES
+from fleetune.reports.run_stats import RUN_COSTS, STATUSES, paid
 from fleetune.reports.sweep_protocols import budget_parts, dropout_parts, pareto_parts, target_parts
 from fleetune.reports.sweep_results import (
     COSTS,
@@ -82,7 +82,7 @@ def _answer(results: SweepResults) -> Note:
 
 def _ranking(results: SweepResults) -> list[Part]:
     header = ["rank", "configuration", *short_names(results.fields).values(), results.score.title, "trials"]
-    header += ["uplink", "downlink", "virtual time", "energy"]
+    header += [cost.title for cost in RUN_COSTS.values()]
     trials = results.trials.drop_duplicates("configuration").set_index("configuration")
     states = results.trials.groupby("configuration")["status"]
     rows = []
@@ -93,13 +93,7 @@ def _ranking(results: SweepResults) -> list[Part]:
         cells += [Cell(_with_spread(results, row), row["score"], best=row["rank"] == 1)]
         num_done, num_all = int(row["num_trials"]), int(states.get_group(name).size)
         cells += [Cell(f"{num_done}" if num_done == num_all else f"{num_done} of {num_all}", num_done)]
-        quantities = {
-            "uplink_bytes": "bytes",
-            "downlink_bytes": "bytes",
-            "sim_seconds": "seconds",
-            "energy_joules": "joules",
-        }
-        cells += [Cell(readable(row[column], quantity), row[column]) for column, quantity in quantities.items()]
+        cells += [Cell(readable(row[name], cost.unit), row[name]) for name, cost in RUN_COSTS.items()]
         rows.append(cells)
     note = "Costs are means of whole runs. Click a column's head to sort."
     note = ("± is the sample standard deviation over seeds. " if results.has_seeds else "") + note
@@ -151,16 +145,15 @@ def _devices(results: SweepResults, folder: Path) -> list[Part]:
     devices = results.devices.reset_index(level="configuration")
     bars = {results.label(name): devices[devices["configuration"] == name] for name in known}
     made = device_figures.device_bars(bars, path=folder / "cost_by_device.png")
-    header = ["rank", "configuration", "device class", "turns", "time of a turn", "computing", "receiving", "sending"]
-    header += ["sent", "received", "energy", "peak memory", "memory budget", "out of memory"]
-    header += ["other budget", "dropped", "late", "failed"]
+    columns = paid(results.devices)
+    header = ["rank", "configuration", "device class", "turns", *(column.title for column in columns)]
+    header += ["out of memory", "other budget", "dropped", "late", "failed"]
     rows = []
     for _, c in results.devices.reset_index().iterrows():
         name, device = str(c["configuration"]), str(c["device"])
         cells = [Cell(f"#{results.rank(name)}", results.rank(name)), Cell(name), Cell(device)]
         cells += [Cell(f"{c['num_turns']:.0f}", c["num_turns"])]
-        for column, quantity in _DEVICE_COLUMNS.items():
-            cells.append(Cell(readable(c[column], quantity), c[column]))
+        cells += [Cell(readable(c[column.name], column.unit), c[column.name]) for column in columns]
         cells += [Cell(percent(c[f"{s}_fraction"]), c[f"{s}_fraction"]) for s in STATUSES]
         rows.append(cells)
     rows.sort(key=lambda cells: (float(str(cells[0].value)), cells[2].text))
@@ -173,22 +166,9 @@ def _devices(results: SweepResults, folder: Path) -> list[Part]:
     return [Note(note), image(made, "costs of a turn per device class"), Table(header, rows, caption="Costs")]
 
 
-_DEVICE_COLUMNS = {
-    "sim_seconds": "seconds",
-    "compute_seconds": "seconds",
-    "downlink_seconds": "seconds",
-    "uplink_seconds": "seconds",
-    "uplink_bytes": "bytes",
-    "downlink_bytes": "bytes",
-    "energy_joules": "joules",
-    "peak_memory_bytes": "bytes",
-    "budget_bytes": "bytes",
-}
-
-
 def _trials(results: SweepResults, base: Path) -> Table:
     header = ["trial", "configuration", "seed", "status", "rounds", "accuracy", "evaluation loss", "training loss"]
-    header += ["uplink", "virtual time", "energy", "out of memory", "run"]
+    header += [*(cost.title for cost in COSTS), "out of memory", "run"]
     rows = []
     for number, t in results.trials.iterrows():
         seed = "–" if t["seed"] != t["seed"] or t["seed"] is None else f"{t['seed']:.0f}"

@@ -14,8 +14,8 @@ from fleetune.errors import UserError
 from fleetune.records.naming import shown
 from fleetune.records.run_directory import RunDirectory
 from fleetune.records.sweep_directory import PREFIX, SweepDirectory
-from fleetune.reports.run_stats import device_costs, rounds_from_the_start
-from fleetune.reports.sweep_stats import Score, ranking, score_of
+from fleetune.reports.run_stats import RUN_COSTS, device_costs, rounds_from_the_start
+from fleetune.reports.sweep_stats import SCORES, Score, ranking, score_of
 from fleetune.units import SCALES, readable
 
 METHOD, SEED = "method.name", "seed"
@@ -31,12 +31,10 @@ class Cost:
     quantity: str
 
 
-COSTS = (
-    Cost("uplink_bytes", "uplink", "bytes"),
-    Cost("sim_seconds", "virtual time", "seconds"),
-    Cost("energy_joules", "energy", "joules"),
+# The costs that scores are set against; bytes received go by those sent, so they are in the tables only.
+COSTS = tuple(
+    Cost(name, RUN_COSTS[name].title, RUN_COSTS[name].unit) for name in ("uplink_bytes", "sim_seconds", "energy_joules")
 )
-TOTALS = ("sim_seconds", "uplink_bytes", "downlink_bytes", "energy_joules")
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def results_of(sweep: SweepDirectory) -> SweepResults:
         fields=tuple(fields),
         trials=trials,
         score=score,
-        ranking=ranking(done, score, TOTALS),
+        ranking=ranking(done, score, tuple(RUN_COSTS)),
         curves=_curves(runs, done["configuration"]),
         devices=_devices(runs, done["configuration"]),
     )
@@ -183,11 +181,11 @@ def _comparable(values: pd.Series) -> pd.Series:
 
 def _curves(runs: Mapping[int, RunDirectory], configuration: pd.Series) -> pd.DataFrame:
     names = {"uplink_total": "uplink_bytes", "energy_total": "energy_joules"}
-    kept = ["finished", "sim_seconds", "uplink_bytes", "energy_joules", "train_loss", "eval_loss", "eval_accuracy"]
+    columns = ["finished", *(cost.column for cost in COSTS), *(score.column for score in SCORES)]
     frames = []
     for trial, run in runs.items():
         rounds = rounds_from_the_start(run).drop(columns=list(names.values())).rename(columns=names)
-        frames.append(rounds[kept].astype(float).assign(trial=trial, configuration=configuration[trial]))
+        frames.append(rounds[columns].astype(float).assign(trial=trial, configuration=configuration[trial]))
     return pd.concat(frames, ignore_index=True)
 
 

@@ -15,7 +15,7 @@ from fleetune.records.run_directory import RunDirectory
 from fleetune.reports.figures.devices import cost_by_device
 from fleetune.reports.figures.style import PALETTE, largest, legend, panels, percent
 from fleetune.reports.figures.timeline import timeline
-from fleetune.reports.run_stats import rounds_from_the_start, run_totals
+from fleetune.reports.run_stats import RUN_COSTS, rounds_from_the_start, run_totals
 from fleetune.units import scale_of
 
 if TYPE_CHECKING:
@@ -69,16 +69,16 @@ def accuracy_vs_cost(runs: Sequence[RunDirectory], *, path: Path) -> Path:
     evaluated = any(frame["eval_accuracy"].notna().any() for frames in groups.values() for frame in frames)
     column, title = ("eval_accuracy", "Evaluation accuracy") if evaluated else ("train_loss", "Training loss")
     costs = [
-        ("uplink_total", "uplink", "bytes"),
-        ("sim_seconds", "virtual time", "seconds"),
-        ("energy_total", "energy", "joules"),
+        ("uplink_total", RUN_COSTS["uplink_bytes"]),
+        ("sim_seconds", RUN_COSTS["sim_seconds"]),
+        ("energy_total", RUN_COSTS["energy_joules"]),
     ]
     with panels(path, columns=3) as axes:
-        for ax, (cost, name, quantity) in zip(axes, costs, strict=True):
-            most = max((largest(frame[cost]) for frames in groups.values() for frame in frames), default=0.0)
-            divisor, unit = scale_of(most, quantity)
-            ax.set(title=f"{title} against {name}", xlabel=f"{name} ({unit})")
-            _lines(ax, groups, _over(cost, divisor), column)
+        for ax, (name, cost) in zip(axes, costs, strict=True):
+            most = max((largest(frame[name]) for frames in groups.values() for frame in frames), default=0.0)
+            divisor, unit = scale_of(most, cost.unit)
+            ax.set(title=f"{title} against {cost.title}", xlabel=f"{cost.title} ({unit})")
+            _lines(ax, groups, _over(name, divisor), column)
             if evaluated:
                 percent(ax)
         legend(axes[0].figure, axes[0], groups)
@@ -96,11 +96,8 @@ def sweep_effect(runs: Sequence[RunDirectory], *, path: Path) -> Path | None:
     if not fields:
         return None
     totals = [run_totals(run) for run in runs]
-    outcomes = [
-        ("sim_seconds", "virtual time", "seconds"),
-        ("uplink_bytes", "uplink", "bytes"),
-        ("energy_joules", "energy", "joules"),
-    ]
+    costs = [RUN_COSTS[name] for name in ("sim_seconds", "uplink_bytes", "energy_joules")]
+    outcomes = [(cost.name, cost.title, cost.unit) for cost in costs]
     score = "eval_accuracy" if any(t["eval_accuracy"] is not None for t in totals) else "train_loss"
     with panels(path, columns=4, rows=len(fields)) as axes:
         for row, (field, values) in enumerate(fields.items()):
