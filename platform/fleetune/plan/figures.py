@@ -12,12 +12,13 @@ from fleetune.columns import MEMORY_PARTS
 from fleetune.plan.summary import by_stage, comparison
 from fleetune.plan.walk import Plan, Row
 from fleetune.reports.figures.style import BUDGET, PALETTE, PHASE_COLORS, REFUSED, STYLE
+from fleetune.units import scale_of
 
 TOTALS = (
-    ("sim_seconds", "Virtual time, hours", 3600.0),
-    ("uplink_bytes", "Sent by all clients, GB", 1e9),
-    ("energy_joules", "Energy of all clients, kJ", 1e3),
-    ("flops", "Computed by all clients, PFLOP", 1e15),
+    ("sim_seconds", "Virtual time", "seconds"),
+    ("uplink_bytes", "Sent by all clients", "bytes"),
+    ("energy_joules", "Energy of all clients", "joules"),
+    ("flops", "Computed by all clients", "flops"),
 )
 MAX_PLANS = 12  # in a figure; assumed: more cannot be told apart
 
@@ -29,18 +30,20 @@ def memory(plan: Plan, path: Path) -> Path:
     ax = axes[0]
     y = np.arange(len(rows))[::-1]
     left = np.zeros(len(rows))
+    divisor, unit = scale_of(max(row["peak_memory_bytes"] for row in rows), "bytes")
     for color, name in zip(PALETTE, MEMORY_PARTS, strict=False):
-        part = np.array([row[name] for row in rows]) / 1e9
+        part = np.array([row[name] for row in rows]) / divisor
         ax.barh(y, part, left=left, color=color, height=0.62, label=name.removesuffix("_bytes"))
         left += part
-    peak = np.array([row["peak_memory_bytes"] for row in rows]) / 1e9
-    budgets = np.array([row["budget_bytes"] for row in rows]) / 1e9
+    peak = np.array([row["peak_memory_bytes"] for row in rows]) / divisor
+    budgets = np.array([row["budget_bytes"] for row in rows]) / divisor
     shown = budgets <= 2.5 * peak.max()
-    ax.vlines(budgets[shown], y[shown] - 0.42, y[shown] + 0.42, color=BUDGET, lw=2.2, label="budget")
+    if shown.any():
+        ax.vlines(budgets[shown], y[shown] - 0.42, y[shown] + 0.42, color=BUDGET, lw=2.2, label="budget")
     for place, need, budget in zip(y, peak, budgets, strict=True):
         if need > budget:
             ax.text(need, place, "  does not fit", va="center", fontsize=8, color=REFUSED)
-    ax.set(title=f"Memory that {plan.label} needs, GB", xlabel="GB")
+    ax.set(title=f"Memory that {plan.label} needs", xlabel=unit)
     ax.margins(x=0.14)
     _ticks(ax, rows, y)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -74,12 +77,13 @@ def totals(plans: Sequence[Plan], path: Path) -> Path:
     rows = comparison(plans)[:MAX_PLANS]
     figure, axes = _figure(rows, columns=len(TOTALS), width=3.4)
     y = np.arange(len(rows))[::-1]
-    for i, (ax, (name, title, unit)) in enumerate(zip(axes, TOTALS, strict=True)):
-        values = [row[name] / unit for row in rows]
+    for i, (ax, (name, title, quantity)) in enumerate(zip(axes, TOTALS, strict=True)):
+        divisor, unit = scale_of(max(row[name] for row in rows), quantity)
+        values = [row[name] / divisor for row in rows]
         ax.barh(y, values, color=[PALETTE[k % len(PALETTE)] for k in range(len(rows))], height=0.62)
         for place, value in zip(y, values, strict=True):
             ax.text(value, place, f" {value:.4g}", va="center", fontsize=8)
-        ax.set(title=title)
+        ax.set(title=title, xlabel=unit)
         ax.margins(x=0.2)
         ax.set_yticks(y, [row["plan"] for row in rows] if i == 0 else [""] * len(rows))
     return _save(figure, path)

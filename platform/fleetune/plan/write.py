@@ -48,13 +48,17 @@ def _page(plans: Sequence[Plan], pictures: Sequence[Path], path: Path) -> Path:
     """One HTML page with all tables and figures."""
     assumed = list(dict.fromkeys(note for plan in plans for note in plan.assumptions))
     stages = [row for plan in plans for row in by_stage(plan)]
+    totals = comparison(plans)
+    if len(plans) == 1:  # nothing to compare with
+        totals = [{name: value for name, value in row.items() if not name.endswith("_ratio")} for row in totals]
     sections = [
         *([Section("Assumed", [Items(assumed)])] if assumed else []),
-        Section("Totals", [_table(comparison(plans), "Totals")]),
+        Section("Totals", [_table(totals, "Totals")]),
         Section("Stages and devices", [_table(stages, "Stages and devices")]),
         Section("Figures", [image(picture) for picture in pictures]),
     ]
-    subtitle = "No training, no weights: what the work would cost. Ratios: how many times as much the first plan needs."
+    subtitle = "No training, no weights: what the work would cost."
+    subtitle += " Ratios: how many times as much the first plan needs." if len(plans) > 1 else ""
     return Page(f"Plan of {plans[0].spec.name}", subtitle, sections).write(path)
 
 

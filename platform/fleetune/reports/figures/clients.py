@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fleetune.reports.client_stats import MEMORY_PARTS, PHASES, REFUSED, bounds, memory_parts
-from fleetune.reports.figures.style import GREY, PALETTE, PHASE_COLORS, largest, panels
+from fleetune.reports.figures.style import BUDGET, GREY, PALETTE, PHASE_COLORS, largest, panels
 from fleetune.units import scale_of
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PART_COLORS = dict(zip(MEMORY_PARTS, ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), strict=True))
-BUDGET = "#D55E00"
+MEDIAN = "#D55E00"
 MAX_BARS = 60
 
 
@@ -120,4 +120,4 @@ def _boxes(ax: Axes, values: list[np.ndarray]) -> None:
         low, q1, median, q3, high = np.quantile(v, [0, 0.25, 0.5, 0.75, 1])
         ax.plot([low, high], [i, i], color="#1A1A1A", lw=0.9)
         ax.barh(i, q3 - q1, left=q1, height=0.5, facecolor="none", edgecolor="#1A1A1A", lw=1.0)
-        ax.plot([median] * 2, [i - 0.25, i + 0.25], color=BUDGET, lw=2)
+        ax.plot([median] * 2, [i - 0.25, i + 0.25], color=MEDIAN, lw=2)
