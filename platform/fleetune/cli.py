@@ -394,9 +394,9 @@ def _show_result(result: Any, as_json: bool) -> None:
     print(f"links      {size(totals['uplink_bytes'])} up, {size(totals['downlink_bytes'])} down")
     if totals.get("num_oom", 0) + totals.get("num_refused", 0) > 0:
         from fleetune.records.run_directory import RunDirectory
-        from fleetune.reports.client_stats import told
+        from fleetune.reports.client_stats import refusal_lines
 
-        for i, line in enumerate(told(RunDirectory.open(result.run_dir).clients())):
+        for i, line in enumerate(refusal_lines(RunDirectory.open(result.run_dir).clients())):
             print(f"{'' if i else 'refused':<10} {line}")
     print(printable(f"run        {result.run_dir}\nnext       fleetune ui · fleetune report {result.run_dir}"))
 

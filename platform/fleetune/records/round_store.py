@@ -28,11 +28,10 @@ class RoundStore(StoredFiles):
     # ------------------------------------------------------------------ written
 
     def append_round(self, round_row: Mapping[str, Any], clients: Mapping[str, Any]) -> Path:
-        """Adds a finished round: its row, and the clients' columns (arrays or lists of N values, or one value
-        for all N). Returns its file, which is there for readers; it outlasts a power cut once ``files.sync`` was called for it.
+        """Adds a finished round: its row, and the columns of its N clients (arrays or lists of N values, or one value for all).
 
-        ``run_id``, ``round`` and ``stage`` of the clients are taken from the row; columns that are missing
-        are null; further ones are kept.
+        Readers see the returned file at once; it outlasts a power cut after ``files.sync``. ``run_id``, ``round`` and
+        ``stage`` of the clients come from the row. Missing columns are null, and columns beyond the table's are stored, too.
         """
         from fleetune.records import tables
 
@@ -43,18 +42,14 @@ class RoundStore(StoredFiles):
         return path
 
     def consolidate(self) -> None:
-        """Moves the parts into ``clients.parquet`` and ``rounds.parquet``. Costs in proportion to the whole
-        run.
-        """
+        """Moves the parts into ``clients.parquet`` and ``rounds.parquet``; rewrites both, so it is called seldom."""
         parts = self._parts()
         self._write_tables(self._client_table(parts), *self._round_rows(parts))
         for path in parts.values():
             path.unlink(missing_ok=True)
 
     def truncate(self, num_rounds: int) -> None:
-        """Keeps the first ``num_rounds`` rounds, and forgets the later ones and the result: the run goes on
-        from there.
-        """
+        """Removes all rounds but the first ``num_rounds``, and the result: the run goes on from there."""
         (self.path / "result.json").unlink(missing_ok=True)
         files.clean(self.path)
         for round_idx, path in self._parts().items():
@@ -65,11 +60,11 @@ class RoundStore(StoredFiles):
 
             clients = self._client_table({})
             rows, recorded_at_ms = self._round_rows({})
-            kept = [row for row in rows if row["round"] < num_rounds]
-            self._write_tables(clients.filter(pc.less(clients["round"], num_rounds)), kept, recorded_at_ms)
+            earlier = [row for row in rows if row["round"] < num_rounds]
+            self._write_tables(clients.filter(pc.less(clients["round"], num_rounds)), earlier, recorded_at_ms)
 
     def _write_tables(self, clients: pa.Table, rows: list[dict[str, Any]], recorded_at_ms: dict[int, int]) -> None:
-        """Clients first: a round that is in rounds.parquet has its clients in clients.parquet."""
+        """Writes the clients first, so that every round in rounds.parquet has its clients in clients.parquet."""
         from fleetune.records import tables
 
         times = json.dumps({row["round"]: recorded_at_ms[row["round"]] for row in rows}).encode()
@@ -81,7 +76,7 @@ class RoundStore(StoredFiles):
     # ------------------------------------------------------------------ read
 
     def check_rounds(self, num_rounds: int) -> None:
-        """Raises `files.Damaged` unless the records of the first ``num_rounds`` rounds are all there, whole."""
+        """Raises `files.Damaged` unless the records of the first ``num_rounds`` rounds are there and undamaged."""
         parts = {idx: path for idx, path in self._parts().items() if idx < num_rounds}
         for path in parts.values():
             files.read(path, holds=content_of(path.name), must_be_sealed=True)
@@ -94,7 +89,7 @@ class RoundStore(StoredFiles):
             raise files.damaged(path, "it is missing", holds=content_of(path.name))
 
     def num_recorded(self) -> int:
-        """How many rounds there are records of, up to the last one."""
+        """Returns the number of rounds up to the last one that is recorded."""
         return max([*self._parts(), *self._round_rows({})[1]], default=-1) + 1
 
     def rounds(self) -> pd.DataFrame:
@@ -114,7 +109,10 @@ class RoundStore(StoredFiles):
         return [(row, recorded_at_ms[row["round"]]) for row in rows if row["round"] >= first_round]
 
     def _round_rows(self, parts: dict[int, Path]) -> tuple[list[dict[str, Any]], dict[int, int]]:
-        """Parts first, then the Parquet file: a part that vanishes meanwhile has just been moved there."""
+        """Returns the rows in order, and round -> time of recording (ms since 1970).
+
+        Reads the parts before the Parquet file: a part that vanishes in between has just been moved there.
+        """
         from fleetune.records import tables
 
         found: dict[int, tuple[dict[str, Any], int]] = {}

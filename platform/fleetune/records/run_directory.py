@@ -45,11 +45,11 @@ class RunDirectory(RoundStore):
         meta: Mapping[str, Any] | None = None,
         directory: str | Path | None = None,
     ) -> Self:
-        """A new run in ``<workspace>/runs/<run_id>``, or in ``<directory>/<run_id>`` where one is given.
+        """A new run in ``<workspace>/runs/<run_id>``, or in ``<directory>/<run_id>`` if one is given.
 
         ``meta`` (plain data) may hold ``git_commit``, ``spec_hash``, ``sweep``, ``overrides`` (dotted field
         -> value, what a trial changed), ``parent_run_dir`` and ``dataset`` (name, digest, source,
-        num_examples). Raises UserError where the directory already holds a run.
+        num_examples). Raises UserError if the directory already holds a run.
         """
         path = Path(directory or Path(workspace) / "runs").absolute() / run_id
         if (path / cls.SPEC).exists():
@@ -67,7 +67,7 @@ class RunDirectory(RoundStore):
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """The run in ``path``; UserError where there is none."""
+        """The run in ``path``. Raises UserError if there is none."""
         path = Path(path).absolute()
         if not (path / cls.SPEC).is_file():
             kind, place = ("run", "runs/<run_id>") if cls is RunDirectory else ("sweep", "sweeps/<name>-<id>")
@@ -84,7 +84,7 @@ class RunDirectory(RoundStore):
 
     @property
     def spec(self) -> dict[str, Any]:
-        """The resolved spec as plain data. UserError where somebody broke the file."""
+        """The resolved spec as plain data. Raises UserError if the file is broken."""
         path, holds = self.path / self.SPEC, "what was run"
         with files.parsing(path, holds=holds):
             values = load_yaml(files.read(path, holds=holds))
@@ -94,7 +94,7 @@ class RunDirectory(RoundStore):
 
     @property
     def meta(self) -> dict[str, Any]:
-        """What is known of the run besides its spec: git commit, spec hash, sweep, parent, start."""
+        """Facts about the run besides its spec: git commit, spec hash, sweep, parent, start."""
         found = self._read_json("checkpoint/meta.json")
         if found is None:
             raise files.damaged(
@@ -108,7 +108,7 @@ class RunDirectory(RoundStore):
 
     @property
     def workspace(self) -> Path:
-        """The workspace the run belongs to: two folders up, whatever its files say, as it may come from somebody else."""
+        """The workspace that the run belongs to: two folders up. Its files are not asked, as they may come from somebody else."""
         return self.path.parent.parent
 
     # ------------------------------------------------------------------ how it came out
@@ -122,7 +122,7 @@ class RunDirectory(RoundStore):
         return self._read_json("result.json")
 
     def check(self) -> None:
-        """Raises `files.Damaged` where a file of a run that is over is not what was written, or a result has no records."""
+        """Raises `files.Damaged` if a file of a finished run is not as it was written, or if a result has no records."""
         is_over = bool(self.meta) and self.result() is not None
         for name in self._tables():
             try:
@@ -136,7 +136,7 @@ class RunDirectory(RoundStore):
         return ("clients.parquet", "rounds.parquet")
 
     def _check_adapter(self) -> None:
-        """PEFT's own configuration has no room for a checksum: the file of the adapter holds it."""
+        """PEFT's own configuration has no room for a checksum, so the adapter's file holds the configuration's, too."""
         from safetensors import safe_open
 
         model, config = (self.path / "adapter" / name for name in ("adapter_model.safetensors", "adapter_config.json"))

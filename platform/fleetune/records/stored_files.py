@@ -26,14 +26,14 @@ class StoredFiles:
         self.path = path
 
     def write(self, name: str, content: bytes | memoryview) -> None:
-        """Writes a file of this directory in one step, for good: readers see the old one or the new one."""
+        """Writes a file of this directory in one step, so that it lasts: readers see the old one or the new one."""
         files.write(self.path / name, content)
 
     def _write_parquet(self, name: str, table: pa.Table) -> None:
         self.write(name, parquet_bytes(table))
 
     def _read_parquet(self, name: str) -> pa.Table:
-        """A table; FileNotFoundError where it is not there."""
+        """Reads a table. Raises FileNotFoundError if it is not there, and `files.Damaged`."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -72,7 +72,7 @@ def parquet_bytes(table: pa.Table) -> memoryview:
 
 
 def content_of(name: str) -> str:
-    """What is lost with a file."""
+    """Names what a file holds, for the message that it is damaged."""
     if name.startswith("round_"):
         return f"the records of round {int(Path(name).stem.removeprefix('round_'))}"
     kinds = {

@@ -29,7 +29,7 @@ class SweepDirectory(RunDirectory):
     SPEC = "sweep.yaml"
 
     def write_trials(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write ``trials.parquet`` in one step. A row holds columns of the schema (those that are missing are null), and
+        """Writes ``trials.parquet`` in one step. A row holds columns of the schema (those that are missing are null), and
         ``overrides``: dotted field -> value, which become the columns ``set.<field>``. ``run_dir`` is noted relative to
         the sweep, so that a workspace can be moved.
         """
@@ -69,14 +69,13 @@ class SweepDirectory(RunDirectory):
         return rows
 
     def write_csv(self) -> None:
-        """Write ``trials.csv``, which MLflow's UI and spreadsheets show as a table. Texts that a spreadsheet would take for a
+        """Writes ``trials.csv``, which MLflow's UI and spreadsheets show as a table. Texts that a spreadsheet would take for a
         formula get a quote before them (OWASP, CSV injection); numbers stay numbers.
         """
         table = self.trials()
         texts = table.select_dtypes(exclude="number")
-        lines = table.assign(**texts.map(_no_formula)).to_csv(
-            index=False, lineterminator="\r\n"
-        )  # so that a \r is quoted
+        # With this terminator a \r within a text is quoted.
+        lines = table.assign(**texts.map(_no_formula)).to_csv(index=False, lineterminator="\r\n")
         self.write("trials.csv", lines.encode())
 
     def runs(self) -> list[RunDirectory]:
@@ -95,7 +94,7 @@ class SweepDirectory(RunDirectory):
 
 
 def open_directory(path: str | Path) -> RunDirectory:
-    """The run or the sweep in ``path``; UserError where there is neither."""
+    """The run or the sweep in ``path``. Raises UserError if there is neither."""
     is_sweep = (Path(path) / SweepDirectory.SPEC).is_file()
     return SweepDirectory.open(path) if is_sweep else RunDirectory.open(path)
 

@@ -96,7 +96,7 @@ def _subtitle(runs: Sequence[RunDirectory]) -> str:
 
 
 def _facts(runs: Sequence[RunDirectory]) -> list[tuple[str, str]]:
-    """What all runs have in common, field by field, and which fields were varied."""
+    """The fields that all runs have in common, and those that were varied."""
     specs = [filled_fields(run.spec) for run in runs]
     fields = [*HEADER_FIELDS, *(k for k in specs[0] if k.startswith(("method.", "model.lora.", "fleet.devices.")))]
     common = {k: specs[0][k] for k in fields if k in specs[0] and all(spec.get(k) == specs[0][k] for spec in specs)}
@@ -133,7 +133,7 @@ def _runs_table(runs: Sequence[RunDirectory]) -> Table:
 
 
 def _swept(runs: Sequence[RunDirectory], folder: Path) -> list[Section]:
-    """What the varied fields do, if several runs vary one."""
+    """The effect of the varied fields, if several runs vary one."""
     effect = figures.sweep_effect(runs, path=folder / "sweep_effect.png") if len(runs) > 1 else None
     return [Section("What the varied fields do", [image(effect)])] if effect else []
 

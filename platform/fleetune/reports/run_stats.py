@@ -24,11 +24,9 @@ TURN_COSTS: tuple[Column, ...] = tuple(
 
 
 def run_totals(run: RunDirectory) -> dict[str, float | None]:
-    """What a run came to: rounds, accuracy, losses, virtual seconds, bytes, joules and the share of turns
-    refused for memory.
+    """Totals of a run: rounds, accuracy, losses, virtual seconds, bytes, joules and the fraction of turns refused for memory.
 
-    ``eval_accuracy`` is the last one evaluated, ``best_accuracy`` the highest. None: not evaluated, or no
-    round yet.
+    ``eval_accuracy`` is the last one evaluated, ``best_accuracy`` the highest. None: not evaluated, or no round yet.
     """
     rounds = run.rounds()
     turns = float(rounds["num_clients"].sum())
@@ -74,7 +72,7 @@ def rounds_from_the_start(run: RunDirectory) -> pd.DataFrame:
 def device_costs(run: RunDirectory) -> pd.DataFrame:
     """Costs per device class (index ``device``), means over the turns that ran.
 
-    Shares of all turns: ``oom_fraction`` (refused for memory), ``refused_fraction`` (for another budget),
+    Fractions of all turns: ``oom_fraction`` (refused for memory), ``refused_fraction`` (for another budget),
     ``dropped_fraction``, ``late_fraction`` and ``failed_fraction``. ``peak_memory_bytes`` is the largest need,
     refused turns included, beside ``budget_bytes``.
     """

@@ -55,11 +55,10 @@ def pareto_parts(results: SweepResults, folder: Path) -> list[Part]:
     ]
 
 
-def budget_parts(results: SweepResults, asked: dict[str, list[float]], folder: Path) -> list[Part]:
-    """The best score that each configuration reached within each budget; ``asked`` replaces those of a cost column."""
+def budget_parts(results: SweepResults, own: dict[str, list[float]], folder: Path) -> list[Part]:
+    """The best score that each configuration reached within each budget; ``own`` replaces those of a cost column."""
     chosen = {
-        c.column: asked.get(c.column) or budgets_from(results.curves, results.score, c.column, c.quantity)
-        for c in COSTS
+        c.column: own.get(c.column) or budgets_from(results.curves, results.score, c.column, c.quantity) for c in COSTS
     }
     made = sweep_figures.budgets(results, chosen, path=folder / "quality_under_budget.png")
     header, columns = ["rank", "configuration"], []
@@ -79,9 +78,9 @@ def budget_parts(results: SweepResults, asked: dict[str, list[float]], folder: P
     return [Note(note), image(made, alt), Table(header, rows, caption="Quality under a budget")]
 
 
-def target_parts(results: SweepResults, asked: list[float], folder: Path) -> list[Part]:
-    """What each configuration had cost when it first reached each target; ``asked`` replaces the targets."""
-    chosen = asked or targets_from(results.curves, results.score)
+def target_parts(results: SweepResults, own: list[float], folder: Path) -> list[Part]:
+    """What each configuration had cost when it first reached each target; ``own`` replaces the targets."""
+    chosen = own or targets_from(results.curves, results.score)
     if not chosen:
         reason = (
             "No trial got better than its start, so there is no target to reach. Give one with <code>--target</code>."
@@ -99,15 +98,17 @@ def target_parts(results: SweepResults, asked: list[float], folder: Path) -> lis
             quantities.append(cost)
     made = sweep_figures.targets(results, reached, path=folder / "cost_to_target.png")
 
-    def told(value: float, at: tuple[int, str]) -> str:
+    def text_of(value: float, at: tuple[int, str]) -> str:
         column, name = at
         count = int(columns[column]["count"].get(name, 0))
         some = f" ({count} of {num_trials[name]})" if 0 < count < num_trials[name] else ""
         return cost_text(value, quantities[column]) + some
 
-    whole = [column["value"][column["count"] == column.index.map(num_trials)] for column in columns]
-    rows = _protocol_rows(results, [column["value"] for column in columns], told, [column.min() for column in whole])
-    start = "" if asked else "Targets lie 50, 75 and 90 % of the way from the untrained model to the best result. "
+    reached_by_all = [column["value"][column["count"] == column.index.map(num_trials)] for column in columns]
+    rows = _protocol_rows(
+        results, [column["value"] for column in columns], text_of, [column.min() for column in reached_by_all]
+    )
+    start = "" if own else "Targets lie 50, 75 and 90 % of the way from the untrained model to the best result. "
     note = markup(
         start
         + "A cost is that of the first evaluation which reached the target, the mean over the seeds that did (how many, "
@@ -118,7 +119,7 @@ def target_parts(results: SweepResults, asked: list[float], folder: Path) -> lis
 
 
 def _protocol_rows(
-    results: SweepResults, columns: Sequence[pd.Series], told: Any, best: Sequence[float]
+    results: SweepResults, columns: Sequence[pd.Series], text_of: Any, best: Sequence[float]
 ) -> list[list[Cell]]:
     """A row per configuration with a value of each column; what equals the column's best is marked."""
     rows = []
@@ -126,7 +127,7 @@ def _protocol_rows(
         cells = [Cell(f"#{results.rank(name)}", results.rank(name)), Cell(str(name))]
         for i, column in enumerate(columns):
             value = float(column.get(name, float("nan")))
-            cells.append(Cell(told(value, (i, name)), value, best=value == best[i]))
+            cells.append(Cell(text_of(value, (i, name)), value, best=value == best[i]))
         rows.append(cells)
     return rows
 

@@ -36,9 +36,9 @@ def sweep_report(
     """Writes ``report.html`` and ``figures/`` into the sweep's directory, or into ``out`` (a folder or an HTML file).
 
     ``budgets`` ("10MB", "2h", "5kJ") and ``targets`` ("0.6", "60%") replace those taken from the results. Returns the
-    HTML file. UserError where there is no sweep, or where none of its trials has finished.
+    HTML file. Raises UserError if there is no sweep, or if none of its trials has finished.
     """
-    asked = parse_budgets(budgets), parse_targets(targets)
+    own_budgets, own_targets = parse_budgets(budgets), parse_targets(targets)
     sweep = SweepDirectory.open(path)
     results = results_of(sweep)
     out = sweep.path if out is None else Path(out)
@@ -51,8 +51,8 @@ def sweep_report(
         Section(
             "Accuracy against cost" if results.score.is_share else "Loss against cost", pareto_parts(results, folder)
         ),
-        Section("Quality under a budget", budget_parts(results, asked[0], folder)),
-        Section("Cost to a target", target_parts(results, asked[1], folder)),
+        Section("Quality under a budget", budget_parts(results, own_budgets, folder)),
+        Section("Cost to a target", target_parts(results, own_targets, folder)),
         Section("Robustness to drop-out", dropout_parts(results, folder)),
         *([Section("What the swept fields do", _fields(results, folder))] if results.fields else []),
         Section("Costs per device class", _devices(results, folder)),
@@ -66,9 +66,9 @@ def sweep_report(
 
 def _subtitle(results: SweepResults) -> str:
     states = results.trials["status"].value_counts()
-    told = [f"{count} {state}" for state, count in states.items()]
+    counts = [f"{count} {state}" for state, count in states.items()]
     fields = ", ".join(results.fields) or "nothing but the seed"
-    return f"{len(results.trials)} trials: {', '.join(told)} · varied: {fields} · ranked by {results.score.title}"
+    return f"{len(results.trials)} trials: {', '.join(counts)} · varied: {fields} · ranked by {results.score.title}"
 
 
 def _answer(results: SweepResults) -> Note:
@@ -101,7 +101,7 @@ def _ranking(results: SweepResults) -> list[Part]:
 
 
 def _failures(results: SweepResults) -> list[Part]:
-    """Which trials failed, and why."""
+    """The trials that failed, and why."""
     failed = results.trials[results.trials["status"] == "failed"]
     if failed.empty:
         return []
@@ -141,9 +141,9 @@ def _fields(results: SweepResults, folder: Path) -> list[Part]:
 
 def _devices(results: SweepResults, folder: Path) -> list[Part]:
     best = sweep_figures.shown_configurations(results)
-    known = [name for name in best if name in results.devices.index.get_level_values("configuration")]
+    with_costs = [name for name in best if name in results.devices.index.get_level_values("configuration")]
     devices = results.devices.reset_index(level="configuration")
-    bars = {results.label(name): devices[devices["configuration"] == name] for name in known}
+    bars = {results.label(name): devices[devices["configuration"] == name] for name in with_costs}
     made = device_figures.device_bars(bars, path=folder / "cost_by_device.png")
     columns = paid(results.devices)
     header = ["rank", "configuration", "device class", "turns", *(column.title for column in columns)]
@@ -173,11 +173,11 @@ def _trials(results: SweepResults, base: Path) -> Table:
     for number, t in results.trials.iterrows():
         seed = "–" if t["seed"] != t["seed"] or t["seed"] is None else f"{t['seed']:.0f}"
         cells = [Cell(str(number), number), Cell(t["configuration"]), Cell(seed, t["seed"])]
-        cells += [Cell(t["status"]), Cell(_whole(t["num_rounds"]), t["num_rounds"])]
+        cells += [Cell(t["status"]), Cell(_count(t["num_rounds"]), t["num_rounds"])]
         cells += [Cell(percent(t["eval_accuracy"]), t["eval_accuracy"])]
         cells += [Cell("–" if t[c] != t[c] else f"{t[c]:.3f}", t[c]) for c in ("eval_loss", "train_loss")]
         cells += [Cell(cost_text(t[c.column], c), t[c.column]) for c in COSTS]
-        cells += [Cell(_whole(t["num_oom"]), t["num_oom"]), _run_link(t, base)]
+        cells += [Cell(_count(t["num_oom"]), t["num_oom"]), _run_link(t, base)]
         rows.append(cells)
     return Table(header, rows, caption="Trials")
 
@@ -190,7 +190,7 @@ def _run_link(trial: pd.Series, base: Path) -> Cell:
 
 
 def _with_spread(results: SweepResults, row: pd.Series) -> str:
-    """``71.2 ± 1.3 %``, or without spread where one trial has no spread."""
+    """``71.2 ± 1.3 %``, or without the spread, which one trial does not have."""
     if row["spread"] != row["spread"]:
         return amount(row["score"], results.score)
     if results.score.is_share:
@@ -198,5 +198,5 @@ def _with_spread(results: SweepResults, row: pd.Series) -> str:
     return f"{row['score']:.3f} ± {row['spread']:.3f}"
 
 
-def _whole(value: float | None) -> str:
+def _count(value: float | None) -> str:
     return "–" if value is None or value != value else f"{value:.0f}"

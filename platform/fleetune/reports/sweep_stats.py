@@ -5,7 +5,7 @@ or finished round, costs summed since the start; both carry ``configuration``, t
 differ in their seed only have in common.
 
 The protocols (quality under a budget, cost to a target, robustness) follow the idea of Geng, Lu, Zhao, Gao,
-Lane and Luo, "EdgeFlowerTune: PendingQuality Federated LLM Fine-Tuning Under Realistic Edge System Constraints",
+Lane and Luo, "EdgeFlowerTune: Evaluating Federated LLM Fine-Tuning Under Realistic Edge System Constraints",
 2026, https://arxiv.org/abs/2605.08636. What is measured there on boards and phones is simulated here.
 """
 

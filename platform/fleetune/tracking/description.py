@@ -6,7 +6,7 @@ from fleetune.records.naming import filled_fields, shown
 from fleetune.records.run_directory import RunDirectory
 
 # Fields of the spec that a run's note names.
-TOLD = (
+NAMED_FIELDS = (
     "model.base",
     "data.dataset",
     "fleet.num_clients",
@@ -19,8 +19,12 @@ TOLD = (
 def note(run: RunDirectory) -> str:
     """Fields that tell runs apart, the result's numbers, what a trial changed, and the text of the job or sweep file."""
     flat = filled_fields(run.spec)
-    told = [f"{field.rpartition('.')[2].replace('_', ' ')} **{shown(flat[field])}**" for field in TOLD if field in flat]
-    blocks = [" · ".join(told)] if told else []
+    named = [
+        f"{field.rpartition('.')[2].replace('_', ' ')} **{shown(flat[field])}**"
+        for field in NAMED_FIELDS
+        if field in flat
+    ]
+    blocks = [" · ".join(named)] if named else []
     changed = ", ".join(
         f"`{field}={shown(value)}`" for field, value in filled_fields(run.meta.get("overrides") or {}).items()
     )

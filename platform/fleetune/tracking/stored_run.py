@@ -51,8 +51,9 @@ class StoredRun:
         """The directory and the file in it that say what the store was sent."""
 
     def _connect(self) -> int:
-        """Finds or makes the experiment and the run, sends params, tags and dataset, and asks which steps are
-        there.
+        """Finds or makes the experiment and the run, sends parameters, tags and data set, and asks which steps are there.
+
+        Returns the number of parameters that were sent.
         """
         self._client = make_client(self.uri)
         experiment_id = self._experiment_id()
@@ -78,9 +79,8 @@ class StoredRun:
         if found is None:
             local = not self.uri.startswith(("http", "databricks"))  # a server keeps artifacts where it was told to
             place = (self.run.workspace / "mlartifacts").as_uri() if local else None
-            with contextlib.suppress(
-                MlflowException
-            ):  # another process was faster, or the answer was lost: names are unique
+            # An error here means that another process was faster, or that the answer was lost: names are unique.
+            with contextlib.suppress(MlflowException):
                 return self._client.create_experiment(name, artifact_location=place, tags=EXPERIMENT_TAGS)
             found = self._client.get_experiment_by_name(name)
             if found is None:
@@ -107,11 +107,13 @@ class StoredRun:
     def _search_run(self, experiment_id: str) -> Any:
         """The run by its tag; None where there is none. Of several, which a lost answer can make, the one that holds most."""
         query = f"tags.fleetune_run_id = '{self.run.run_id}'"
-        found = [run for run in self._client.search_runs([experiment_id], filter_string=query) if self._is_mine(run)]
+        found = [
+            run for run in self._client.search_runs([experiment_id], filter_string=query) if self._is_this_run(run)
+        ]
         return max(found, key=lambda run: (len(run.data.metrics), len(run.data.params), run.info.run_id), default=None)
 
-    def _is_mine(self, stored: Any) -> bool:
-        """Whether a run with this one's id is it, and not a copy under a sweep that reused it."""
+    def _is_this_run(self, stored: Any) -> bool:
+        """True if a stored run with this one's id is it, and not a copy under a sweep that reused it."""
         return REUSED_FROM not in stored.data.tags
 
     def _remove_doubles(self) -> None:
@@ -119,7 +121,7 @@ class StoredRun:
         query = f"tags.fleetune_run_id = '{self.run.run_id}'"
         for stored in self._client.search_runs([self._ids[0]], filter_string=query):
             is_empty = not stored.data.metrics and not stored.data.params
-            if is_empty and stored.info.run_id != self._ids[1] and self._is_mine(stored):
+            if is_empty and stored.info.run_id != self._ids[1] and self._is_this_run(stored):
                 self._client.delete_run(stored.info.run_id)
 
     def _create_run(self, experiment_id: str) -> Any:
@@ -205,7 +207,7 @@ class StoredRun:
         self._client.log_batch(self._ids[1], tags=[RunTag(k, v) for k, v in tags.items()])
 
     def _state(self) -> dict[str, Any]:
-        """What was noted of this run in a store."""
+        """The notes on this run in a store; empty if there are none."""
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
             return json.loads((self._notes.path / self._note).read_text())
         return {}

@@ -14,13 +14,13 @@ from fleetune.tracking.tracker import SyncReport, Tracker
 
 
 def sync(run_dir: str | Path, *, uri: str | None = None) -> SyncReport:
-    """Sends what the store has not got of a run, or of a sweep and all its trials. UserError where it cannot be used."""
+    """Sends what the store lacks of a run, or of a sweep and all its trials. Raises UserError if the store cannot be used."""
     run = open_directory(run_dir)
     tracker = tracker_of(run, uri=uri)
     check_access(tracker.uri)
     trials = own_trials(run) if isinstance(run, SweepDirectory) else []
-    for one in (run, *trials):  # what was damaged is not passed on
-        one.check()
+    for checked in (run, *trials):  # what was damaged is not passed on
+        checked.check()
     try:
         reports = [Tracker(trial, uri=uri).push() for trial in trials]
         sent = tracker.push()

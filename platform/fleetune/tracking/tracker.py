@@ -91,23 +91,21 @@ class Tracker(StoredRun):
         from mlflow.entities import Metric
 
         assert self._sent is not None
-        news: list[Metric] = []
+        unsent: list[Metric] = []
         for row, recorded_at_ms in self.run.round_rows(first_round=self._metrics.next_round):
             step = int(row["round"])
             for key, value in self._metrics.of(row).items():
                 if step not in self._sent.get(key, ()):
-                    news.append(Metric(key, value, recorded_at_ms, step))
-        if news and self._system is not None:
-            sampled = self._system.sample(step=news[-1].step)
-            news += [metric for metric in sampled if metric.step not in self._sent.get(metric.key, ())]
-        for start in range(0, len(news), METRICS_PER_CALL):
-            self._client.log_batch(self._ids[1], metrics=news[start : start + METRICS_PER_CALL])
-        return len(news)
+                    unsent.append(Metric(key, value, recorded_at_ms, step))
+        if unsent and self._system is not None:
+            sampled = self._system.sample(step=unsent[-1].step)
+            unsent += [metric for metric in sampled if metric.step not in self._sent.get(metric.key, ())]
+        for start in range(0, len(unsent), METRICS_PER_CALL):
+            self._client.log_batch(self._ids[1], metrics=unsent[start : start + METRICS_PER_CALL])
+        return len(unsent)
 
     def _close(self, result: dict[str, Any] | None) -> int:
-        """Artifacts, the summary and the final status; a sweep, which has no rounds, gets its result as
-        metrics.
-        """
+        """Sends artifacts, the summary and the final status; a sweep, which has no rounds, gets its result as metrics."""
         if result and not self._metrics.next_round:
             self._push_result(result)
         num_artifacts = self._push_files(result)
@@ -128,8 +126,10 @@ class Tracker(StoredRun):
         assert self._sent is not None
         values = {key: number(value) for key, value in filled_fields(result.get("metrics") or {}).items()}
         now_ms = int(time.time() * 1000)
-        news = [Metric(k, v, now_ms, 0) for k, v in values.items() if v is not None and 0 not in self._sent.get(k, ())]
-        self._client.log_batch(self._ids[1], metrics=news)
+        unsent = [
+            Metric(k, v, now_ms, 0) for k, v in values.items() if v is not None and 0 not in self._sent.get(k, ())
+        ]
+        self._client.log_batch(self._ids[1], metrics=unsent)
 
     def _push_files(self, result: dict[str, Any] | None) -> int:
         """Artifacts, among them the adapter, which is entered among the experiment's models."""
@@ -139,9 +139,7 @@ class Tracker(StoredRun):
         return num_artifacts
 
     def _push_artifacts(self) -> int:
-        """Uploads files whose content the store does not have; what was sent is noted in
-        ``checkpoint/mlflow.json``.
-        """
+        """Uploads files whose content the store does not have, and notes them in ``checkpoint/mlflow.json``. Returns how many."""
         if not (self.run.path / "figures").is_dir() and self._metrics.next_round:
             from fleetune.reports.figures.runs import write_figures
 

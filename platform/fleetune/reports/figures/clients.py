@@ -49,7 +49,7 @@ def distributions(clients: pd.DataFrame, *, path: Path) -> Path:
 
 
 def bounding(clients: pd.DataFrame, *, path: Path) -> Path:
-    """Whom each round waits for: its turn by phase, round after round, and how often it was which device class."""
+    """The client that each round waits for: its turn by phase, and how often each device class was it."""
     slowest = bounds(clients)
     devices = sorted(clients["device"].unique())
     with panels(path, columns=2, width=6.4, height=2.0 + 0.3 * len(devices)) as (ax, share):
@@ -80,7 +80,7 @@ def bounding(clients: pd.DataFrame, *, path: Path) -> Path:
 
 
 def memory(clients: pd.DataFrame, *, path: Path) -> Path:
-    """What the largest need of each device class consists of, beside its budget."""
+    """The parts of each device class's largest need, beside its budget."""
     parts = memory_parts(clients)
     with panels(path, columns=1, width=9.0, height=1.5 + 0.45 * len(parts)) as (ax,):
         need = parts["peak_memory_bytes"].to_numpy(dtype=float)

@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 
 def cost_by_device(runs: Sequence[RunDirectory], *, path: Path) -> Path:
-    """Per device class: time, bytes sent and energy of a turn, peak memory against the budget, share refused
-    for memory.
-    """
+    """Per device class: time, bytes sent and energy of a turn, peak memory against the budget, fraction refused for memory."""
     groups = dict(list(group_labels(list(runs)).items())[: len(PALETTE)])
     return device_bars({label: _mean_costs(members) for label, members in groups.items()}, path=path)
 

@@ -1,6 +1,4 @@
-"""Figures of one run or several, as PNG files. Runs that differ in their seed only share a line: mean, and
-range as a band.
-"""
+"""Figures of one run or several, as PNG files. Runs that differ in their seed only share a line: mean, and range as a band."""
 
 from __future__ import annotations
 
@@ -47,9 +45,11 @@ def learning_curve(runs: Sequence[RunDirectory], *, path: Path) -> Path:
         ("eval_accuracy", "Evaluation accuracy"),
     ]
     groups = _groups(runs)
-    known = [panel for panel in shown if any(f[panel[0]].notna().any() for frames in groups.values() for f in frames)]
-    with panels(path, columns=max(1, len(known))) as axes:
-        for ax, (column, title) in zip(axes, known or shown[:1], strict=False):
+    evaluated = [
+        panel for panel in shown if any(f[panel[0]].notna().any() for frames in groups.values() for f in frames)
+    ]
+    with panels(path, columns=max(1, len(evaluated))) as axes:
+        for ax, (column, title) in zip(axes, evaluated or shown[:1], strict=False):
             ax.set(title=title, xlabel="rounds finished")
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             _lines(ax, groups, _over("finished"), column)
@@ -62,9 +62,7 @@ def learning_curve(runs: Sequence[RunDirectory], *, path: Path) -> Path:
 
 
 def accuracy_vs_cost(runs: Sequence[RunDirectory], *, path: Path) -> Path:
-    """Accuracy (without evaluation: training loss) against bytes sent, virtual time and energy since the
-    start.
-    """
+    """Accuracy (without evaluation: training loss) against bytes sent, virtual time and energy since the start."""
     groups = _groups(runs)
     evaluated = any(frame["eval_accuracy"].notna().any() for frames in groups.values() for frame in frames)
     column, title = ("eval_accuracy", "Evaluation accuracy") if evaluated else ("train_loss", "Training loss")
@@ -86,8 +84,7 @@ def accuracy_vs_cost(runs: Sequence[RunDirectory], *, path: Path) -> Path:
 
 
 def sweep_effect(runs: Sequence[RunDirectory], *, path: Path) -> Path | None:
-    """What each swept field does to accuracy, virtual time, uplink and energy; None where no number or name
-    was varied.
+    """The effect of each swept field on accuracy, virtual time, uplink and energy; None if no number or name was varied.
 
     A dot is a run, the line the mean of the runs with that value.
     """
@@ -124,7 +121,7 @@ def _groups(runs: Sequence[RunDirectory]) -> dict[str, list[pd.DataFrame]]:
 
 
 def _over(column: str, divisor: float = 1.0) -> XOf:
-    """What a line is drawn over: a column, in larger units."""
+    """Returns the horizontal values of a line: a column, in larger units."""
     return lambda frame: frame[column] / divisor
 
 
@@ -134,9 +131,9 @@ def _lines(ax: Axes, groups: dict[str, list[pd.DataFrame]], x_of: XOf, column: s
 
     drawn = 0
     for i, (label, frames) in enumerate(groups.items()):
-        known = [frame[frame[column].notna()] for frame in frames]
-        y = pd.concat([f.set_index("round")[column] for f in known], axis=1) if known else pd.DataFrame()
-        x = pd.concat([x_of(f).set_axis(f["round"]) for f in known], axis=1).mean(axis=1)
+        finite = [frame[frame[column].notna()] for frame in frames]
+        y = pd.concat([f.set_index("round")[column] for f in finite], axis=1) if finite else pd.DataFrame()
+        x = pd.concat([x_of(f).set_axis(f["round"]) for f in finite], axis=1).mean(axis=1)
         if y.empty:
             continue
         color, style = PALETTE[i % len(PALETTE)], "-" if i < len(PALETTE) else "--"

@@ -117,7 +117,7 @@ def budgets(results: SweepResults, chosen: dict[str, list[float]], *, path: Path
 
 
 def targets(results: SweepResults, reached: dict[str, tuple[pd.DataFrame, pd.DataFrame]], *, path: Path) -> Path:
-    """What the best configurations cost at the first evaluation that reached each target (mean over seeds).
+    """The cost of the best configurations at the first evaluation that reached each target (mean over seeds).
 
     ``reached``: cost column -> (means, numbers of trials), index configuration, a column per target. Hollow: not by all.
     """
@@ -129,16 +129,16 @@ def targets(results: SweepResults, reached: dict[str, tuple[pd.DataFrame, pd.Dat
             by_all = counts.to_numpy() == num_trials[:, None]
             divisor, unit = scale_of(largest(means), cost.quantity)
             place = np.arange(len(rows))
-            known = means.to_numpy(dtype=float) / divisor
-            if np.isfinite(known).any():
-                first, last = np.nanmin(known, axis=1, initial=np.inf), np.nanmax(known, axis=1, initial=-np.inf)
+            costs = means.to_numpy(dtype=float) / divisor  # (configurations, targets), NaN: not reached
+            if np.isfinite(costs).any():
+                first, last = np.nanmin(costs, axis=1, initial=np.inf), np.nanmax(costs, axis=1, initial=-np.inf)
                 seen = np.isfinite(first) & np.isfinite(last)
                 ax.hlines(place[seen], first[seen], last[seen], color=GREY, lw=2)
             for j, target in enumerate(means.columns):
                 look: Any = {"color": PALETTE[j % len(PALETTE)], "label": amount(float(str(target)), results.score)}
                 look |= {"marker": MARKERS[j % len(MARKERS)], "ms": 6, "ls": ""}
-                ax.plot(np.where(by_all[:, j], known[:, j], np.nan), place, **look)
-                ax.plot(np.where(by_all[:, j], np.nan, known[:, j]), place, **{**look, "mfc": "white", "label": None})
+                ax.plot(np.where(by_all[:, j], costs[:, j], np.nan), place, **look)
+                ax.plot(np.where(by_all[:, j], np.nan, costs[:, j]), place, **{**look, "mfc": "white", "label": None})
             names = [results.label(c) for c in rows] if i == 0 else [""] * len(rows)
             ax.set(
                 title=f"{cost.title.capitalize()} to a target",
@@ -146,7 +146,7 @@ def targets(results: SweepResults, reached: dict[str, tuple[pd.DataFrame, pd.Dat
                 ylim=(len(rows) - 0.5, -0.5),
             )
             ax.set_yticks(place, names)
-            _spread_out(ax, known[np.isfinite(known)])
+            _spread_out(ax, costs[np.isfinite(costs)])
         _legend(axes, title=results.score.title)
     return path
 
@@ -235,6 +235,6 @@ def _number(ax: Axes, x: np.ndarray, y: np.ndarray, texts: Sequence[str], *, abo
 
 def _spread_out(ax: Axes, x: np.ndarray) -> None:
     """A logarithmic axis where values differ more than twentyfold."""
-    known = x[np.isfinite(x) & (x > 0)]
-    if len(known) and known.max() > 20 * known.min():
+    positive = x[np.isfinite(x) & (x > 0)]
+    if len(positive) and positive.max() > 20 * positive.min():
         plain_log(ax)

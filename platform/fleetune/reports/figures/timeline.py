@@ -21,9 +21,7 @@ MAX_CLIENTS = 36
 
 
 def timeline(run: RunDirectory, *, path: Path, rounds: Sequence[int] | None = None) -> Path:
-    """Who did what when, in virtual time: the given rounds, by default the last three. Refused clients have a
-    cross.
-    """
+    """Who did what when, in virtual time: the given rounds, by default the last three. Refused clients have a cross."""
     frame, clients = run.rounds(), run.clients()
     starts = round_starts(frame)
     chosen = list(rounds) if rounds is not None else frame["round"].tolist()[-3:]
@@ -39,11 +37,7 @@ def timeline(run: RunDirectory, *, path: Path, rounds: Sequence[int] | None = No
     divisor, unit = scale_of(end, "seconds")
     with panels(path, columns=1, width=11, height=1.4 + 0.2 * max(5, len(order))) as (ax,):
         span = (
-            "no rounds"
-            if not chosen
-            else f"round {chosen[0]}"
-            if len(chosen) == 1
-            else f"rounds {chosen[0]}–{chosen[-1]}"
+            f"rounds {chosen[0]}–{chosen[-1]}" if len(chosen) > 1 else f"round {chosen[0]}" if chosen else "no rounds"
         )
         ax.set(title=f"Timeline, {span}", xlabel=f"virtual time ({unit})")
         ax.grid(axis="y", visible=False)
