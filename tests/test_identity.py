@@ -342,7 +342,7 @@ def test_a_large_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(reads) == 2
     monkeypatch.setattr(digests, "SETTLED_SECONDS", -60.0)
     assert digests.file_digest(file) == fresh
-    digests._known.clear()  # as in another process
+    digests._digests.clear()  # as in another process
     assert digests.file_digest(file) == fresh
     assert len(reads) == 3
     file.write_bytes(b"12346")

@@ -69,7 +69,7 @@ def to_examples(table: Table, *, config: DataConfig, field: str = "data.dataset"
     if len(table) == 0:
         raise UserError("holds no examples", field=field, value=table.name)
     roles = find_roles(table, config)
-    columns = _texts(table, roles.asked(config))
+    columns = _texts(table, roles.required(config))
     _refuse_structures(table, roles.prompt, "prompt")
     _refuse_structures(table, roles.response, "response")
     prompt, response = columns[roles.prompt], columns[roles.response]
@@ -88,8 +88,8 @@ def to_examples(table: Table, *, config: DataConfig, field: str = "data.dataset"
     return _without_blanks(examples, table)
 
 
-def _texts(table: Table, asked: dict[str, str]) -> dict[str, list[str]]:
-    """Each column's texts. One that has none is left out, or is a fault if it is ``asked`` for."""
+def _texts(table: Table, required: dict[str, str]) -> dict[str, list[str]]:
+    """Each column's texts. One that has none is left out, or is a fault if it is ``required`` (column -> field)."""
     texts: dict[str, list[str]] = {}
     faults = dict(table.unreadable)
     for name, values in table.columns.items():
@@ -98,9 +98,9 @@ def _texts(table: Table, asked: dict[str, str]) -> dict[str, list[str]]:
         except ValueError as error:
             faults[name] = str(error)
     for name, reason in faults.items():
-        if name in asked:
+        if name in required:
             hint = "write it as text, or name another column"
-            raise UserError(f"{table.name}: column {name!r} cannot be read: {reason}", field=asked[name], hint=hint)
+            raise UserError(f"{table.name}: column {name!r} cannot be read: {reason}", field=required[name], hint=hint)
     return texts
 
 
