@@ -23,7 +23,7 @@ class JsonFault(ValueError):
 
 
 def parse(text: str) -> Any:
-    """The value of a whole JSON text. Raises JsonFault."""
+    """The value of a JSON text. Raises JsonFault."""
     value, end = _value(text, _skip_blanks(text, 0))
     rest = _skip_blanks(text, end)
     if rest < len(text):

@@ -1,6 +1,6 @@
 """The fleet: which client has which device and link, whose link is fast this round, and who leaves.
 
-A struct of arrays: a registered client is four bytes, not an object. Draws are made for the whole fleet and
+A struct of arrays: a registered client is four bytes, not an object. Draws are made for the full fleet and
 then indexed, so that what happens to a client in a round does not depend on who else was sampled.
 """
 
@@ -24,7 +24,7 @@ from fleetune.fleet.profile import DeviceProfile
 from fleetune.seeds import rng
 
 BATCH, CHECKPOINTING, CAPACITY, RANK = "batch", "checkpointing", "capacity", "rank"
-"""What fleet.adapt can make smaller."""
+"""The values of fleet.adapt: the part of a client's work that is made smaller."""
 DEFAULT_DEVICES = {"jetson-nano": 0.5, "jetson-orin-nano-8gb": 0.3, "jetson-agx-orin-64gb": 0.2}
 
 

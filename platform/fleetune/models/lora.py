@@ -1,4 +1,4 @@
-"""LoRA over a whole cohort: K clients share one frozen linear layer and bring a pair (A_k, B_k) each.
+"""LoRA over a full cohort: K clients share one frozen linear layer and bring a pair (A_k, B_k) each.
 
         x (K b, S, in) ──► base.weight ───────────────► + ──► y (K b, S, out)
             └─ as (K, b S, in) ──► A (K, r, in) ──► B (K, out, r) × alpha / r ──┘

@@ -141,7 +141,7 @@ def _factor_gradients(
     """The gradient of ``middle = x A^T`` (K, T, R), and those of every A and B in turn, in the type of the factor.
 
     ``grads`` (N, out_i) are those of the layers' outputs, None for an output that nobody reads: its adapter gets zeros, so that
-    the joined product over all ranks stays whole. ``x`` (K b, S, in), ``middle`` (K, T, R).
+    the joined product covers all ranks. ``x`` (K b, S, in), ``middle`` (K, T, R).
     """
     d_middles, d_bs = [], []
     for i, part, (_, b) in zip(form.adapted, _by_rank(middle, factors), factors, strict=True):

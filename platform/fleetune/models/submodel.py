@@ -27,7 +27,7 @@ class Submodel:
 
     @classmethod
     def prefix(cls, num_layers: int) -> Submodel:
-        """The first ``num_layers`` blocks as they are (all of them: the whole model)."""
+        """The first ``num_layers`` blocks as they are (all of them: the full model)."""
         return cls(tuple(((j, 1.0),) for j in range(num_layers)))
 
     @classmethod

@@ -31,11 +31,11 @@ class LocalPlan:
     submodel: Submodel
     """The blocks that the client holds."""
     trainable: Callable[[str], bool] = every
-    """Which adapter tensors receive gradients."""
+    """True for the names of the adapter tensors that receive gradients."""
     uploads: Callable[[str], bool] = every
-    """Which adapter tensors go to the server afterwards."""
+    """True for the names of the adapter tensors that go to the server afterwards."""
     keeps: Callable[[str], bool] = none
-    """Which adapter tensors stay with the client as its private state until its next round."""
+    """True for the names of those that stay with the client as its private state until its next round."""
     penalty: Callable[[Tensors, Tensors], Tensor] | None = None
     """Added to each client's loss: (parameters {name: (K, …)}, their values at the start) -> (K,)."""
     split: int | None = None
