@@ -1,4 +1,4 @@
-"""What one operator of torch costs: its FLOPs by formula, its bytes by the tensors that it reads and writes."""
+"""The cost of one operator of torch: its FLOPs by formula, its bytes by the tensors that it reads and writes."""
 
 from __future__ import annotations
 
