@@ -26,6 +26,7 @@ MAY_IMPORT_RAY = {
     "engine/launch/cluster.py",
     "engine/launch/ray_coordinator.py",
     "submit.py",
+    "sweep/resources.py",
     "sweep/trainable.py",
     "sweep/tune.py",
 }

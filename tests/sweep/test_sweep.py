@@ -58,19 +58,19 @@ def test_a_trial_is_one_process_of_one_thread_unless_it_asks_for_a_gang():
 
 def test_a_trial_on_gpus_takes_its_share_of_them():
     """A process takes half a GPU where two share one, and a gang of three workers as much each; four halves hold one gang."""
-    from fleetune.sweep import tune as tuning
+    from fleetune.sweep import resources
 
     shared = {"execution.device": "cuda", "execution.workers_per_gpu": 2}
     alone = expansion.decided(tiny.spec({"execution": "auto", **shared}))
     gang = expansion.decided(
         tiny.spec({"execution": "auto", **shared, "execution.kind": "ray", "execution.workers": 3})
     )
-    assert tuning.bundles_of(alone) == [{"CPU": 1.0, "GPU": 0.5}]
-    assert tuning.bundles_of(gang) == [{"CPU": 1.0, "GPU": 0.5}] * 3
-    assert tuning.bundles_of(expansion.decided(tiny.spec({"execution": "auto"}))) == [{"CPU": 1.0}]
-    tuning.check_fits([alone, gang], [4], [2])
+    assert resources.bundles_of(alone) == [{"CPU": 1.0, "GPU": 0.5}]
+    assert resources.bundles_of(gang) == [{"CPU": 1.0, "GPU": 0.5}] * 3
+    assert resources.bundles_of(expansion.decided(tiny.spec({"execution": "auto"}))) == [{"CPU": 1.0}]
+    resources.check_fits([alone, gang], [4], [2])
     with pytest.raises(UserError, match=r"needs 3 worker\(s\) with a GPU .* room for 2") as error:
-        tuning.check_fits([gang], [4, 4], [1, 0])
+        resources.check_fits([gang], [4, 4], [1, 0])
     assert error.value.field == "execution.device"
 
 

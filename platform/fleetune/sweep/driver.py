@@ -26,7 +26,7 @@ Watch = Callable[[Path], None]
 
 
 class Driver:
-    """Gives out trials and takes their results: the conductor of :mod:`fleetune.sweep.tune`."""
+    """Gives out trials and takes their results; :mod:`fleetune.sweep.tune` calls it."""
 
     def __init__(
         self,

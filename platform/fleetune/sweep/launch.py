@@ -105,7 +105,8 @@ def run(
             from fleetune.sweep import tune as tuning
 
             try:
-                tuning.run(sweep, driver, shared=shared, num_trials=driver.num_left, known=_known(sweep, sweep_status))
+                earlier = _earlier(sweep, sweep_status)
+                tuning.run(sweep, driver, shared=shared, num_trials=driver.num_left, earlier=earlier)
             except KeyboardInterrupt:
                 raise Stopped("the same command again") from None
         driver.save()
@@ -140,17 +141,18 @@ def _prepare(trials: Sequence[Trial], workspace: Path, address: str | None) -> d
         bases[base] = loaded.base
         if len(inputs) < MAX_SHARED:
             inputs[key] = loaded
+    from fleetune.sweep import resources
     from fleetune.sweep import tune as tuning
 
     specs = [trial.spec for trial in trials]
     if address is None:
-        tuning.check_fits(specs, [num_cores()], [num_gpus()])
+        resources.check_fits(specs, [num_cores()], [num_gpus()])
     backend.cluster.wait()
     if address is not None:
-        tuning.check_fits(specs, tuning.node_cores(), tuning.node_gpus())
+        resources.check_fits(specs, resources.node_cores(), resources.node_gpus())
     with writable(workspace):
         workspace.mkdir(parents=True, exist_ok=True)
-        tuning.check_shared(workspace.absolute())
+        resources.check_shared(workspace.absolute())
     return tuning.put(inputs)
 
 
@@ -163,8 +165,8 @@ def _open(sweep: SweepSpec, path: Path, text: str | None) -> SweepDirectory:
         return SweepDirectory.create(path.parent.parent, path.name, values, meta=meta, directory=path.parent)
 
 
-def _known(sweep: SweepSpec, sweep_status: SweepStatus) -> list[tuple[str, list[dict[str, Any]]]]:
-    """What trials of earlier launches reached, by which early stopping goes too."""
+def _earlier(sweep: SweepSpec, sweep_status: SweepStatus) -> list[tuple[str, list[dict[str, Any]]]]:
+    """(id, rows of rounds) of the trials that are over, which early stopping compares with; none without it."""
     if sweep.early_stopping is None:
         return []
     over = [entry.run for entry in sweep_status.entries.values() if entry.status in OVER]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-import ray
 from ray import tune
 
 from fleetune.engine.coordinator import Event
@@ -84,9 +82,3 @@ class TrialProcess(tune.Trainable):
 
     def _put(self, problem: Problem) -> SharedInputs:
         return self._shared.get(inputs_key(problem.spec)) or SharedInputs.put(problem.inputs)
-
-
-@ray.remote(num_cpus=0)
-def sees(path: str) -> bool:
-    """Whether a node sees a file of the driver's."""
-    return Path(path).is_file()
