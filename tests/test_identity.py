@@ -353,7 +353,7 @@ def test_a_large_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_trial_whose_data_changed_is_not_finished(tmp_path: Path):
     """It runs again beside the former run, which stays; one whose data are as they were is taken as it is."""
     from fleetune.sweep.config import SweepSpec
-    from fleetune.sweep.driver import take_stock
+    from fleetune.sweep.existing_runs import add_trials
     from fleetune.sweep.expansion import sweep_id, trials_of
     from fleetune.sweep.status import SweepStatus
     from fleetune.sweep.trial_runner import TrialOrder, TrialRunner
@@ -366,7 +366,7 @@ def test_a_trial_whose_data_changed_is_not_finished(tmp_path: Path):
 
     def stock() -> tuple[Any, Any]:
         board = SweepStatus(sweep, num_trials=1)
-        return board, take_stock(board, trials, place)
+        return board, add_trials(board, trials, place)
 
     def work(board: Any) -> dict[str, Any]:
         entry = board.entries[0]
@@ -377,11 +377,11 @@ def test_a_trial_whose_data_changed_is_not_finished(tmp_path: Path):
     assert first.entries[0].status == "missing"
     assert work(first)["over"] == "finished"
     again, told = stock()
-    assert (again.entries[0].status, told.outdated) == ("finished", 0)
+    assert (again.entries[0].status, told.num_outdated) == ("finished", 0)
 
     other_answers(data)
     changed, told = stock()
-    assert (changed.entries[0].status, told.outdated) == ("missing", 1)
+    assert (changed.entries[0].status, told.num_outdated) == ("missing", 1)
     assert changed.entries[0].run.path != first.entries[0].run.path
     failed = work(first)  # as if the file had changed between the launch and the trial's turn
     assert (failed["over"], "has changed since the run was started" in failed["error"]) == ("failed", True)

@@ -16,7 +16,8 @@ from fleetune.errors import Stopped, UserError
 from fleetune.problem import Inputs, build_problem, load_inputs
 from fleetune.records.sweep_directory import SweepDirectory
 from fleetune.sweep.config import SweepSpec
-from fleetune.sweep.driver import Driver, Report, take_stock
+from fleetune.sweep.driver import Driver, Report
+from fleetune.sweep.existing_runs import add_trials
 from fleetune.sweep.expansion import Trial, checked, in_trial, label, sweep_id, trials_of
 from fleetune.sweep.status import OVER, SweepStatus
 from fleetune.sweep.trial_runner import inputs_key
@@ -74,14 +75,13 @@ def run(
     if example.tracking.enabled:
         check_access(example.tracking.uri)
     sweep_status = SweepStatus(sweep, num_trials=sweep.search.num_trials if search and sweep.search else len(trials))
-    stock = take_stock(sweep_status, trials, path)
-    if stock.of_other_code:
-        told = "trial(s) were finished by another version of the code; their results are taken as they are"
-        warn(f"{stock.of_other_code} {told}")
-    if stock.outdated:
-        warn(
-            f"{stock.outdated} trial(s) read data or a model that has changed since; they run again, in runs of their own"
-        )
+    existing = add_trials(sweep_status, trials, path)
+    if existing.num_of_other_code:
+        rest = "trial(s) were finished by another version of the code; their results are taken as they are"
+        warn(f"{existing.num_of_other_code} {rest}")
+    if existing.num_outdated:
+        rest = "trial(s) read data or a model that has changed since; they run again, in runs of their own"
+        warn(f"{existing.num_outdated} {rest}")
     missing = [entry.trial for entry in sweep_status.entries.values() if entry.status not in OVER]
     is_complete = not missing and len(trials) == sweep_status.num_trials
     shared = {} if is_complete else _prepare([*missing, *probes], workspace, address)

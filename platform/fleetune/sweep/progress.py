@@ -40,7 +40,7 @@ def make_progress(sweep: SweepSpec) -> Progress:
 def headline(sweep_status: SweepStatus) -> str:
     """Trials by state, the best so far, and how long it will take."""
     parts = [" · ".join(f"{number} {state}" for state, number in sweep_status.counts().items())]
-    best, eta = sweep_status.best_told(), sweep_status.eta_seconds()
+    best, eta = sweep_status.best_line(), sweep_status.eta_seconds()
     parts += [f"best {best}"] if best else []
     parts += [f"eta {duration(eta)}"] if eta else []
     return " · ".join(parts)
