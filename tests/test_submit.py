@@ -21,7 +21,7 @@ import pytest
 import yaml
 from ray.job_submission import JobDetails, JobStatus
 
-from fleetune import submit as jobs
+from fleetune.cli import job_server as jobs
 from fleetune.errors import RunFailed
 from support import commands, services, tiny
 

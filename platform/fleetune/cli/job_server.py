@@ -24,7 +24,7 @@ from fleetune.errors import RunFailed, UserError
 from fleetune.spec import load, parse_overrides, read_yaml
 
 Write = Callable[[str], None]
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parent.parent  # fleetune's own code
 CONNECT_SECONDS = 10.0
 LOST_SECONDS = 60.0  # how long the job server may be away while a job is followed
 # Never sent, besides what a .gitignore names: results, stores, environments, caches.
