@@ -14,8 +14,8 @@ from fleetune.methods import METHODS
 from fleetune.methods.base import Method
 from fleetune.models.base import BaseModel
 from fleetune.models.family import attention_window
-from fleetune.run_config import EvaluationConfig
 from fleetune.spec import RunSpec
+from fleetune.spec.run_config import EvaluationConfig
 
 
 def check_length(max_tokens: int, base: BaseModel) -> None:

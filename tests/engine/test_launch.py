@@ -26,8 +26,8 @@ from fleetune.engine.launch.cluster import connect, names_ray
 from fleetune.engine.launch.resolve import gpu_share, resolve_execution
 from fleetune.errors import UserError
 from fleetune.records.run_directory import RunDirectory
-from fleetune.run_config import ExecutionConfig
 from fleetune.spec import RunSpec
+from fleetune.spec.run_config import ExecutionConfig
 from support import commands, tiny
 
 

@@ -14,8 +14,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fleetune.engine.launch.resolve import gpu_share
 from fleetune.errors import UserError
-from fleetune.run_config import ExecutionConfig
 from fleetune.spec import RunSpec
+from fleetune.spec.run_config import ExecutionConfig
 
 
 def bundles_of(spec: RunSpec) -> list[dict[str, float]]:

@@ -20,8 +20,8 @@ from fleetune.errors import RunFailed, UserError
 from fleetune.models.load import base_content
 from fleetune.problem import Inputs, Problem, load_inputs, set_threads
 from fleetune.records.run_directory import RunDirectory
-from fleetune.run_config import ExecutionConfig
 from fleetune.spec import RunSpec
+from fleetune.spec.run_config import ExecutionConfig
 
 STOP_SECONDS = 3.0  # assumed: writing a state takes hundredths, and whoever stops a run wants it gone within ten
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from fleetune.errors import UserError
 from fleetune.methods import METHODS
-from fleetune.run_config import ExecutionConfig
 from fleetune.spec import RunSpec
+from fleetune.spec.run_config import ExecutionConfig
 from fleetune.training.device import can_compile
 
 MAX_COHORT = 16

@@ -8,8 +8,8 @@ import numpy as np
 
 from fleetune.fleet.availability import Availability
 from fleetune.fleet.budgets import MEMORY
-from fleetune.run_config import RoundsConfig
 from fleetune.seeds import rng
+from fleetune.spec.run_config import RoundsConfig
 
 OK, OOM, REFUSED, DROPPED, LATE, FAILED = "ok", "oom", "refused", "dropped", "late", "failed"
 

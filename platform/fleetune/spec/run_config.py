@@ -1,4 +1,4 @@
-"""What a job file says of rounds, evaluation, execution and cost."""
+"""The parts of a job file that belong to no other room: rounds, evaluation, execution and cost."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class ExecutionConfig(Config):
 
 
 class CostConfig(Config):
-    """Which architecture and precision the costs are those of."""
+    """The architecture and the precision whose costs are counted."""
 
     model: str | None = None
     """Architecture to cost instead of the one that is trained, e.g. llama2-7b or its hub id; depth is mapped by fraction."""
