@@ -241,13 +241,13 @@ def test_content_is_part_of_the_identity_and_of_the_name(world: World, tmp_path:
 
 def test_what_a_run_notes_is_what_can_be_asked_of_the_disk(world: World):
     """A sweep asks before it reads, a run notes what it has read; both mean the same."""
-    from fleetune.content import Contents
+    from fleetune.problem.content import Contents
 
     assert Contents().of(world.spec) == world.run_dir.meta["content"]
 
 
 def test_generated_data_are_known_by_what_the_generator_gives():
-    from fleetune.content import Contents
+    from fleetune.problem.content import Contents
 
     asked = {"data": {"num_examples": 20, "num_eval_examples": 5}}
     one, same, other = (

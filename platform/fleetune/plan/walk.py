@@ -14,12 +14,12 @@ from fleetune.columns import CLIENT_COLUMNS, names
 from fleetune.engine.round.planner import RoundPlanner
 from fleetune.engine.round.rules import OOM, REFUSED
 from fleetune.engine.rows import costed_columns, round_row
-from fleetune.input_checks import check_length
 from fleetune.models.network import linear_sites
 from fleetune.models.outline import outline_base
 from fleetune.plan.lengths import load_lengths, without_partition
 from fleetune.plan.schedule import ExpectedRounds
 from fleetune.problem import EvalSet, Inputs, Problem, build_problem
+from fleetune.problem.input_checks import check_length
 from fleetune.spec import RunSpec
 
 # Client-rounds up to which every batch is drawn as in the run, so that the plan's numbers are the run's own. Drawing takes

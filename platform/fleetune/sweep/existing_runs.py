@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fleetune.content import Contents, identity
 from fleetune.engine.launch.directories import git_commit
 from fleetune.errors import UserError
+from fleetune.problem.content import Contents, identity
 from fleetune.records.run_directory import RunDirectory
 from fleetune.sweep.expansion import Trial, in_trial
 from fleetune.sweep.status import OVER, Entry, SweepStatus

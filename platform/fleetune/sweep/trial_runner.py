@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fleetune.content import check_content
 from fleetune.engine.coordinator import Baselines, Coordinator, Event
 from fleetune.engine.execution.executor import Executor, SerialExecutor
 from fleetune.engine.execution.worker_process import placed_base
@@ -17,6 +16,7 @@ from fleetune.engine.launch.directories import locked, run_meta
 from fleetune.engine.launch.run import conclude, finish
 from fleetune.models.base import BaseModel
 from fleetune.problem import Inputs, Problem, build_problem, load_inputs, set_threads
+from fleetune.problem.content import check_content
 from fleetune.records.run_directory import RunDirectory
 from fleetune.spec import RunSpec, from_dict
 

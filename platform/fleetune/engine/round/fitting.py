@@ -17,8 +17,8 @@ from fleetune.engine.round.workload import (
     shrunk_payload,
     shrunk_rows,
 )
-from fleetune.input_checks import can_shrink
 from fleetune.methods.base import Method
+from fleetune.problem.input_checks import can_shrink
 
 Costs = dict[str, np.ndarray]
 Price = Callable[[Work, np.ndarray], Costs]

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fleetune.content import Content, check_devices, fleet_content, model_content
 from fleetune.data.answers import AnswerReader
 from fleetune.data.dataset import TokenizedDataset
 from fleetune.data.partition import Partition, partition, partition_keys
@@ -19,13 +18,14 @@ from fleetune.data.tokenize import continuations, tokenize
 from fleetune.errors import UserError
 from fleetune.fleet.availability_trace import AvailabilityTrace
 from fleetune.fleet.fleet import Fleet, build_fleet, read_availability
-from fleetune.input_checks import check_adapt, check_answers, check_length, within_vocabulary
 from fleetune.methods import METHODS
 from fleetune.methods.base import Context, Method
 from fleetune.models.architectures import architecture
 from fleetune.models.base import BaseModel
 from fleetune.models.load import check_unchanged, load_base, load_tokenizer
 from fleetune.models.network import linear_sites
+from fleetune.problem.content import Content, check_devices, fleet_content, model_content
+from fleetune.problem.input_checks import check_adapt, check_answers, check_length, within_vocabulary
 from fleetune.spec import RunSpec
 
 
