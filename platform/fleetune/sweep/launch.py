@@ -1,4 +1,4 @@
-"""From a sweep file to its table: checks, Ray Tune for what is missing, figures, MLflow, and going on after a kill."""
+"""Launches a sweep: checks it, runs the missing trials on Ray Tune, writes the report, and sends all to MLflow."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ MAX_SHARED = 32  # assumed: further seeds and data sets are read by the trials t
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep came to."""
+    """The result of a sweep."""
 
     sweep_dir: Path
     status: str
     trials: dict[str, int]
-    """Trials by state."""
+    """Number of trials by state."""
     best: dict[str, Any] | None
     failures: list[dict[str, Any]]
     synced: bool | None = None
-    """Whether MLflow holds all of it; None where that was not asked."""
+    """True if MLflow holds all of it; None if tracking is off."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As ``--json`` prints it; ``synced`` only where it is false."""
+        """The document of ``--json``; with ``synced`` only if it is false."""
         return {**launch.told(vars(self)), "sweep_dir": str(self.sweep_dir)}
 
     def lines(self) -> list[str]:
-        """As a person reads it."""
+        """The lines that the terminal shows."""
         lines = [f"trials     {', '.join(f'{number} {state}' for state, number in self.trials.items())}"]
         lines += [f"failed     trial {f['trial']} {f['sets']}: {f['error']}" for f in self.failures]
         if self.best:
@@ -65,9 +65,9 @@ def run(
     report: Report | None = None,
     warn: Warn,
 ) -> SweepResult:
-    """Run what is missing of a sweep. UserError before any trial starts; a trial that fails is a row of the table.
+    """Run the missing trials of a sweep. Raises UserError before any trial starts; a trial that fails is a row of the table.
 
-    ``text``: the sweep file's, which MLflow shows with the sweep and its trials.
+    ``text``: the sweep file's text, which MLflow shows with the sweep and its trials.
     """
     path = workspace.absolute() / "sweeps" / sweep_id(sweep)
     trials, probes, search = _plan(sweep, path)
@@ -98,7 +98,7 @@ def run(
         (directory.path / "result.json").unlink(missing_ok=True)
         driver.save()
         watch(directory.path)
-        for entry in sweep_status.entries.values():  # those of an earlier launch that MLflow may not have got whole
+        for entry in sweep_status.entries.values():  # earlier launches may have been killed before MLflow got all
             if entry.has_begun and entry.run.path.name.startswith(directory.path.name):
                 watch(entry.run.path)
         if not is_complete:
@@ -115,19 +115,22 @@ def run(
 
 
 def _plan(sweep: SweepSpec, path: Path) -> tuple[list[Trial], list[Trial], Any]:
-    """(trials that are known, trials that stand for those to come, the search that proposes them)."""
+    """(trials so far, trials to check in place of those to come, the search that proposes these or None)."""
     if sweep.search is None or sweep.search.kind != "optuna":
         return trials_of(sweep), [], None
     from fleetune.sweep.optuna_search import OptunaSearch, probes
 
     search = OptunaSearch(sweep)
-    known = SweepDirectory(path).meta.get("proposed", []) if (path / SweepDirectory.SPEC).is_file() else []
-    trials = [Trial(n, overrides, checked(sweep, overrides, number=n)) for n, overrides in enumerate(known)]
+    proposed = SweepDirectory(path).meta.get("proposed", []) if (path / SweepDirectory.SPEC).is_file() else []
+    trials = [Trial(n, overrides, checked(sweep, overrides, number=n)) for n, overrides in enumerate(proposed)]
     return trials, probes(sweep), search
 
 
 def _prepare(trials: Sequence[Trial], workspace: Path, address: str | None) -> dict[str, Any]:
-    """Join the cluster; meanwhile read model and data, and check every trial with them. Inputs in the object store, by key."""
+    """Join the cluster; meanwhile read models and data, and check every trial with them.
+
+    Returns the inputs in the object store, by key.
+    """
     backend = ray_backend(address)
     inputs: dict[str, Inputs] = {}
     bases: dict[str, Any] = {}
@@ -174,7 +177,7 @@ def _earlier(sweep: SweepSpec, sweep_status: SweepStatus) -> list[tuple[str, lis
 
 
 def _summarise(sweep: SweepSpec, directory: SweepDirectory, sweep_status: SweepStatus) -> SweepResult:
-    """The report, and ``result.json``, whose presence means that the sweep is over."""
+    """Write the report, and then ``result.json``, whose presence means that the sweep is over."""
     from fleetune.reports.sweep_report import sweep_report
 
     entries = [entry for _, entry in sorted(sweep_status.entries.items())]
@@ -183,9 +186,9 @@ def _summarise(sweep: SweepSpec, directory: SweepDirectory, sweep_status: SweepS
         sweep_report(directory.path)
     directory.write_csv()
     best = sweep_status.best()
-    told = None
+    best_row = None
     if best is not None:
-        told = {
+        best_row = {
             "trial": best.trial.number,
             "run_id": best.run.path.name,
             "overrides": best.trial.overrides,
@@ -198,15 +201,17 @@ def _summarise(sweep: SweepSpec, directory: SweepDirectory, sweep_status: SweepS
     ]
     counts = sweep_status.counts()
     metrics: dict[str, Any] = {f"trials/{state}": number for state, number in counts.items()}
-    if told is not None:
-        metrics[f"best/{sweep.metric}"] = told[sweep.metric]
+    if best_row is not None:
+        metrics[f"best/{sweep.metric}"] = best_row[sweep.metric]
     status = "finished" if has_finished or not failures else "failed"
-    directory.write_result({"status": status, "metrics": metrics, "trials": counts, "best": told, "failures": failures})
-    return SweepResult(directory.path, status, counts, told, failures)
+    directory.write_result(
+        {"status": status, "metrics": metrics, "trials": counts, "best": best_row, "failures": failures}
+    )
+    return SweepResult(directory.path, status, counts, best_row, failures)
 
 
 def _in_mlflow(directory: SweepDirectory, sweep_status: SweepStatus, warn: Warn) -> bool:
-    """Whether MLflow has all trials that this sweep ran, and then the sweep itself with those that it reused."""
+    """True if MLflow has all trials that this sweep ran, and then the sweep itself with those that it reused."""
     own = f"{directory.path.name}-"
     paths = [e.run.path for e in sweep_status.entries.values() if e.has_begun and e.run.path.name.startswith(own)]
     return launch.in_mlflow([*paths, directory.path], warn)
