@@ -7,15 +7,16 @@ import json
 import math
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
+from fleetune.columns import TRIAL_COLUMNS, names
 from fleetune.errors import UserError
 from fleetune.spec import RunSpec
 from fleetune.sweep import config, expansion
-from fleetune.sweep.config import SweepSpec
+from fleetune.sweep.config import Metric, SweepSpec
 from fleetune.sweep.optuna_search import OptunaSearch, probes
 from support import tiny
 from support.commands import fleetune
@@ -72,6 +73,11 @@ def test_a_trial_on_gpus_takes_its_share_of_them():
     with pytest.raises(UserError, match=r"needs 3 worker\(s\) with a GPU .* room for 2") as error:
         resources.check_fits([gang], [4, 4], [1, 0])
     assert error.value.field == "execution.device"
+
+
+def test_whatever_a_sweep_can_go_by_is_a_column_of_its_table():
+    """Of its results: the driver and the scheduler look a metric up by this name."""
+    assert set(get_args(Metric)) <= set(names(TRIAL_COLUMNS, "metric", "total"))
 
 
 def test_another_method_in_a_grid_starts_from_its_own_defaults():

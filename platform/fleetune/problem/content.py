@@ -1,4 +1,4 @@
-"""What a run reads from outside, as digests. With the spec's hash they are the run's identity.
+"""Digests of all files that a run reads. With the spec's hash they are the run's identity.
 
 A part is named by the field that names it, a model's files by field and file: ``data.dataset``, ``data.eval_dataset``,
 ``model.base/model.safetensors``, ``model.base/tokenizer.json``, ``fleet.availability.path``, ``fleet.device_files/my.yaml``.
@@ -19,7 +19,8 @@ from fleetune.models.load import base_content
 from fleetune.spec import RunSpec
 
 Content = dict[str, str]
-# What of the data's part of a spec has no say in what is read: how much of it, how long, and by whom.
+"""Part -> digest."""
+# Fields of DataConfig that do not change what is read, only how it is cut and dealt to clients.
 OF_DEALING: Any = {
     "partition": {"alpha", "shards_per_client", "min_examples"},
     "max_tokens": True,
@@ -28,29 +29,29 @@ OF_DEALING: Any = {
 
 
 def identity(spec: RunSpec, content: Mapping[str, str]) -> str:
-    """Runs of the same identity have the same results: a hash of the spec and of all that is read. 16 hexadecimal digits."""
+    """A hash of the spec and of all that is read, 16 hexadecimal digits. Runs of the same identity have the same results."""
     return digest_of([spec.spec_hash, *(part for pair in sorted(content.items()) for part in pair)])[:16]
 
 
 def model_content(files: Mapping[str, str]) -> Content:
-    """A model's files as parts."""
+    """The parts of a model's files, from name -> digest."""
     return {f"model.base/{name}": digest for name, digest in files.items()}
 
 
 def fleet_content(fleet: FleetConfig) -> Content:
-    """The trace file of availability and the files of devices that a job names."""
+    """The parts of a fleet: the availability trace and the device files that the job names."""
     files = {f"fleet.device_files/{name}": Path(name) for name in fleet.outside_device_files()}
     if fleet.availability.path is not None:
         files["fleet.availability.path"] = Path(fleet.availability.path).expanduser()
     content: Content = {}
     for part, path in files.items():
-        with contextlib.suppress(OSError):  # what cannot be read is told by who reads it
+        with contextlib.suppress(OSError):  # whoever reads the file says what is wrong with it
             content[part] = file_digest(path)
     return content
 
 
 def check_devices(fleet: FleetConfig, content: Mapping[str, str]) -> None:
-    """UserError where a file of devices is no longer what the run noted of it: they are read with each fleet that is built."""
+    """Raises UserError if a device file has changed since its digest was taken: it is read again for each fleet."""
     for name in fleet.outside_device_files():
         noted = content.get(f"fleet.device_files/{name}")
         if noted is not None and noted != file_digest(Path(name)):
@@ -58,13 +59,13 @@ def check_devices(fleet: FleetConfig, content: Mapping[str, str]) -> None:
 
 
 class Contents:
-    """What jobs would read now. Jobs that read the same ask the disk once."""
+    """The content that jobs would read now. Jobs that name the same files read the disk once."""
 
     def __init__(self) -> None:
-        self._known: dict[str, Content] = {}
+        self._contents: dict[str, Content] = {}
 
     def of(self, spec: RunSpec) -> Content:
-        """Part -> digest. UserError where something is not there any more."""
+        """Part -> digest for one job. Raises UserError if a file is missing."""
         data, model = spec.data, spec.model.base
         return {
             **self._once(f"data {data.model_dump_json(exclude=OF_DEALING)}", lambda: read_content(data)),
@@ -73,13 +74,13 @@ class Contents:
         }
 
     def _once(self, key: str, read: Callable[[], Content]) -> Content:
-        if key not in self._known:
-            self._known[key] = read()
-        return self._known[key]
+        if key not in self._contents:
+            self._contents[key] = read()
+        return self._contents[key]
 
 
 def check_content(spec: RunSpec, recorded: Any, content: Mapping[str, str], *, run: str) -> None:
-    """UserError where a run would not go on with what it was started with. ``recorded``: the run's own note of that."""
+    """Raises UserError if the content has changed since a run was started. ``recorded``: the content that the run noted."""
     if not isinstance(recorded, dict):
         raise UserError(
             "was started by an earlier version of fleetune, which did not note what it read: "
@@ -92,11 +93,11 @@ def check_content(spec: RunSpec, recorded: Any, content: Mapping[str, str], *, r
     if not changed:
         return
     field, _, file = changed[0].partition("/")
-    what = f"its {file}" if file else "its content"
-    how = "is new" if changed[0] not in recorded else "is gone" if changed[0] not in content else "has changed"
+    subject = f"its {file}" if file else "its content"
+    change = "is new" if changed[0] not in recorded else "is gone" if changed[0] not in content else "has changed"
     others = f", and {len(changed) - 1} more" if len(changed) > 1 else ""
     raise UserError(
-        f"{what} {how} since the run was started{others}",
+        f"{subject} {change} since the run was started{others}",
         field=field,
         value=_value(spec, field),
         hint="restore it and resume again, or start a new run from the job file",

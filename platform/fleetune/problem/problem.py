@@ -1,4 +1,4 @@
-"""Everything a run works on, loaded and checked before any actor starts: base model, data, partition, fleet, method."""
+"""A run's inputs and all that follows from them by the spec: base model, data, partition, fleet, method."""
 
 from __future__ import annotations
 
@@ -39,26 +39,27 @@ class EvalSet:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is read from disk: the heavy part of a problem, shared by every process of a node."""
+    """Everything that is read from disk: the heavy part of a problem, shared by all processes of a node."""
 
     base: BaseModel
     sites: dict[str, tuple[int, int]]
+    """Name -> (inputs, outputs) of each layer that gets an adapter."""
     train: TokenizedDataset
     keys: np.ndarray
-    """What the partition goes by, int64 (n,)."""
+    """The code of each training example by which the partition goes, int64 (n,); zeros if it goes by none."""
     evaluation: EvalSet
     dataset_name: str
     availability: AvailabilityTrace | None = None
-    """When clients are available, where the job names a trace file."""
+    """The intervals in which clients are available, if the job names a trace file."""
     content: Content = field(default_factory=dict)
-    """What was read, part -> digest (`content`)."""
+    """Part -> digest of all that was read (`problem.content`)."""
     reader: AnswerReader | None = None
-    """Reads generated answers as the model's own tokenizer does; nothing else in a worker needs one."""
+    """Decodes generated answers as the model's tokenizer does: workers need nothing else of it, and import no transformers."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One run's inputs and what follows from them by the spec."""
+    """One run's inputs, and what follows from them by the spec."""
 
     spec: RunSpec
     inputs: Inputs
@@ -68,12 +69,16 @@ class Problem:
 
     @property
     def eligible(self) -> np.ndarray:
-        """Clients that hold examples, and so can be sampled."""
+        """Ids of the clients that hold examples, and so can be sampled: int64 (m,), ascending."""
         return np.flatnonzero(np.diff(self.partition.offsets) > 0)
 
 
 def load_inputs(spec: RunSpec, *, base: BaseModel | None = None, cache_dir: Path | None = None) -> Inputs:
-    """Read model and data; UserError names the field where something is missing. ``base``: one that is loaded already."""
+    """Read model and data. Raises UserError with the field that names a missing or unfit file.
+
+    ``base``: the base model if it is loaded already. A file that changes while it is read is refused: its digest would be that
+    of neither content.
+    """
     of_fleet = fleet_content(spec.fleet)
     availability = read_availability(spec.fleet, spec.seed)
     if fleet_content(spec.fleet) != of_fleet:
@@ -82,7 +87,7 @@ def load_inputs(spec: RunSpec, *, base: BaseModel | None = None, cache_dir: Path
     records = load_records(spec.data, seed=spec.seed)
     base = base or load_base(spec.model)
     tokenizer = load_tokenizer(base.folder)
-    check_unchanged(base)  # the tokenizer was read after the weights, which may have been here for long
+    check_unchanged(base)  # the tokenizer is read now, the weights perhaps long ago
     config = spec.data
     train = tokenize(records.train, tokenizer=tokenizer, config=config, cache_dir=cache_dir)
     held_out = tokenize(records.eval, tokenizer=tokenizer, config=config, cache_dir=cache_dir)
@@ -104,7 +109,7 @@ def load_inputs(spec: RunSpec, *, base: BaseModel | None = None, cache_dir: Path
 
 
 def build_problem(spec: RunSpec, inputs: Inputs) -> Problem:
-    """Fleet, partition and method, and the checks that need them all."""
+    """Build fleet, partition and method of a run. Raises UserError if they do not fit the inputs or each other."""
     if not inputs.sites:
         raise UserError("adapts no layer of this model", field="model.lora.targets", value=spec.model.lora.targets)
     widest = max(max(sizes) for sizes in inputs.sites.values())
@@ -124,10 +129,10 @@ def build_problem(spec: RunSpec, inputs: Inputs) -> Problem:
     method = METHODS[spec.method.name](spec.method, context)
     method.check()
     check_adapt(spec, method)
-    dealt = partition(spec.data.partition, num_clients=spec.fleet.num_clients, keys=inputs.keys, seed=spec.seed)
+    shards = partition(spec.data.partition, num_clients=spec.fleet.num_clients, keys=inputs.keys, seed=spec.seed)
     fleet = build_fleet(spec.fleet, spec.seed, trace=inputs.availability)
     check_devices(spec.fleet, inputs.content)
-    problem = Problem(spec, inputs, fleet, dealt, method)
+    problem = Problem(spec, inputs, fleet, shards, method)
     if len(problem.eligible) < spec.rounds.clients_per_round:
         raise UserError(
             f"exceeds the {len(problem.eligible)} clients that hold examples",
@@ -139,7 +144,7 @@ def build_problem(spec: RunSpec, inputs: Inputs) -> Problem:
 
 
 def set_threads(num_threads: int) -> None:
-    """Threads of this process's matrix products: part of the spec, because they decide how sums round."""
+    """Set the threads of this process's matrix products. They are part of the spec, because they decide how sums round."""
     torch.set_num_threads(num_threads)
 
 
@@ -157,6 +162,6 @@ def base_to_arrays(base: BaseModel) -> dict[str, Any]:
 
 
 def base_from_arrays(parts: Mapping[str, Any]) -> BaseModel:
-    """The inverse; weights are views into the mapped memory, and nobody writes to them."""
+    """The inverse of `base_to_arrays`. Weights are views of read-only mapped memory: nobody may write to them."""
     weights = {name: torch.from_numpy(array) for name, array in parts["weights"].items()}
     return BaseModel(parts["name"], parts["config"], weights, parts["quantization"], parts["folder"], parts["content"])

@@ -17,7 +17,7 @@ MAX_TRIES = (
 
 
 class OptunaSearch:
-    """Proposes trials. The proposal of trial n depends only on the search's seed, n and the results told before."""
+    """Proposes trials. The proposal of trial n depends only on the search's seed, n and the earlier results."""
 
     def __init__(self, sweep: SweepSpec):
         try:
@@ -42,17 +42,17 @@ class OptunaSearch:
         for attempt in range(MAX_TRIES):
             seed = seed_of(self.search.seed, "optuna", number, attempt) % 2**32
             self.study.sampler = optuna.samplers.TPESampler(seed=seed)
-            asked = self.study.ask(self.distributions)
-            overrides = {field: self._value(field, value) for field, value in asked.params.items()}
+            proposal = self.study.ask(self.distributions)
+            overrides = {field: self._value(field, value) for field, value in proposal.params.items()}
             overrides |= {"seed": self.sweep.seeds[0]} if self.sweep.seeds else {}
             try:
                 spec = checked(self.sweep, overrides, number=number)
             except UserError:
                 spec = None
             if spec is not None and spec.spec_hash not in earlier:
-                self.open[number] = asked
+                self.open[number] = proposal
                 return Trial(number, overrides, spec)
-            self.study.tell(asked, state=TrialState.FAIL)
+            self.study.tell(proposal, state=TrialState.FAIL)
         return None
 
     def tell(self, trial: Trial, value: float | None) -> None:
@@ -61,9 +61,9 @@ class OptunaSearch:
         from optuna.trial import TrialState
 
         is_number = value is not None and math.isfinite(value)
-        asked = self.open.pop(trial.number, None)
-        if asked is not None:
-            self.study.tell(asked, value if is_number else None, None if is_number else TrialState.FAIL)
+        proposal = self.open.pop(trial.number, None)
+        if proposal is not None:
+            self.study.tell(proposal, value if is_number else None, None if is_number else TrialState.FAIL)
         elif is_number:
             params = {field: self._param(field, trial.overrides[field]) for field in self.search.space}
             finished = optuna.trial.create_trial(params=params, distributions=self.distributions, value=value)
