@@ -46,7 +46,7 @@ def test_the_file_is_checked_here(tmp_path: Path, capfd: pytest.CaptureFixture[s
     monkeypatch.chdir(tmp_path / "elsewhere")
     out = commands.fleetune(capfd, monkeypatch, "submit", job, *there)
     assert (out.status, out.document["field"]) == (2, "FILE")
-    assert "is what is sent" in out.document["rule"]
+    assert "the folder that is sent" in out.document["rule"]
 
 
 @pytest.mark.parametrize(
