@@ -18,7 +18,7 @@ from fleetune.engine.execution.executor import Executor
 from fleetune.engine.execution.work_units import WorkUnitReply, make_work_units
 from fleetune.engine.pending_rounds import FinishedRound, PendingQuality, PendingRounds
 from fleetune.engine.round.planner import RoundPlan, RoundPlanner
-from fleetune.engine.round.ranks import filled, shares_per_row
+from fleetune.engine.round.ranks import filled, weight_per_row
 from fleetune.engine.round.rules import FAILED, LATE, OK
 from fleetune.engine.round.work import Work
 from fleetune.engine.rows import client_columns, round_row
@@ -159,7 +159,7 @@ class Coordinator:
             run_seed=self.spec.seed,
             client_ids=ids,
             weights=weights[active],
-            payloads=work.group_of[active],
+            payloads=work.payload_of[active],
             rows=[work.rows[i] for i in active],
             learning_rate=self.spec.local.learning_rate_at(work.round_idx, self.spec.rounds.num_rounds),
             cohort_size=int(self.spec.execution.cohort),
@@ -212,7 +212,7 @@ class Coordinator:
         place = {client_id: i for i, client_id in enumerate(client_ids.tolist())}
         full = self.spec.model.lora.rank
         ranks = np.where(weights > 0, work.of_clients("rank"), full)
-        trained = shares_per_row(ranks, weights, full) if (ranks < full).any() else None
+        trained = weight_per_row(ranks, weights, full) if (ranks < full).any() else None
         has_diverged = False
         for reply in stream:
             counted = [i for i in (place[int(c)] for c in reply.client_ids) if weights[i] > 0]
@@ -224,19 +224,19 @@ class Coordinator:
             # The server's own half (split learning) is one state for the whole unit, not one for each payload. A method adds up
             # what the updates say of it, so it rides on the unit's first update and on no other.
             server = reply.server.unpack() if reply.server is not None else {}
-            for key in sorted({int(work.group_of[i]) for i in counted}):
-                members = [i for i in counted if work.group_of[i] == key]
+            for key in sorted({int(work.payload_of[i]) for i in counted}):
+                members = [i for i in counted if work.payload_of[i] == key]
                 ids = tuple(client_ids[members].tolist())
-                group, share = work.groups[key], float(weights[members].sum())
+                group, total_weight = work.groups[key], float(weights[members].sum())
                 if key in reply.partial_sums or server:
                     packed = reply.partial_sums.get(key)
-                    total = self._whole(packed.unpack(), work, key, share, trained) if packed else {}
-                    yield Update(total, 1.0, ids, server, group, share)
+                    total = self._at_full_size(packed.unpack(), work, key, total_weight, trained) if packed else {}
+                    yield Update(total, 1.0, ids, server, group, total_weight)
                     server = {}
                 for i, client_id in zip(members, ids, strict=True):
                     if client_id in reply.each:
                         weight = float(weights[i])
-                        upload = self._whole(reply.each[client_id].unpack(), work, key, 1.0, trained)
+                        upload = self._at_full_size(reply.each[client_id].unpack(), work, key, 1.0, trained)
                         yield Update(upload, weight, (client_id,), {}, group, weight)
             if reply.private:  # a worker with access to the store has written them there itself
                 self.checkpoint.store.write(slot_of(work.round_idx, reply.index), reply.private)
@@ -245,14 +245,20 @@ class Coordinator:
         if has_diverged:
             raise Diverged
 
-    def _whole(self, upload: Tensors, work: Work, key: int, share: float, trained: np.ndarray | None) -> Tensors:
-        """An upload of clients that did a smaller share, as one of the whole work (`round.workload`, `round.ranks`)."""
+    def _at_full_size(
+        self, upload: Tensors, work: Work, key: int, total_weight: float, trained: np.ndarray | None
+    ) -> Tensors:
+        """An upload (or a sum of them) of clients with a smaller workload, at full depth and rank.
+
+        ``total_weight``: the p_k that it has been multiplied by already. ``trained``: see `round.ranks.weight_per_row`; None if
+        everybody trained all ranks.
+        """
         source = work.source[key]
-        if work.shares[key].depth != work.shares[source].depth:
+        if work.workloads[key].depth != work.workloads[source].depth:
             upload = self.method.grown(upload, work.payloads[key])
         if trained is None:
             return upload
-        return filled(upload, work.payloads[source].tensors, share=share, trained=trained)
+        return filled(upload, work.payloads[source].tensors, total_weight=total_weight, trained=trained)
 
     def _keeps(self, work: Work) -> bool:
         """Whether clients of this work keep something of their own for the next time."""

@@ -3,7 +3,7 @@
 A client fails (``diverged``) whose loss, or any number that it brings back or keeps, is NaN or infinite. It has paid for its
 whole turn, because the server sees only what arrives; for the same reason nobody takes its place. The work of the others is
 then done again with the weights of a round without it: sums that were formed with its weight cannot be mended for every
-method (shares by rank, a server's half that clients share, methods that read each update), and a round without any failure,
+method (averages by rank row, a server's half that clients share, methods that read each update), and a round without any failure,
 which is nearly every one, pays nothing for it. A round in which everybody fails leaves the state as it is.
 """
 

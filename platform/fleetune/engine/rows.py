@@ -40,14 +40,14 @@ def costed_columns(problem: Problem, now: RoundPlan) -> dict[str, Any]:
     out["checkpointing"] = work.checkpointing
     out.update({name: costs[name] for name in MEMORY})
     busy = np.where(now.outcome.status == DROPPED, now.busy_seconds, costs["sim_seconds"])
-    share = _shares_done(costs, busy)
-    out.update({name: np.where(started, share[phase] * costs[name], 0.0) for name, phase in SPENT.items()})
+    done = _fractions_done(costs, busy)
+    out.update({name: np.where(started, done[phase] * costs[name], 0.0) for name, phase in SPENT.items()})
     out["sim_seconds"] = np.where(started, busy, 0.0)
     return out
 
 
-def _shares_done(costs: dict[str, np.ndarray], busy_seconds: np.ndarray) -> dict[str, np.ndarray]:
-    """What part of each phase, and of the whole turn, a client gets done in this time, (n,) each from 0 to 1."""
+def _fractions_done(costs: dict[str, np.ndarray], busy_seconds: np.ndarray) -> dict[str, np.ndarray]:
+    """The fraction of each phase, and of the full turn, that each client gets done in this time: (n,) each, 0 to 1."""
     down, turn, up = (costs[f"{phase}_seconds"] for phase in ("downlink", "sim", "uplink"))
     nothing = np.zeros(len(turn))
     spans = {

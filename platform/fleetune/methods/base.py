@@ -67,8 +67,8 @@ class Update:
     server: Tensors = field(default_factory=dict)
     group: Hashable = None
     """The clients' group, as `Method.group` gave it."""
-    share: float = 1.0
-    """Sum of the clients' p_k, for a method that averages within groups."""
+    total_weight: float = 1.0
+    """Sum of the clients' p_k, for a method that averages within groups; for one client its ``weight``."""
 
 
 class ClientInfo(NamedTuple):

@@ -12,7 +12,7 @@ import numpy as np
 
 from fleetune.engine.checkpoint.client_store import slot_of
 from fleetune.engine.execution.work_units import WorkUnit, WorkUnitReply
-from fleetune.engine.round.ranks import laid_over
+from fleetune.engine.round.ranks import overlay
 from fleetune.errors import RunFailed
 from fleetune.methods.base import GlobalModel, Method, Payload
 from fleetune.models.base import BaseModel, placed
@@ -165,7 +165,7 @@ def _private_of(
     for k, (task, rank) in enumerate(zip(tasks, ranks.tolist(), strict=True)):
         tensors = private.client(k)
         if rank < full_rank:
-            tensors = laid_over(tensors, before.get(task.client_id, {}), full_rank)
+            tensors = overlay(tensors, before.get(task.client_id, {}), full_rank)
         out[task.client_id] = pack(tensors)
     return out
 

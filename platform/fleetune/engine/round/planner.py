@@ -15,7 +15,7 @@ from fleetune.data.batches import draw_batches, draw_epochs
 from fleetune.engine.round.fitting import BudgetFitting, Costs
 from fleetune.engine.round.rules import Opening, Outcome, close_round, open_round, sample_clients
 from fleetune.engine.round.work import Work
-from fleetune.engine.round.workload import Share
+from fleetune.engine.round.workload import Workload
 from fleetune.methods.base import ClientInfo, Method, Payload, State
 from fleetune.pricing.pricing import Pricing, batch_load
 from fleetune.problem import Problem
@@ -91,7 +91,7 @@ class RoundPlanner:
             dropped=dropped,
         )
         for i in np.flatnonzero(outcome.started).tolist():
-            provision = work.payloads[work.group_of[i]].provision
+            provision = work.payloads[work.payload_of[i]].provision
             if provision is not None:
                 provisioned[int(client_ids[i])] = provision.key
         # Where a round does not wait for everybody, some are still at work when the next one begins.
@@ -162,19 +162,19 @@ class RoundPlanner:
         payloads = [self.method.broadcast(state, round_idx, group) for group in groups]
         return Work(
             round_idx,
-            groups,
-            payloads,
-            np.array([groups.index(group) for group in mine], np.int64),
-            rows,
-            shares=[self._whole(payload) for payload in payloads],
+            groups=groups,
+            payloads=payloads,
+            workloads=[self._full_workload(payload) for payload in payloads],
             source=list(range(len(payloads))),
+            payload_of=np.array([groups.index(group) for group in mine], np.int64),
+            rows=rows,
             checkpointing=np.full(len(client_ids), self.spec.local.checkpointing),
         )
 
-    def _whole(self, payload: Payload) -> Share:
-        """All of a payload's work."""
+    def _full_workload(self, payload: Payload) -> Workload:
+        """All of a payload's work, as the job asks for it."""
         depth = self.method.submodel(payload).num_layers
-        return Share(self.spec.local.batch_size, self.spec.model.lora.rank, depth, self.spec.local.checkpointing)
+        return Workload(self.spec.local.batch_size, self.spec.model.lora.rank, depth, self.spec.local.checkpointing)
 
     def _price(self, work: Work, client_ids: np.ndarray, provisioned: Mapping[int, str]) -> Costs:
         """What the work costs these clients, beside what they have."""
@@ -183,7 +183,7 @@ class RoundPlanner:
             work.round_idx,
             client_ids,
             work.payloads,
-            work.group_of,
+            work.payload_of,
             self.load(work, client_ids),
             provision_bytes(work, client_ids, provisioned),
             checkpointing=work.checkpointing,
@@ -214,7 +214,7 @@ def provision_bytes(work: Work, client_ids: np.ndarray, provisioned: Mapping[int
     if all(payload.provision is None for payload in work.payloads):
         return out
     for i, client_id in enumerate(client_ids.tolist()):
-        provision = work.payloads[work.group_of[i]].provision
+        provision = work.payloads[work.payload_of[i]].provision
         if provision is not None and provisioned.get(client_id) != provision.key:
             out[i] = provision.num_bytes
     return out
