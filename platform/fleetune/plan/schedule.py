@@ -67,8 +67,8 @@ class ExpectedRounds(RoundPlanner):
             for size in np.unique(batch).tolist():
                 mine = batch == size
                 padded[mine] = self.expected(kind, size)[client_ids[mine]]
-            share = times / np.maximum(steps, 1)
-            mean += share[:, None] * monomials(examples, padded, examples * self.learnt[client_ids])
+            fraction = times / np.maximum(steps, 1)
+            mean += fraction[:, None] * monomials(examples, padded, examples * self.learnt[client_ids])
             largest = np.maximum(largest, examples)
         return Load(steps, mean, monomials(largest, self.longest[client_ids], largest * self.most_learnt[client_ids]))
 

@@ -19,7 +19,7 @@ from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fleetune.engine.execution.ray_worker import SharedInputs
-from fleetune.engine.launch.resolve import gpu_share
+from fleetune.engine.launch.resolve import gpu_fraction
 from fleetune.errors import UserError
 from fleetune.problem import Inputs
 from fleetune.run_config import ExecutionConfig
@@ -131,9 +131,9 @@ def bundles_of(spec: RunSpec) -> list[dict[str, float]]:
 
 
 def _bundle(execution: ExecutionConfig) -> dict[str, float]:
-    """A worker's cores, and its GPU or share of one."""
-    share = gpu_share(execution)
-    return {"CPU": float(execution.threads), **({"GPU": share} if share else {})}
+    """A worker's cores, and its GPU or fraction of one."""
+    fraction = gpu_fraction(execution)
+    return {"CPU": float(execution.threads), **({"GPU": fraction} if fraction else {})}
 
 
 def resources_of(config: dict[str, Any]) -> Any:

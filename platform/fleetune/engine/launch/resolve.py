@@ -58,7 +58,7 @@ def num_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def gpu_share(execution: ExecutionConfig) -> float:
+def gpu_fraction(execution: ExecutionConfig) -> float:
     """GPUs that each worker asks Ray for, which counts them in ten-thousandths."""
     return (10_000 // execution.workers_per_gpu) / 10_000 if execution.device == "cuda" else 0.0
 
