@@ -163,7 +163,7 @@ class Coordinator:
             rows=[work.rows[i] for i in active],
             learning_rate=self.spec.local.learning_rate_at(work.round_idx, self.spec.rounds.num_rounds),
             cohort_size=int(self.spec.execution.cohort),
-            coupled=self.method.coupled,
+            coupled=self.spec.method.coupled,
             ranks=work.of_clients("rank")[active],
             store=self.checkpoint.store,
             slots=self.checkpoint.slots_of(ids) if keeps else {},

@@ -60,17 +60,17 @@ class SplitLoRAConfig(MethodConfig):
     """Client, links and server work on different micro-batches of a step at once, instead of one after the other. Gradients
     are summed, so the result is the same; the steps take as long as the slowest of them."""
 
+    @property
+    def coupled(self) -> bool:
+        """True if the server's half is shared: it sees all clients of a round."""
+        return self.server != "per_client"
+
 
 class SplitLoRA(Method):
     """Both halves run where the client runs; what crosses the cut is a real tensor, and it is charged."""
 
     Config = SplitLoRAConfig
     source: ClassVar[str] = "cut the model between client and server (Lin et al. 2024, arXiv 2407.00952)"
-
-    @classmethod
-    def couples(cls, config: Any) -> bool:
-        """A shared server half sees all clients of a round."""
-        return config.server != "per_client"
 
     def check(self) -> None:
         """Client and server both need a block."""
