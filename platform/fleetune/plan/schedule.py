@@ -27,7 +27,7 @@ class ExpectedRounds(RoundPlanner):
     """Lengths per client, worked out once for all rounds."""
 
     def __init__(self, problem: Problem):
-        super().__init__(problem)
+        super().__init__(problem, hints_once_per_stage=True)
         local, data, part = self.spec.local, problem.inputs.train, problem.partition
         owner = np.repeat(np.arange(part.num_clients), self.sizes)
         self.lengths = lengths = data.lengths[part.indices].astype(float)
@@ -49,10 +49,6 @@ class ExpectedRounds(RoundPlanner):
         self.learnt = np.bincount(owner, learnt, part.num_clients) / np.maximum(self.sizes, 1)
         self.most_learnt = np.zeros(part.num_clients)
         np.maximum.at(self.most_learnt, owner, learnt)
-
-    def tells_what_fits(self, round_idx: int) -> bool:
-        """In the first round of each stage: in the others the same kinds of devices are asked the same."""
-        return round_idx == 0 or self.method.stage(round_idx) != self.method.stage(round_idx - 1)
 
     def batches(self, round_idx: int, client_ids: np.ndarray) -> list[np.ndarray]:
         """None are drawn."""
