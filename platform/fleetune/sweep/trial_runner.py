@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fleetune.content import check_content
-from fleetune.engine.coordinator import Baselines, Coordinator, Event
+from fleetune.engine.coordinator import Coordinator, Event
+from fleetune.engine.evaluation import Baselines
 from fleetune.engine.execution.executor import Executor, SerialExecutor
 from fleetune.engine.execution.worker_process import placed_base
 from fleetune.engine.launch.backends import base_key
