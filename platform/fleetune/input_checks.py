@@ -19,7 +19,7 @@ from fleetune.spec import RunSpec
 
 
 def check_length(max_tokens: int, base: BaseModel) -> None:
-    """UserError where the model allows no examples of this length."""
+    """Raises UserError if the model allows no examples of this length."""
     positions = int(base.config.get("max_position_embeddings", 1 << 30))
     if max_tokens > positions:
         raise UserError(
@@ -39,7 +39,7 @@ def check_length(max_tokens: int, base: BaseModel) -> None:
 
 
 def check_answers(data: TokenizedDataset, config: EvaluationConfig, base: BaseModel) -> None:
-    """UserError where a prompt and its longest answer leave the model's positions or its attention window.
+    """Raises UserError if a prompt and its longest answer exceed the model's positions or its attention window.
 
     The last new token is never fed back, so that n new ones after a prompt take n - 1 positions more.
     """
@@ -59,9 +59,10 @@ def check_answers(data: TokenizedDataset, config: EvaluationConfig, base: BaseMo
 
 
 def within_vocabulary(data: TokenizedDataset, tokenizer: Any, base: BaseModel, *, what: str) -> TokenizedDataset:
-    """The data with a padding id that the model's embedding has: padding is masked, so that any will do.
+    """The data with a padding id that the model's embedding has: padding is masked, so any id will do.
 
-    UserError names the first example (from 0) with a token that it lacks, in prompt or response. ``what`` the data are.
+    Raises UserError with the first example (from 0) that has a token beyond the embedding, in prompt or response. ``what``: the
+    data's name for people.
     """
     vocabulary = int(base.config["vocab_size"])
     beyond = np.flatnonzero(np.asarray(data.tokens) >= vocabulary)
@@ -79,12 +80,12 @@ def within_vocabulary(data: TokenizedDataset, tokenizer: Any, base: BaseModel, *
 
 
 def can_shrink(method: type[Method]) -> bool:
-    """Whether the method makes submodels of fewer blocks for a client."""
+    """True if the method makes submodels of fewer blocks for a client."""
     return method.shrunk is not Method.shrunk
 
 
 def check_adapt(spec: RunSpec, method: Method) -> None:
-    """UserError where the method cannot do with clients that adapt in this way."""
+    """Raises UserError if the method does not support clients that adapt in the job's way (``fleet.adapt``)."""
     kind = spec.fleet.adapt
     if kind == CAPACITY and not can_shrink(type(method)):
         able = ", ".join(name for name, other in METHODS.items() if can_shrink(other))

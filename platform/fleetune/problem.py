@@ -1,4 +1,4 @@
-"""Everything a run works on, loaded and checked before any actor starts: base model, data, partition, fleet, method."""
+"""All that a run works on, loaded and checked before any work starts: base model, data, partition, fleet, method."""
 
 from __future__ import annotations
 
@@ -31,27 +31,30 @@ from fleetune.spec import RunSpec
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Held-out examples as tokens, and the texts that should follow their prompts."""
+    """Held-out examples, as tokens and as text."""
 
     data: TokenizedDataset
     responses: list[str]
+    """For each example the text that should follow its prompt."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is read from disk: the heavy part of a problem, shared by every process of a node."""
+    """All that is read from disk: the heavy part of a problem, shared by every process of a node and by a sweep's trials."""
 
     base: BaseModel
     sites: dict[str, tuple[int, int]]
+    """{site: (in, out)} of all linear layers that get an adapter."""
     train: TokenizedDataset
+    """The n training examples of all clients together."""
     keys: np.ndarray
-    """What the partition goes by, int64 (n,)."""
+    """(n,) int64: what the partition goes by, such as each example's category."""
     evaluation: EvalSet
     dataset_name: str
     availability: AvailabilityTrace | None = None
-    """When clients are available, where the job names a trace file."""
+    """When clients are available, if the job names a trace file."""
     content: Content = field(default_factory=dict)
-    """What was read, part -> digest (`content`)."""
+    """Digests of all that was read (`content`)."""
     reader: AnswerReader | None = None
     """Reads generated answers as the model's own tokenizer does; nothing else in a worker needs one."""
 
@@ -68,12 +71,16 @@ class Problem:
 
     @property
     def eligible(self) -> np.ndarray:
-        """Clients that hold examples, and so can be sampled."""
+        """Ids of the clients that hold examples, ascending; only these can be sampled."""
         return np.flatnonzero(np.diff(self.partition.offsets) > 0)
 
 
 def load_inputs(spec: RunSpec, *, base: BaseModel | None = None, cache_dir: Path | None = None) -> Inputs:
-    """Read model and data; UserError names the field where something is missing. ``base``: one that is loaded already."""
+    """Read model, data and availability trace. Raises UserError with the field that names what is missing or does not fit.
+
+    ``base``: a model that is loaded already, as between the trials of a sweep. Trace and model files must be the
+    same before and after: a file that changes while it is read would give the run an identity that is not its own.
+    """
     of_fleet = fleet_content(spec.fleet)
     availability = read_availability(spec.fleet, spec.seed)
     if fleet_content(spec.fleet) != of_fleet:
@@ -104,7 +111,7 @@ def load_inputs(spec: RunSpec, *, base: BaseModel | None = None, cache_dir: Path
 
 
 def build_problem(spec: RunSpec, inputs: Inputs) -> Problem:
-    """Fleet, partition and method, and the checks that need them all."""
+    """Build fleet, partition and method, with the checks that need several of them. Raises UserError if one fails."""
     if not inputs.sites:
         raise UserError("adapts no layer of this model", field="model.lora.targets", value=spec.model.lora.targets)
     widest = max(max(sizes) for sizes in inputs.sites.values())
@@ -139,12 +146,12 @@ def build_problem(spec: RunSpec, inputs: Inputs) -> Problem:
 
 
 def set_threads(num_threads: int) -> None:
-    """Threads of this process's matrix products: part of the spec, because they decide how sums round."""
+    """Set the threads of this process's matrix products: part of the spec, because they decide how sums round."""
     torch.set_num_threads(num_threads)
 
 
 def base_to_arrays(base: BaseModel) -> dict[str, Any]:
-    """The base model with its weights as NumPy arrays, which the object store maps without a copy."""
+    """The base model with its weights as NumPy arrays, which Ray's object store maps into each process without a copy."""
     arrays = {name: weight.numpy() for name, weight in base.weights.items()}
     return {
         "name": base.name,
@@ -157,6 +164,6 @@ def base_to_arrays(base: BaseModel) -> dict[str, Any]:
 
 
 def base_from_arrays(parts: Mapping[str, Any]) -> BaseModel:
-    """The inverse; weights are views into the mapped memory, and nobody writes to them."""
+    """The inverse of `base_to_arrays`. Weights are views into the mapped memory, which is read-only: nobody writes to them."""
     weights = {name: torch.from_numpy(array) for name, array in parts["weights"].items()}
     return BaseModel(parts["name"], parts["config"], weights, parts["quantization"], parts["folder"], parts["content"])

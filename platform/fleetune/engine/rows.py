@@ -20,12 +20,12 @@ SPENT = {column.name: column.phase for column in CLIENT_COLUMNS if column.phase}
 
 
 def client_columns(problem: Problem, now: RoundPlan, replies: Sequence[WorkUnitReply]) -> dict[str, Any]:
-    """Columns of clients.parquet: what the work costs, and what the workers saw of it."""
+    """Columns (n,) of clients.parquet: what the work costs, and what the workers measured."""
     return {**costed_columns(problem, now), **_measured(problem, now, replies)}
 
 
 def costed_columns(problem: Problem, now: RoundPlan) -> dict[str, Any]:
-    """What is known without any work. A refused client spends nothing, one that leaves what it did until then."""
+    """The columns that need no training. A refused client spends nothing, one that leaves what it did until then."""
     fleet, costs, work, started = problem.fleet, now.costs, now.work, now.outcome.started
     out: dict[str, Any] = {
         "client_id": now.client_ids,
@@ -64,9 +64,10 @@ def _fractions_done(costs: dict[str, np.ndarray], busy_seconds: np.ndarray) -> d
 
 
 def _measured(problem: Problem, now: RoundPlan, replies: Sequence[WorkUnitReply]) -> dict[str, np.ndarray]:
-    """What the workers saw: examples, tokens, loss, real time. Of several replies about a client the last one tells.
+    """The columns (n,) that workers measure: examples, tokens, loss, real time.
 
-    The loss is null where a client's work came to nothing and was not simulated, and where it is not finite.
+    Of several replies about a client (`engine.divergence`) the last one counts. The loss is null if it is not finite, or if the
+    client's work would have changed nothing and was not simulated.
     """
     n, rows, started = len(now.client_ids), now.work.rows, now.outcome.started
     loss, wall = np.full(n, np.nan), np.zeros(n)

@@ -63,8 +63,8 @@ def spectral_groups(similarity: np.ndarray, num_groups: int, *, laplacian: str, 
     """k-means on the rows, one per block, of the eigenvectors that belong to the smallest eigenvalues of D - W.
 
     ``similarity``: W, (L, L), symmetric. D is the diagonal of its row sums. An eigenvector's sign is arbitrary, and no matter:
-    distances between rows do not depend on it. ``normalised`` takes
-    I - D^-1/2 W D^-1/2 with rows of unit length (Ng, Jordan and Weiss 2001), which balances groups.
+    distances between rows do not depend on it. ``normalised`` takes I - D^-1/2 W D^-1/2 with rows of unit length (Ng, Jordan and
+    Weiss 2001), which balances groups.
     """
     from sklearn.cluster import KMeans
 
