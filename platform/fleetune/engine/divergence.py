@@ -66,9 +66,9 @@ def check_progress(progress: Progress, num_rounds: int) -> None:
     if not in_a_row and not (progress.next_round >= num_rounds and num_failed and not num_ok):
         return
     when = f"in {progress.failed_rounds} rounds in a row" if in_a_row else "in every round"
-    kept = "the last good adapter is kept" if num_ok else "the model is still untrained"
+    outcome = "the last good adapter is kept" if num_ok else "the model is still untrained"
     raise RunFailed(
-        f"every client that worked diverged {when}: its loss or its update was not finite ({kept}; lower "
+        f"every client that worked diverged {when}: its loss or its update was not finite ({outcome}; lower "
         "local.learning_rate, or bound the gradient with local.max_grad_norm)",
         round_idx=progress.next_round - 1,
     )

@@ -74,8 +74,8 @@ def _measured(problem: Problem, now: RoundPlan, replies: Sequence[WorkUnitReply]
     examples = np.array([int((r != NO_EXAMPLE).sum()) for r in rows], np.int64)
     tokens = np.array([int(num_tokens(problem.inputs.train, r).sum()) for r in rows], np.int64)
     for reply in replies:
-        where = np.searchsorted(now.client_ids, reply.client_ids)
-        loss[where], wall[where] = reply.losses, reply.wall_seconds
+        index = np.searchsorted(now.client_ids, reply.client_ids)
+        loss[index], wall[index] = reply.losses, reply.wall_seconds
     return {
         "num_examples": np.where(started, examples, 0),
         "num_tokens": np.where(started, tokens, 0),

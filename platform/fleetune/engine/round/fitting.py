@@ -76,19 +76,19 @@ class BudgetFitting:
         groups, source = list(work.groups), list(work.source)
         payload_of, rows, checkpointing = work.payload_of.copy(), list(work.rows), work.checkpointing.copy()
         for key in range(len(work.payloads)):
-            for where, part, part_costs in self._descent(work, key, client_ids, refused_by, self.adapt):
+            for index, part, part_costs in self._descent(work, key, client_ids, refused_by, self.adapt):
                 for name, column in costs.items():
-                    column[where] = part_costs[name]
-                refused_by[where] = None
-                checkpointing[where] = part.checkpointing
+                    column[index] = part_costs[name]
+                refused_by[index] = None
+                checkpointing[index] = part.checkpointing
                 if self.adapt == CHECKPOINTING:
                     continue  # the payload is the same, so a new one would only part these clients from their cohort
-                payload_of[where] = len(payloads)
+                payload_of[index] = len(payloads)
                 payloads += part.payloads
                 workloads += part.workloads
                 groups += part.groups
                 source.append(key)
-                for i, batches in zip(where.tolist() if rows else [], part.rows, strict=True):
+                for i, batches in zip(index.tolist() if rows else [], part.rows, strict=True):
                     rows[i] = batches
         adapted = replace(
             work,
@@ -128,26 +128,26 @@ class BudgetFitting:
         return found
 
     def _tried(
-        self, work: Work, key: int, client_ids: np.ndarray, where: np.ndarray, workload: Workload
+        self, work: Work, key: int, client_ids: np.ndarray, index: np.ndarray, workload: Workload
     ) -> tuple[Work, np.ndarray, Costs]:
-        """The work of k clients of payload ``key``, at the indices ``where``, with a smaller workload.
+        """The work of k clients of payload ``key``, at the indices ``index`` (k,), with a smaller workload.
 
         Returns that work, with its one payload at index 0; whom it fits, (k,) bool; and its costs, columns (k,).
         """
         payload = shrunk_payload(self.method, work.payloads[key], workload, work.workloads[key])
-        part = work.at(where)
+        part = work.at(index)
         part = replace(
             part,
             payloads=[payload],
             workloads=[workload],
             groups=[work.groups[key]],
             source=[0],
-            payload_of=np.zeros(len(where), np.int64),
+            payload_of=np.zeros(len(index), np.int64),
             rows=shrunk_rows(part.rows, workload),
-            checkpointing=np.full(len(where), workload.checkpointing),
+            checkpointing=np.full(len(index), workload.checkpointing),
         )
-        costs = self.price(part, client_ids[where])
-        return part, ~_is_refused(self.broken(client_ids[where], costs)), costs
+        costs = self.price(part, client_ids[index])
+        return part, ~_is_refused(self.broken(client_ids[index], costs)), costs
 
     def _hints(self, work: Work, client_ids: np.ndarray, refused_by: np.ndarray) -> np.ndarray:
         """For each refused client the ways that would fit, (n,) objects: one thing made smaller, or batch and checkpointing.
@@ -164,9 +164,9 @@ class BudgetFitting:
             for kind in (BATCH, CHECKPOINTING, CAPACITY, RANK):
                 if kind == CAPACITY and not can_shrink(type(self.method)):
                     continue
-                for where, part, _ in self._descent(work, key, client_ids, refused_by, kind):
+                for index, part, _ in self._descent(work, key, client_ids, refused_by, kind):
                     way = part.workloads[0].reduction(full)
-                    for i in where.tolist():
+                    for i in index.tolist():
                         ways[i].append(way)
             members = refused[work.payload_of[refused] == key]
             without = np.array([i for i in members.tolist() if not ways[i]], np.int64)

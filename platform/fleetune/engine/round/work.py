@@ -44,9 +44,9 @@ class Work:
     """(n,) bool: True if the client computes its blocks again instead of keeping their activations. By client and not by
     payload, as it changes costs alone: clients with and without it train on in one cohort."""
 
-    def at(self, where: np.ndarray) -> Work:
-        """The work of some clients, by index or mask (n,). The payloads stay as they are, so `payload_of` needs no mending."""
-        index = np.arange(len(self.payload_of))[where]
+    def at(self, clients: np.ndarray) -> Work:
+        """The work of some clients, by index or by mask (n,). The payloads stay as they are, so `payload_of` needs no mending."""
+        index = np.arange(len(self.payload_of))[clients]
         return replace(
             self,
             payload_of=self.payload_of[index],
