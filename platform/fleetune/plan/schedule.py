@@ -27,7 +27,7 @@ class ExpectedRounds(RoundPlanner):
     """Lengths per client, worked out once for all rounds."""
 
     def __init__(self, problem: Problem):
-        super().__init__(problem)
+        super().__init__(problem, hints_once_per_stage=True)
         local, data, part = self.spec.local, problem.inputs.train, problem.partition
         owner = np.repeat(np.arange(part.num_clients), self.sizes)
         self.lengths = lengths = data.lengths[part.indices].astype(float)
@@ -50,10 +50,6 @@ class ExpectedRounds(RoundPlanner):
         self.most_learnt = np.zeros(part.num_clients)
         np.maximum.at(self.most_learnt, owner, learnt)
 
-    def tells_what_fits(self, round_idx: int) -> bool:
-        """In the first round of each stage: in the others the same kinds of devices are asked the same."""
-        return round_idx == 0 or self.method.stage(round_idx) != self.method.stage(round_idx - 1)
-
     def batches(self, round_idx: int, client_ids: np.ndarray) -> list[np.ndarray]:
         """None are drawn."""
         return []
@@ -67,8 +63,8 @@ class ExpectedRounds(RoundPlanner):
             for size in np.unique(batch).tolist():
                 mine = batch == size
                 padded[mine] = self.expected(kind, size)[client_ids[mine]]
-            share = times / np.maximum(steps, 1)
-            mean += share[:, None] * monomials(examples, padded, examples * self.learnt[client_ids])
+            fraction = times / np.maximum(steps, 1)
+            mean += fraction[:, None] * monomials(examples, padded, examples * self.learnt[client_ids])
             largest = np.maximum(largest, examples)
         return Load(steps, mean, monomials(largest, self.longest[client_ids], largest * self.most_learnt[client_ids]))
 

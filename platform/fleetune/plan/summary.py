@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fleetune.plan.walk import LARGEST, MEANS, SHARES, SUMS, Plan, Row
+from fleetune.plan.walk import LARGEST, MEANS, SUMS, WORKLOAD, Plan, Row
 
 COUNTS = ("num_clients", "num_ok", "num_oom", "num_refused", "num_dropped", "num_late")
 
@@ -25,7 +25,7 @@ def by_stage(plan: Plan) -> list[Row]:
         row |= {name: sum(line[name] for line in lines) for name in COUNTS}
         row |= {name: max(line[name] for line in lines) for name in LARGEST}
         row["budget_bytes"] = lines[0]["budget_bytes"]
-        row |= {f"least_{name}": min(line[f"least_{name}"] for line in lines) for name in SHARES}
+        row |= {f"least_{name}": min(line[f"least_{name}"] for line in lines) for name in WORKLOAD}
         row["checkpointing"] = any(line["checkpointing"] for line in lines)
         row |= {
             name: next((line[name] for line in lines if line[name]), None) for name in ("refused_by", "refused_hint")

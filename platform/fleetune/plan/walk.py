@@ -27,7 +27,7 @@ from fleetune.spec import RunSpec
 MAX_DRAWN = 50_000
 SUMS, MEANS, LARGEST = (names(CLIENT_COLUMNS, *kinds) for kinds in (("sum",), ("mean",), ("max", "part")))
 
-SHARES = ("batch_size", "rank", "depth")  # what clients may make smaller
+WORKLOAD = ("batch_size", "rank", "depth")  # what clients may make smaller
 
 Row = dict[str, Any]
 
@@ -43,7 +43,7 @@ class Plan:
     """As in rounds.parquet, without what only training shows."""
     devices: list[Row]
     """One row per round and device class: clients by status, sums over those that start, means of their seconds, the largest
-    memory that any of them needs, the smallest share of the work, and of those refused the most frequent reason and hint."""
+    memory that any of them needs, the smallest workload, and of those refused the most frequent reason and hint."""
     assumptions: list[str]
 
     @property
@@ -128,7 +128,7 @@ def by_device(problem: Problem, row: Row, clients: dict[str, np.ndarray]) -> lis
         }
         line |= {f"num_{name}": int((status == name).sum()) for name in ("ok", "oom", "refused", "dropped", "late")}
         line |= {name: float(clients[name][mine].max()) for name in LARGEST}
-        line |= {f"least_{name}": min(clients[name][mine].tolist()) for name in SHARES}
+        line |= {f"least_{name}": min(clients[name][mine].tolist()) for name in WORKLOAD}
         line["checkpointing"] = bool(np.any(clients["checkpointing"][mine]))
         line |= {name: _most_frequent(clients[name][mine]) for name in ("refused_by", "refused_hint")}
         line["budget_bytes"] = float(clients["budget_bytes"][mine].min())

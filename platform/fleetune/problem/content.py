@@ -1,4 +1,4 @@
-"""Digests of all files that a run reads. With the spec's hash they are the run's identity.
+"""Digests of all that a run reads from outside. With the spec's hash they are the run's identity.
 
 A part is named by the field that names it, a model's files by field and file: ``data.dataset``, ``data.eval_dataset``,
 ``model.base/model.safetensors``, ``model.base/tokenizer.json``, ``fleet.availability.path``, ``fleet.device_files/my.yaml``.
@@ -19,9 +19,9 @@ from fleetune.models.load import base_content
 from fleetune.spec import RunSpec
 
 Content = dict[str, str]
-"""Part -> digest."""
-# Fields of DataConfig that do not change what is read, only how it is cut and dealt to clients.
-OF_DEALING: Any = {
+"""Part, named as above -> digest of its content."""
+# Fields of a spec's data that decide how much of them is used, and by which client, but not which files are read.
+NOT_READ: Any = {
     "partition": {"alpha", "shards_per_client", "min_examples"},
     "max_tokens": True,
     "eval_fraction": True,
@@ -29,7 +29,7 @@ OF_DEALING: Any = {
 
 
 def identity(spec: RunSpec, content: Mapping[str, str]) -> str:
-    """A hash of the spec and of all that is read, 16 hexadecimal digits. Runs of the same identity have the same results."""
+    """A hash of the spec and of all that is read, 16 hexadecimal digits. Runs of one identity have the same results."""
     return digest_of([spec.spec_hash, *(part for pair in sorted(content.items()) for part in pair)])[:16]
 
 
@@ -45,13 +45,16 @@ def fleet_content(fleet: FleetConfig) -> Content:
         files["fleet.availability.path"] = Path(fleet.availability.path).expanduser()
     content: Content = {}
     for part, path in files.items():
-        with contextlib.suppress(OSError):  # whoever reads the file says what is wrong with it
+        with contextlib.suppress(OSError):  # the code that reads the file itself has the better message
             content[part] = file_digest(path)
     return content
 
 
 def check_devices(fleet: FleetConfig, content: Mapping[str, str]) -> None:
-    """Raises UserError if a device file has changed since its digest was taken: it is read again for each fleet."""
+    """Raises UserError if a file of devices is no longer the one that ``content`` notes.
+
+    They are read again with each fleet that is built, so they may change after the run has noted them.
+    """
     for name in fleet.outside_device_files():
         noted = content.get(f"fleet.device_files/{name}")
         if noted is not None and noted != file_digest(Path(name)):
@@ -59,28 +62,28 @@ def check_devices(fleet: FleetConfig, content: Mapping[str, str]) -> None:
 
 
 class Contents:
-    """The content that jobs would read now. Jobs that name the same files read the disk once."""
+    """The content that jobs would read now. Jobs that read the same, as a sweep's trials do, share one reading."""
 
     def __init__(self) -> None:
-        self._contents: dict[str, Content] = {}
+        self._cache: dict[str, Content] = {}
 
     def of(self, spec: RunSpec) -> Content:
-        """Part -> digest for one job. Raises UserError if a file is missing."""
+        """The content that this job would read. Raises UserError if some of it is not there any more."""
         data, model = spec.data, spec.model.base
         return {
-            **self._once(f"data {data.model_dump_json(exclude=OF_DEALING)}", lambda: read_content(data)),
+            **self._once(f"data {data.model_dump_json(exclude=NOT_READ)}", lambda: read_content(data)),
             **self._once(f"model {model}", lambda: model_content(base_content(model))),
             **fleet_content(spec.fleet),
         }
 
     def _once(self, key: str, read: Callable[[], Content]) -> Content:
-        if key not in self._contents:
-            self._contents[key] = read()
-        return self._contents[key]
+        if key not in self._cache:
+            self._cache[key] = read()
+        return self._cache[key]
 
 
 def check_content(spec: RunSpec, recorded: Any, content: Mapping[str, str], *, run: str) -> None:
-    """Raises UserError if the content has changed since a run was started. ``recorded``: the content that the run noted."""
+    """Raises UserError if a run would go on with other content than it was started with, its ``recorded`` one."""
     if not isinstance(recorded, dict):
         raise UserError(
             "was started by an earlier version of fleetune, which did not note what it read: "

@@ -19,7 +19,7 @@ from fleetune.spec.run_config import EvaluationConfig
 
 
 def check_length(max_tokens: int, base: BaseModel) -> None:
-    """Raises UserError if the model does not take examples of this length, in tokens."""
+    """Raises UserError if the model allows no examples of this length."""
     positions = int(base.config.get("max_position_embeddings", 1 << 30))
     if max_tokens > positions:
         raise UserError(
@@ -39,7 +39,7 @@ def check_length(max_tokens: int, base: BaseModel) -> None:
 
 
 def check_answers(data: TokenizedDataset, config: EvaluationConfig, base: BaseModel) -> None:
-    """Raises UserError if a prompt with its longest answer exceeds the model's positions or its attention window.
+    """Raises UserError if a prompt and its longest answer exceed the model's positions or its attention window.
 
     The last new token is never fed back, so n new tokens after a prompt take n - 1 further positions.
     """
@@ -61,7 +61,8 @@ def check_answers(data: TokenizedDataset, config: EvaluationConfig, base: BaseMo
 def within_vocabulary(data: TokenizedDataset, tokenizer: Any, base: BaseModel, *, what: str) -> TokenizedDataset:
     """The data with a padding id that the model's embedding has: padding is masked, so any id will do.
 
-    Raises UserError with the first example (from 0) that has a token beyond the vocabulary. ``what``: the data's name in it.
+    Raises UserError with the first example (from 0) that has a token beyond the embedding, in prompt or response. ``what``: the
+    data's name for people.
     """
     vocabulary = int(base.config["vocab_size"])
     beyond = np.flatnonzero(np.asarray(data.tokens) >= vocabulary)
@@ -79,12 +80,12 @@ def within_vocabulary(data: TokenizedDataset, tokenizer: Any, base: BaseModel, *
 
 
 def can_shrink(method: type[Method]) -> bool:
-    """True if the method can give a client a submodel of fewer blocks."""
+    """True if the method makes submodels of fewer blocks for a client."""
     return method.shrunk is not Method.shrunk
 
 
 def check_adapt(spec: RunSpec, method: Method) -> None:
-    """Raises UserError if the method does not support clients that adapt in the way of ``fleet.adapt``."""
+    """Raises UserError if the method does not support clients that adapt in the job's way (``fleet.adapt``)."""
     kind = spec.fleet.adapt
     if kind == CAPACITY and not can_shrink(type(method)):
         able = ", ".join(name for name, other in METHODS.items() if can_shrink(other))
@@ -94,7 +95,7 @@ def check_adapt(spec: RunSpec, method: Method) -> None:
             value=kind,
             hint=f"methods that have: {able}; or adapt batch, checkpointing or rank",
         )
-    if kind in (BATCH, RANK) and method.coupled:
+    if kind in (BATCH, RANK) and spec.method.coupled:
         raise UserError(
             f"method {spec.method.name} works on all clients of a round at once, so their batches and ranks are one",
             field="fleet.adapt",

@@ -1,4 +1,4 @@
-"""A run's inputs and all that follows from them by the spec: base model, data, partition, fleet, method."""
+"""All that a run works on, loaded and checked before any work starts: base model, data, partition, fleet, method."""
 
 from __future__ import annotations
 
@@ -31,28 +31,30 @@ from fleetune.spec import RunSpec
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Held-out examples as tokens, and the texts that should follow their prompts."""
+    """Held-out examples, as tokens and as text."""
 
     data: TokenizedDataset
     responses: list[str]
+    """For each example the text that should follow its prompt."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything that is read from disk: the heavy part of a problem, shared by all processes of a node."""
+    """All that is read from disk: the heavy part of a problem, shared by every process of a node and by a sweep's trials."""
 
     base: BaseModel
     sites: dict[str, tuple[int, int]]
-    """Name -> (inputs, outputs) of each layer that gets an adapter."""
+    """{site: (in, out)} of all linear layers that get an adapter."""
     train: TokenizedDataset
+    """The n training examples of all clients together."""
     keys: np.ndarray
-    """The code of each training example by which the partition goes, int64 (n,); zeros if it goes by none."""
+    """(n,) int64: what the partition goes by, such as each example's category."""
     evaluation: EvalSet
     dataset_name: str
     availability: AvailabilityTrace | None = None
-    """The intervals in which clients are available, if the job names a trace file."""
+    """When clients are available, if the job names a trace file."""
     content: Content = field(default_factory=dict)
-    """Part -> digest of all that was read (`problem.content`)."""
+    """Digests of all that was read (`content`)."""
     reader: AnswerReader | None = None
     """Decodes generated answers as the model's tokenizer does: workers need nothing else of it, and import no transformers."""
 
@@ -69,15 +71,15 @@ class Problem:
 
     @property
     def eligible(self) -> np.ndarray:
-        """Ids of the clients that hold examples, and so can be sampled: int64 (m,), ascending."""
+        """Ids of the clients that hold examples, ascending; only these can be sampled."""
         return np.flatnonzero(np.diff(self.partition.offsets) > 0)
 
 
 def load_inputs(spec: RunSpec, *, base: BaseModel | None = None, cache_dir: Path | None = None) -> Inputs:
-    """Read model and data. Raises UserError with the field that names a missing or unfit file.
+    """Read model, data and availability trace. Raises UserError with the field that names what is missing or does not fit.
 
-    ``base``: the base model if it is loaded already. A file that changes while it is read is refused: its digest would be that
-    of neither content.
+    ``base``: a model that is loaded already, as between the trials of a sweep. Trace and model files must be the
+    same before and after: a file that changes while it is read would give the run an identity that is not its own.
     """
     of_fleet = fleet_content(spec.fleet)
     availability = read_availability(spec.fleet, spec.seed)
@@ -109,7 +111,7 @@ def load_inputs(spec: RunSpec, *, base: BaseModel | None = None, cache_dir: Path
 
 
 def build_problem(spec: RunSpec, inputs: Inputs) -> Problem:
-    """Build fleet, partition and method of a run. Raises UserError if they do not fit the inputs or each other."""
+    """Build fleet, partition and method, with the checks that need several of them. Raises UserError if one fails."""
     if not inputs.sites:
         raise UserError("adapts no layer of this model", field="model.lora.targets", value=spec.model.lora.targets)
     widest = max(max(sizes) for sizes in inputs.sites.values())
@@ -144,12 +146,12 @@ def build_problem(spec: RunSpec, inputs: Inputs) -> Problem:
 
 
 def set_threads(num_threads: int) -> None:
-    """Set the threads of this process's matrix products. They are part of the spec, because they decide how sums round."""
+    """Set the threads of this process's matrix products: part of the spec, because they decide how sums round."""
     torch.set_num_threads(num_threads)
 
 
 def base_to_arrays(base: BaseModel) -> dict[str, Any]:
-    """The base model with its weights as NumPy arrays, which the object store maps without a copy."""
+    """The base model with its weights as NumPy arrays, which Ray's object store maps into each process without a copy."""
     arrays = {name: weight.numpy() for name, weight in base.weights.items()}
     return {
         "name": base.name,
@@ -162,6 +164,6 @@ def base_to_arrays(base: BaseModel) -> dict[str, Any]:
 
 
 def base_from_arrays(parts: Mapping[str, Any]) -> BaseModel:
-    """The inverse of `base_to_arrays`. Weights are views of read-only mapped memory: nobody may write to them."""
+    """The inverse of `base_to_arrays`. Weights are views into the mapped memory, which is read-only: nobody writes to them."""
     weights = {name: torch.from_numpy(array) for name, array in parts["weights"].items()}
     return BaseModel(parts["name"], parts["config"], weights, parts["quantization"], parts["folder"], parts["content"])

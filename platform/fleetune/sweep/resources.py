@@ -12,7 +12,7 @@ import ray
 from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from fleetune.engine.launch.resolve import gpu_share
+from fleetune.engine.launch.resolve import gpu_fraction
 from fleetune.errors import UserError
 from fleetune.spec import RunSpec
 from fleetune.spec.run_config import ExecutionConfig
@@ -38,7 +38,7 @@ def placement_group(config: dict[str, Any]) -> Any:
 
 def _bundle(execution: ExecutionConfig) -> dict[str, float]:
     """A worker's cores, and its GPU or share of one."""
-    share = gpu_share(execution)
+    share = gpu_fraction(execution)
     return {"CPU": float(execution.threads), **({"GPU": share} if share else {})}
 
 

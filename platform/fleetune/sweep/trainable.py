@@ -13,7 +13,7 @@ from fleetune.engine.coordinator import Event
 from fleetune.engine.execution.executor import Executor
 from fleetune.engine.execution.ray_pool import RayExecutor
 from fleetune.engine.execution.ray_worker import SharedInputs
-from fleetune.engine.launch.resolve import gpu_share
+from fleetune.engine.launch.resolve import gpu_fraction
 from fleetune.problem import Inputs, Problem
 from fleetune.sweep.config import Metric
 from fleetune.sweep.trial_runner import TrialOrder, TrialRunner, inputs_key
@@ -79,7 +79,7 @@ class TrialProcess(tune.Trainable):
     def _make_workers(self, problem: Problem) -> Executor:
         execution = problem.spec.execution
         if self._workers is None:
-            self._workers = RayExecutor(int(execution.workers), int(execution.threads), gpu_share(execution))
+            self._workers = RayExecutor(int(execution.workers), int(execution.threads), gpu_fraction(execution))
         self._workers.prepare(problem.inputs.base.key, problem.spec, type(problem.method), self._put(problem))
         return self._workers
 

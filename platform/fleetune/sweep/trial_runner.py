@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fleetune.engine.coordinator import Baselines, Coordinator, Event
+from fleetune.engine.coordinator import Coordinator, Event
+from fleetune.engine.evaluation import Baselines
 from fleetune.engine.execution.executor import Executor, SerialExecutor
 from fleetune.engine.execution.worker_process import placed_base
 from fleetune.engine.launch.backends import base_key
