@@ -17,27 +17,15 @@ import numpy as np
 
 from fleetune.cost.estimate import Load
 from fleetune.cost.polynomials import NUM, monomials
-from fleetune.engine.round.planner import RoundPlanner
+from fleetune.engine.round.planner import Hints, RoundPlanner
 from fleetune.engine.round.work import Work
 from fleetune.problem import Problem
 
 
-class PlannedRounds(RoundPlanner):
-    """The run's own planner. ``hints``: whether refused clients are told what would fit them."""
-
-    def __init__(self, problem: Problem, *, hints: bool = True):
-        super().__init__(problem)
-        self.hints = hints
-
-    def tells_what_fits(self, round_idx: int) -> bool:
-        """As ``hints`` says: every way out that is tried takes a trace of its own."""
-        return self.hints
-
-
-class ExpectedRounds(PlannedRounds):
+class ExpectedRounds(RoundPlanner):
     """Expected lengths of each client's batches, computed once for all rounds."""
 
-    def __init__(self, problem: Problem, *, hints: bool = True):
+    def __init__(self, problem: Problem, *, hints: Hints = "once_per_stage"):
         super().__init__(problem, hints=hints)
         local, data, part = self.spec.local, problem.inputs.train, problem.partition
         owner = np.repeat(np.arange(part.num_clients), self.sizes)  # (n,): the client that holds each example
@@ -61,11 +49,6 @@ class ExpectedRounds(PlannedRounds):
         self.most_learnt = np.zeros(part.num_clients)
         np.maximum.at(self.most_learnt, owner, learnt)
 
-    def tells_what_fits(self, round_idx: int) -> bool:
-        """In the first round of each stage: the same fits the same kinds of devices in the others."""
-        is_first = round_idx == 0 or self.method.stage(round_idx) != self.method.stage(round_idx - 1)
-        return self.hints and is_first
-
     def batches(self, round_idx: int, client_ids: np.ndarray) -> list[np.ndarray]:
         """None are drawn."""
         return []
@@ -79,8 +62,8 @@ class ExpectedRounds(PlannedRounds):
             for size in np.unique(batch).tolist():
                 same = batch == size
                 padded[same] = self.expected(kind, size)[client_ids[same]]
-            share = times / np.maximum(steps, 1)
-            mean += share[:, None] * monomials(examples, padded, examples * self.learnt[client_ids])
+            fraction = times / np.maximum(steps, 1)
+            mean += fraction[:, None] * monomials(examples, padded, examples * self.learnt[client_ids])
             largest = np.maximum(largest, examples)
         return Load(steps, mean, monomials(largest, self.longest[client_ids], largest * self.most_learnt[client_ids]))
 

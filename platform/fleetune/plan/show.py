@@ -95,7 +95,7 @@ def _cells(row: Row) -> list[Text | str]:
 
 
 def _smallest(row: Row, adapts: str) -> str:
-    """The least work that any client of this row takes."""
+    """The smallest workload that any client of this row takes."""
     if adapts == "checkpointing":
         return "checkpointing" if row["checkpointing"] else "all kept"
     least = {"batch": "batch {least_batch_size}", "rank": "rank {least_rank}", "capacity": "{least_depth:g} blocks"}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fleetune.columns import ROUND_COLUMNS
-from fleetune.plan.walk import COUNTS, LARGEST, MEANS, SHARES, SUMS, Plan, Row
+from fleetune.plan.walk import COUNTS, LARGEST, MEANS, SUMS, WORKLOAD, Plan, Row
 
 
 def by_stage(plan: Plan) -> list[Row]:
@@ -24,7 +24,7 @@ def by_stage(plan: Plan) -> list[Row]:
         row |= {name: sum(line[name] for line in lines) for name in COUNTS}
         row |= {name: max(line[name] for line in lines) for name in LARGEST}
         row["budget_bytes"] = lines[0]["budget_bytes"]
-        row |= {f"least_{name}": min(line[f"least_{name}"] for line in lines) for name in SHARES}
+        row |= {f"least_{name}": min(line[f"least_{name}"] for line in lines) for name in WORKLOAD}
         row["checkpointing"] = any(line["checkpointing"] for line in lines)
         row |= {
             name: next((line[name] for line in lines if line[name]), None) for name in ("refused_by", "refused_hint")

@@ -14,12 +14,12 @@ from fleetune.columns import CLIENT_COLUMNS, ROUND_COLUMNS, names
 from fleetune.engine.round.planner import RoundPlanner
 from fleetune.engine.round.rules import OOM, REFUSED
 from fleetune.engine.rows import costed_columns, round_row
-from fleetune.input_checks import check_length
 from fleetune.models.network import linear_sites
 from fleetune.models.outline import outline_base
 from fleetune.plan.lengths import load_lengths, without_partition
-from fleetune.plan.schedule import ExpectedRounds, PlannedRounds
+from fleetune.plan.schedule import ExpectedRounds
 from fleetune.problem import EvalSet, Inputs, Problem, build_problem
+from fleetune.problem.input_checks import check_length
 from fleetune.spec import RunSpec
 
 # Client-rounds up to which every batch is drawn as in the run, so that the plan's numbers are the run's own. Drawing takes
@@ -29,7 +29,7 @@ SUMS, MEANS, LARGEST = (names(CLIENT_COLUMNS, *kinds) for kinds in (("sum",), ("
 # How turns end, num_ok and so on. Clients fail by what they compute, so none does in a plan.
 ENDS = tuple(name for name in names(ROUND_COLUMNS, "sum") if name.startswith("num_") and name != "num_failed")
 COUNTS = ("num_clients", *ENDS)
-SHARES = ("batch_size", "rank", "depth")  # what clients may make smaller
+WORKLOAD = ("batch_size", "rank", "depth")  # what clients may make smaller
 
 Row = dict[str, Any]
 
@@ -45,7 +45,7 @@ class Plan:
     """Rows as in rounds.parquet, without the columns that only training can fill."""
     devices: list[Row]
     """One row per round and device class: clients by status, sums over those that start, means of their seconds, the largest
-    memory that any of them needs, the smallest share of the work, and of those refused the most frequent reason and hint."""
+    memory that any of them needs, the smallest workload, and of those refused the most frequent reason and hint."""
     assumptions: list[str]
 
     @property
@@ -89,7 +89,10 @@ def plan(spec: RunSpec, *, label: str | None = None, cache_dir: Path | None = No
         )
     rounds: list[Row] = []
     devices: list[Row] = []
-    planner = (PlannedRounds if drawn else ExpectedRounds)(problem, hints=hints)
+    if not hints:
+        planner = (RoundPlanner if drawn else ExpectedRounds)(problem, hints="none")
+    else:
+        planner = RoundPlanner(problem) if drawn else ExpectedRounds(problem)
     for row, clients in walk(problem, planner):
         rounds.append(row)
         devices += by_device(problem, row, clients)
@@ -133,7 +136,7 @@ def by_device(problem: Problem, row: Row, clients: dict[str, np.ndarray]) -> lis
         }
         line |= {name: int((status == name.removeprefix("num_")).sum()) for name in ENDS}
         line |= {name: float(clients[name][of_kind].max()) for name in LARGEST}
-        line |= {f"least_{name}": min(clients[name][of_kind].tolist()) for name in SHARES}
+        line |= {f"least_{name}": min(clients[name][of_kind].tolist()) for name in WORKLOAD}
         line["checkpointing"] = bool(np.any(clients["checkpointing"][of_kind]))
         line |= {name: _most_frequent(clients[name][of_kind]) for name in ("refused_by", "refused_hint")}
         line["budget_bytes"] = float(clients["budget_bytes"][of_kind].min())
