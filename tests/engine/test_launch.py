@@ -23,11 +23,11 @@ from fleetune.engine.checkpoint.checkpoint import saved_rounds
 from fleetune.engine.launch import backends
 from fleetune.engine.launch import run as launch
 from fleetune.engine.launch.cluster import connect, names_ray
-from fleetune.engine.launch.resolve import gpu_share, resolve_execution
+from fleetune.engine.launch.resolve import gpu_fraction, resolve_execution
 from fleetune.errors import UserError
 from fleetune.records.run_directory import RunDirectory
-from fleetune.run_config import ExecutionConfig
 from fleetune.spec import RunSpec
+from fleetune.spec.run_config import ExecutionConfig
 from support import commands, tiny
 
 
@@ -141,12 +141,12 @@ def test_hosts_that_find_no_room_on_the_gpus_are_refused():
         )
 
 
-@pytest.mark.parametrize(("workers_per_gpu", "share"), [(1, 1.0), (3, 0.3333), (6, 0.1666)])
-def test_the_shares_of_a_gpu_never_exceed_it(workers_per_gpu: int, share: float):
+@pytest.mark.parametrize(("workers_per_gpu", "fraction"), [(1, 1.0), (3, 0.3333), (6, 0.1666)])
+def test_the_fractions_of_a_gpu_never_exceed_it(workers_per_gpu: int, fraction: float):
     """Ray counts in ten-thousandths and would round a sixth up: six of them would not fit."""
     execution = ExecutionConfig(device="cuda", workers_per_gpu=workers_per_gpu)
-    assert gpu_share(execution) == share
-    assert gpu_share(execution.model_copy(update={"device": "cpu"})) == 0.0
+    assert gpu_fraction(execution) == fraction
+    assert gpu_fraction(execution.model_copy(update={"device": "cpu"})) == 0.0
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:x", "127.0.0.1:99999", "127.0.0.1:"])

@@ -39,7 +39,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The given NumPy array is not writable"),
 ]
 
-GPU_SHARE = 0.25  # of a GPU that Ray counts as well, and on which nothing is computed
+GPU_FRACTION = 0.25  # of a GPU that Ray counts as well, and on which nothing is computed
 NUM_CORES = 5  # those that Ray counts, not those of this machine: three workers, and two of a coordinator
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -123,7 +123,7 @@ def cluster() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def workers() -> Iterator[list[Any]]:
     """Three workers for all tests: each is prepared for a run while it still holds the former. They ask for shares of a GPU."""
-    executor = RayExecutor(3, threads=1, gpus_per_worker=GPU_SHARE)
+    executor = RayExecutor(3, threads=1, gpus_per_worker=GPU_FRACTION)
     yield executor.workers
     for worker in executor.workers:
         ray.kill(worker)
@@ -135,7 +135,7 @@ class Borrowed(RayExecutor):
     num_borrowed = itertools.count()
 
     def __init__(self, workers: list[Any], num_workers: int):
-        super().__init__(0, threads=1, gpus_per_worker=GPU_SHARE)
+        super().__init__(0, threads=1, gpus_per_worker=GPU_FRACTION)
         self.num_workers, self.workers = num_workers, workers
         self._run_number = 1000 * next(Borrowed.num_borrowed)  # no worker mistakes its run for that of another executor
 
@@ -167,7 +167,7 @@ def test_hosts_share_the_gpu_that_ray_gives_them(workers: list[Any]):
         return os.environ.get("CUDA_VISIBLE_DEVICES")
 
     assert ray.get([worker.__ray_call__.remote(sees) for worker in workers]) == ["0", "0", "0"]
-    assert ray.available_resources()["GPU"] == pytest.approx(1 - 3 * GPU_SHARE)
+    assert ray.available_resources()["GPU"] == pytest.approx(1 - 3 * GPU_FRACTION)
 
 
 def test_a_cluster_s_gpus_are_found(monkeypatch: pytest.MonkeyPatch):

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fleetune.content import identity
 from fleetune.errors import UserError
 from fleetune.problem import Problem
+from fleetune.problem.content import identity
 from fleetune.records.run_directory import RunDirectory
 from fleetune.spec import RunSpec
 
