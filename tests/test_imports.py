@@ -47,6 +47,7 @@ GROUND = {
     "digests",
     "errors",
     "files",
+    "locks",
     "redaction",
     "scopes",
     "seeds",

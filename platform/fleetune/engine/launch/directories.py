@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import Timeout
+
+from fleetune import locks
 from fleetune.content import identity
 from fleetune.errors import UserError
 from fleetune.problem import Problem
@@ -78,22 +81,18 @@ def git_commit() -> str | None:
 
 @contextlib.contextmanager
 def locked(run_dir: RunDirectory, *, field: str = "RUN_DIR", patience_seconds: float = 0.0) -> Iterator[None]:
-    """Nobody else runs this directory meanwhile; the lock goes with the process, which may take a moment to die."""
-    import fcntl
+    """Holds the directory's lock in the block, so that nobody else runs it. Raises UserError if another process does.
 
-    deadline = time.monotonic() + patience_seconds
-    with (run_dir.path / "checkpoint" / "lock").open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        "another process is running it",
-                        field=field,
-                        value=str(run_dir.path),
-                        hint="wait for it, or end it",
-                    ) from None
-                time.sleep(0.2)
+    ``patience_seconds``: how long to wait for it; a process that was killed may take a moment to die.
+    """
+    held = locks.locked(run_dir.path / "checkpoint" / "lock", patience_seconds=patience_seconds)
+    try:
+        held.acquire()
+    except Timeout:
+        raise UserError(
+            "another process is running it", field=field, value=str(run_dir.path), hint="wait for it, or end it"
+        ) from None
+    try:
         yield
+    finally:
+        held.release()
