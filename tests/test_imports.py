@@ -20,6 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Heavy packages may be imported at the top of these modules only; elsewhere inside the functions that need them.
 HEAVY = {"transformers", "peft", "datasets", "mlflow", "ray", "matplotlib", "sklearn", "bitsandbytes"}
 MAY_IMPORT_RAY = {
+    "engine/execution/calls.py",
     "engine/execution/ray_pool.py",
     "engine/execution/ray_worker.py",
     "engine/launch/backends.py",

@@ -132,7 +132,7 @@ class TrialRunner:
             del self._placed[next(iter(self._placed))]
         self._placed[key] = kept  # the last used stands last
         executor = SerialExecutor(problem, base=kept[0])
-        executor.side.worker.adopt(kept[1].setdefault(spec.model.lora, {}))
+        executor.process.worker.adopt(kept[1].setdefault(spec.model.lora, {}))
         return executor
 
     def _directory(self, order: TrialOrder, problem: Problem) -> RunDirectory:
