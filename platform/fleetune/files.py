@@ -167,15 +167,9 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _is_another_alive(process_id: int) -> bool:
-    if process_id == os.getpid():  # this one, which cleans and does not write
-        return False
-    try:
-        os.kill(process_id, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's process, which may not be signalled: it lives
-        pass
-    return True
+    import psutil
+
+    return process_id != os.getpid() and psutil.pid_exists(process_id)  # this process cleans and does not write
 
 
 # -- sealing, and reading back --------------------------------------------------------------------------------------------

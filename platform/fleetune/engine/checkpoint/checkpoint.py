@@ -69,7 +69,7 @@ class Checkpoint:
         self._written = np.full(num_clients, -1, np.int32)
         """(clients,) int32: the slots of the state that was written or read last."""
         self._lasting: set[int] = set()
-        """Slots whose files are known to be on the disk."""
+        """Slots whose files are on the disk for certain."""
 
     @property
     def state_file(self) -> Path:

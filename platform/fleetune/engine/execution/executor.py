@@ -1,4 +1,4 @@
-"""The interface to where work runs: an executor carries out units and evaluations; replies come in the order of the units."""
+"""Executors carry out work units and evaluations; replies come in the order of the units. The serial one, and the interface."""
 
 from __future__ import annotations
 

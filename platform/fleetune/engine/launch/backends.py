@@ -156,8 +156,8 @@ class RayBackend(LocalBackend):
             for other in self._coordinators.values():  # its workers' cores and GPUs are needed
                 ray.kill(other)
             self._coordinators.clear()
-            # On this node, because it writes the run directory, which this process made. Soft: where this node has no room for
-            # actors, Ray may take another that shares the folder.
+            # On this node, because it writes the run directory, which this process made. Soft: if this node takes no actors,
+            # Ray may choose another that shares the folder.
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
             options = RayCoordinator.options(scheduling_strategy=here)  # type: ignore[attr-defined]
             self._coordinators[key] = options.remote(*key)
