@@ -18,7 +18,7 @@ from fleetune.methods.base import Payload
 from support import ray_runs, runs, tiny
 from support.ray_runs import (
     CASES,
-    GPU_SHARE,
+    GPU_FRACTION,
     NUM_WORKERS,
     Borrowed,
     on,
@@ -76,7 +76,7 @@ def test_workers_share_the_gpu_that_ray_gives_them(workers: list[Any]):
         return os.environ.get("CUDA_VISIBLE_DEVICES")
 
     assert ray.get([worker.__ray_call__.remote(sees) for worker in workers]) == ["0", "0", "0"]
-    assert ray.available_resources()["GPU"] == pytest.approx(1 - NUM_WORKERS * GPU_SHARE)
+    assert ray.available_resources()["GPU"] == pytest.approx(1 - NUM_WORKERS * GPU_FRACTION)
 
 
 def test_a_cluster_s_gpus_are_found(monkeypatch: pytest.MonkeyPatch):

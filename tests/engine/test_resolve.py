@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fleetune.run_config import ExecutionConfig
 
 from fleetune.engine.launch import backends
 from fleetune.engine.launch import run as launch
-from fleetune.engine.launch.resolve import gpu_share, resolve_execution
+from fleetune.engine.launch.resolve import gpu_fraction, resolve_execution
 from fleetune.errors import UserError
-from fleetune.run_config import ExecutionConfig
 from support import tiny
 
 
@@ -129,5 +129,5 @@ def test_workers_that_find_no_room_on_the_gpus_are_refused():
 def test_the_shares_of_a_gpu_never_exceed_it(workers_per_gpu: int, share: float):
     """Ray counts in ten-thousandths and would round a sixth up: six of them would not fit."""
     execution = ExecutionConfig(device="cuda", workers_per_gpu=workers_per_gpu)
-    assert gpu_share(execution) == share
-    assert gpu_share(execution.model_copy(update={"device": "cpu"})) == 0.0
+    assert gpu_fraction(execution) == share
+    assert gpu_fraction(execution.model_copy(update={"device": "cpu"})) == 0.0

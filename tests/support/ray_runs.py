@@ -23,7 +23,7 @@ from fleetune.records.run_directory import RunDirectory
 from fleetune.spec import RunSpec
 from support import runs, tiny
 
-GPU_SHARE = 0.25  # of a GPU that Ray counts as well, and on which nothing is computed
+GPU_FRACTION = 0.25  # of a GPU that Ray counts as well, and on which nothing is computed
 NUM_WORKERS = 3
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -88,7 +88,7 @@ class Borrowed(RayExecutor):
     num_borrowed = itertools.count()
 
     def __init__(self, workers: list[Any], num_workers: int):
-        super().__init__(0, threads=1, gpus_per_worker=GPU_SHARE)
+        super().__init__(0, threads=1, gpus_per_worker=GPU_FRACTION)
         self.num_workers, self.workers = num_workers, workers
         self._run_number = 1000 * next(Borrowed.num_borrowed)  # no worker mistakes its run for that of another executor
 
@@ -116,7 +116,7 @@ def cluster(module: str, *, num_cores: int) -> Iterator[None]:
 @contextlib.contextmanager
 def started_workers() -> Iterator[list[Any]]:
     """Workers for many tests: each is prepared for a run while it still holds the former. They ask for shares of a GPU."""
-    executor = RayExecutor(NUM_WORKERS, threads=1, gpus_per_worker=GPU_SHARE)
+    executor = RayExecutor(NUM_WORKERS, threads=1, gpus_per_worker=GPU_FRACTION)
     yield executor.workers
     for worker in executor.workers:
         ray.kill(worker)

@@ -116,8 +116,8 @@ def _tell(examples: Examples, dataset: TokenizedDataset, config: DataConfig) -> 
             raise UserError(rule, field=examples.field, value=examples.source, hint=hint)
         log.warning("%s: %d of %d examples left out: %s", examples.source, num_left_out, len(examples), reasons)
     if dataset.num_truncated:
-        share = f"{dataset.num_truncated} of {len(dataset)}"
-        log.warning("%s examples are longer than data.max_tokens=%d and were cut", share, config.max_tokens)
+        truncated = f"{dataset.num_truncated} of {len(dataset)}"
+        log.warning("%s examples are longer than data.max_tokens=%d and were cut", truncated, config.max_tokens)
 
 
 class _Pieces(NamedTuple):

@@ -88,8 +88,8 @@ class TwoStates:
     def __init__(self, num_clients: int, *, run_seed: int, mean_on_seconds: float, mean_off_seconds: float):
         self.num_clients, self.run_seed = num_clients, run_seed
         self.means = (mean_off_seconds, mean_on_seconds)
-        share_on = mean_on_seconds / (mean_on_seconds + mean_off_seconds)
-        self._starts_on = rng(run_seed, "availability-start").random(num_clients) < share_on
+        fraction_on = mean_on_seconds / (mean_on_seconds + mean_off_seconds)
+        self._starts_on = rng(run_seed, "availability-start").random(num_clients) < fraction_on
         self._begin()
 
     def at(self, round_idx: int, seconds: float) -> np.ndarray:

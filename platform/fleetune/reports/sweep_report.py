@@ -64,7 +64,9 @@ def sweep_report(
     sections = [
         Section("Ranking", _ranking(results)),
         Section("Learning curves", _curves(results, folder)),
-        Section("Accuracy against cost" if results.score.is_share else "Loss against cost", _pareto(results, folder)),
+        Section(
+            "Accuracy against cost" if results.score.is_fraction else "Loss against cost", _pareto(results, folder)
+        ),
         Section("Quality under a budget", _budgets(results, asked[0], folder)),
         Section("Cost to a target", _targets(results, asked[1], folder)),
         Section("Robustness to drop-out", _robustness(results, folder)),
@@ -359,7 +361,7 @@ def _with_spread(results: SweepResults, row: pd.Series) -> str:
     """``71.2 ± 1.3 %``, or without spread where one trial has no spread."""
     if row["spread"] != row["spread"]:
         return amount(row["score"], results.score)
-    if results.score.is_share:
+    if results.score.is_fraction:
         return f"{100 * row['score']:.1f} ± {100 * row['spread']:.1f} %"
     return f"{row['score']:.3f} ± {row['spread']:.3f}"
 

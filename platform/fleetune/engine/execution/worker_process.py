@@ -12,7 +12,7 @@ import numpy as np
 
 from fleetune.engine.checkpoint.client_store import slot_of
 from fleetune.engine.execution.work_units import WorkUnit, WorkUnitReply
-from fleetune.engine.round.ranks import laid_over
+from fleetune.engine.round.ranks import overlay
 from fleetune.errors import RunFailed
 from fleetune.methods.base import GlobalModel, Method, Payload
 from fleetune.models.base import BaseModel, placed
@@ -99,7 +99,7 @@ def run_work_unit(
         reply.losses[span], reply.num_tokens[span] = update.losses, update.num_tokens
         if update.cut_bytes is not None:
             reply.cut_bytes[:, span] = update.cut_bytes
-        reply.diverged[span] = _diverged(update, coupled=method.coupled)
+        reply.diverged[span] = _diverged(update, coupled=method.config.coupled)
         _collect(reply, span, method, update, tasks, totals.setdefault(cohort.payload, RunningSum()))
         if update.private is not None:
             reply.keeps[span] = ~reply.diverged[span]  # a client that diverged stays with its former private tensors
@@ -120,7 +120,7 @@ def run_work_unit(
 
 def _update(worker: Worker, method: Method, payload: Payload, tasks: list[ClientTask]) -> CohortUpdate:
     """One update for the cohort. With dropout its clients train one by one, as each draws masks of its own."""
-    if len(tasks) == 1 or method.coupled or not worker.lora.dropout:
+    if len(tasks) == 1 or method.config.coupled or not worker.lora.dropout:
         return method.local_update(worker, payload, tasks)
     return CohortUpdate.joined([method.local_update(worker, payload, [task]) for task in tasks])
 
@@ -170,7 +170,7 @@ def _private_of(
     for k, (task, rank) in enumerate(zip(tasks, ranks.tolist(), strict=True)):
         tensors = private.client(k)
         if rank < full_rank:
-            tensors = laid_over(tensors, old_private.get(task.client_id, {}), full_rank)
+            tensors = overlay(tensors, old_private.get(task.client_id, {}), full_rank)
         packed[task.client_id] = pack(tensors)
     return packed
 

@@ -15,13 +15,13 @@ from fleetune.engine.coordinator import Coordinator, Event
 from fleetune.engine.execution.executor import SerialExecutor
 from fleetune.engine.launch import cluster
 from fleetune.engine.launch.cluster import num_cores
-from fleetune.engine.launch.resolve import gpu_share, num_gpus, resolve_execution
+from fleetune.engine.launch.resolve import gpu_fraction, num_gpus, resolve_execution
 from fleetune.errors import RunFailed, UserError
 from fleetune.models.load import base_content
 from fleetune.problem import Inputs, Problem, load_inputs, set_threads
 from fleetune.records.run_directory import RunDirectory
-from fleetune.run_config import ExecutionConfig
 from fleetune.spec import RunSpec
+from fleetune.spec.run_config import ExecutionConfig
 
 STOP_SECONDS = 3.0  # assumed: writing a state takes hundredths of a second, and whoever stops a run waits ten at most
 
@@ -144,7 +144,7 @@ class RayBackend(LocalBackend):
 
     def _coordinator(self, execution: ExecutionConfig) -> Any:
         with self._starting:
-            return self._find_coordinator(int(execution.workers), int(execution.threads), gpu_share(execution))
+            return self._find_coordinator(int(execution.workers), int(execution.threads), gpu_fraction(execution))
 
     def _find_coordinator(self, num_workers: int, threads: int, gpus_per_worker: float) -> Any:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

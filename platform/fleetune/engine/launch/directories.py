@@ -12,9 +12,9 @@ from typing import Any
 from filelock import Timeout
 
 from fleetune import locks
-from fleetune.content import identity
 from fleetune.errors import UserError
 from fleetune.problem import Problem
+from fleetune.problem.content import identity
 from fleetune.records.run_directory import RunDirectory
 from fleetune.spec import RunSpec
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import ray
 
-from fleetune.engine.coordinator import Baselines, Coordinator, Event
+from fleetune.engine.coordinator import Coordinator, Event
+from fleetune.engine.evaluation import Baselines
 from fleetune.engine.execution.ray_pool import RayExecutor
 from fleetune.engine.execution.ray_worker import SharedInputs
 from fleetune.problem import build_problem, set_threads

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fleetune.errors import UserError
-from fleetune.methods import METHODS
-from fleetune.run_config import ExecutionConfig
 from fleetune.spec import RunSpec
+from fleetune.spec.run_config import ExecutionConfig
 from fleetune.training.device import can_compile
 
 MAX_COHORT = 16
@@ -59,7 +58,7 @@ def num_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def gpu_share(execution: ExecutionConfig) -> float:
+def gpu_fraction(execution: ExecutionConfig) -> float:
     """GPUs that each worker asks Ray for, which counts them in ten-thousandths."""
     return (10_000 // execution.workers_per_gpu) / 10_000 if execution.device == "cuda" else 0.0
 
@@ -86,7 +85,6 @@ def _resolved(spec: RunSpec, device: str, node_cores: Sequence[int], most_worker
     """The spec with everything decided; ``most_workers``: how many each node may hold, whatever their threads."""
     chosen = spec.execution
     per_round = spec.rounds.clients_per_round
-    coupled = METHODS[spec.method.name].couples(spec.method)
     if chosen.workers != "auto" and int(chosen.workers) > _room(1, node_cores, most_workers):
         # They do not fit. Serially, one process stands for all of them; on Ray, the caller refuses the job.
         most_workers = node_cores
@@ -111,7 +109,7 @@ def _resolved(spec: RunSpec, device: str, node_cores: Sequence[int], most_worker
         most = min(most, max(1, MAX_STEP_TOKENS // (spec.local.batch_size * spec.data.max_tokens)))
     num_cohorts = -(-per_worker // most)  # per worker, so that all workers get equally many
     cohort = int(chosen.cohort) if chosen.cohort != "auto" else -(-per_worker // num_cohorts)
-    kind = chosen.kind if chosen.kind != "auto" else ("ray" if workers > 1 and not coupled else "serial")
+    kind = chosen.kind if chosen.kind != "auto" else ("ray" if workers > 1 and not spec.method.coupled else "serial")
     values = {"kind": kind, "workers": workers, "threads": threads, "cohort": cohort, "device": device}
     values["kernels"] = _kernels(chosen, device)
     return spec.model_copy(update={"execution": chosen.model_copy(update=values)})

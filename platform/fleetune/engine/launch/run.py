@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from fleetune import files
-from fleetune.content import check_content
 from fleetune.engine.coordinator import Event
 from fleetune.engine.divergence import Notices
 from fleetune.engine.launch.backends import LocalBackend, backend_for
 from fleetune.engine.launch.directories import locked, new_run_directory
 from fleetune.errors import RunFailed, Stopped, UserError
 from fleetune.problem import Problem, build_problem
+from fleetune.problem.content import check_content
 from fleetune.records.run_directory import RunDirectory
 from fleetune.records.timeline import write_timeline
 from fleetune.spec import RunSpec, from_dict
