@@ -21,6 +21,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = {"transformers", "peft", "datasets", "mlflow", "ray", "matplotlib", "sklearn", "bitsandbytes"}
 MAY_IMPORT_RAY = {
     "cli/job_server.py",
+    "engine/execution/calls.py",
     "engine/execution/ray_pool.py",
     "engine/execution/ray_worker.py",
     "engine/launch/backends.py",
@@ -48,6 +49,7 @@ GROUND = {
     "digests",
     "errors",
     "files",
+    "locks",
     "redaction",
     "scopes",
     "seeds",

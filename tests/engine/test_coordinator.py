@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fleetune.engine.coordinator import Coordinator
-from fleetune.engine.execution.executor import Evaluated, SerialExecutor
+from fleetune.engine.execution.executor import CompletedEvaluation, SerialExecutor
 from fleetune.errors import RunFailed
 from fleetune.methods.base import ClientInfo, GlobalModel, Payload, State, Update
 from fleetune.methods.fedavg import FedIT
@@ -266,7 +266,7 @@ class Tardy(SerialExecutor):
 
     @dataclass
     class Slow:
-        inner: Evaluated
+        inner: CompletedEvaluation
         is_waited_for: bool = False
 
         def is_done(self) -> bool:

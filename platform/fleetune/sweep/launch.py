@@ -42,7 +42,7 @@ class SweepResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The document of ``--json``; with ``synced`` only if it is false."""
-        return {**launch.told(vars(self)), "sweep_dir": str(self.sweep_dir)}
+        return {**launch.without_synced(vars(self)), "sweep_dir": str(self.sweep_dir)}
 
     def lines(self) -> list[str]:
         """The lines that the terminal shows."""
@@ -89,7 +89,7 @@ def run(
 
     def watch(run_path: Path) -> None:
         if example.tracking.enabled:
-            launch.follower(warn).watch(run_path)
+            launch.record_stream(warn).watch(run_path)
 
     with locked(directory, field="SWEEP", patience_seconds=5.0):
         driver = Driver(

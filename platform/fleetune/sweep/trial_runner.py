@@ -136,7 +136,7 @@ class TrialRunner:
             del self._placed[next(iter(self._placed))]
         self._placed[key] = base, networks  # the last used stands last, and the first is dropped first
         executor = SerialExecutor(problem, base=base)
-        executor.side.worker.adopt(networks.setdefault(spec.model.lora, {}))
+        executor.process.worker.adopt(networks.setdefault(spec.model.lora, {}))
         return executor
 
     def _directory(self, order: TrialOrder, problem: Problem) -> RunDirectory:

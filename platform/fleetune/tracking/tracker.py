@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fleetune.errors import UserError
+from fleetune.locks import locked
 from fleetune.records.naming import flatten, method_of, run_name, shown
 from fleetune.records.run_directory import RunDirectory, parent_of
 from fleetune.records.sweep_directory import SweepDirectory
@@ -30,7 +31,7 @@ from fleetune.tracking.client import QUIET, made_once, make_client
 from fleetune.tracking.description import note
 from fleetune.tracking.logged_model import log_adapter
 from fleetune.tracking.metrics import RoundMetrics, number
-from fleetune.tracking.store import ensure_store, locked
+from fleetune.tracking.store import ensure_store
 from fleetune.tracking.system_metrics import SystemMetrics
 
 __all__ = ["SyncReport", "Tracker", "default_uri", "open_ui"]
