@@ -14,7 +14,7 @@ def test_a_large_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     reads: list[Path] = []
     read = digests._read
     monkeypatch.setattr(digests, "_read", lambda path: reads.append(path) or read(path))
-    monkeypatch.setattr(digests, "KEPT_BYTES", 4)
+    monkeypatch.setattr(digests, "STORED_BYTES", 4)
     monkeypatch.setenv("FLEETUNE_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "weights"
     file.write_bytes(b"12345")
@@ -23,7 +23,7 @@ def test_a_large_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(reads) == 2
     monkeypatch.setattr(digests, "SETTLED_SECONDS", -60.0)
     assert digests.file_digest(file) == fresh
-    digests._known.clear()  # as in another process
+    digests._digests.clear()  # as in another process
     assert digests.file_digest(file) == fresh
     assert len(reads) == 3
     file.write_bytes(b"12346")

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fleetune.run_config import ExecutionConfig
 
 from fleetune.engine.launch import backends
 from fleetune.engine.launch import run as launch
 from fleetune.engine.launch.resolve import gpu_fraction, resolve_execution
 from fleetune.errors import UserError
+from fleetune.spec.run_config import ExecutionConfig
 from support import tiny
 
 
