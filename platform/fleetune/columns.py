@@ -24,7 +24,8 @@ class Column:
     meaning: str
     kind: str = ""
     """How the values of several rows become one: ``sum``, ``mean`` or ``max``. ``part``: a summand of the largest value, taken
-    from its row. ``budget``: the limit beside it. Empty: not at all."""
+    from its row. ``budget``: the limit beside it. Empty: not at all. Of trials.parquet: the part of the run's result
+    that holds it, ``metric`` or ``total``."""
     phase: str = ""
     """Of clients.parquet: the phase of a turn whose length it grows with (downlink, compute, uplink, or the whole turn)."""
     metric: str = ""
@@ -186,19 +187,21 @@ TRIAL_COLUMNS: tuple[Column, ...] = (
     Column("method", "string", "the method's name"),
     Column("seed", "int64", "the run's seed"),
     Column("num_rounds", "int32", "rounds that are recorded"),
-    Column("train_loss", "double", "training loss of the last round"),
-    Column("eval_loss", "double", "loss on the evaluation set, of the last evaluation"),
-    Column("eval_accuracy", "double", "share right on the evaluation set, 0 to 1, of the last evaluation"),
-    Column("baseline_eval_loss", "double", "loss of the untrained model"),
-    Column("baseline_eval_accuracy", "double", "share right of the untrained model"),
-    Column("sim_seconds", "double", "virtual time of the run"),
-    Column("uplink_bytes", "double", "bytes that all clients sent"),
-    Column("downlink_bytes", "double", "bytes that all clients received"),
-    Column("energy_joules", "double", "energy that all clients spent"),
-    Column("num_oom", "double", "times a client was refused for memory"),
-    Column("num_dropped", "double", "times a client left in the middle"),
-    Column("num_late", "double", "times a client came after the round's close"),
-    Column("num_failed", "double", "times a client's work was not finite, and was left out"),
+    Column("train_loss", "double", "training loss of the last round", kind="metric"),
+    Column("eval_loss", "double", "loss on the evaluation set, of the last evaluation", kind="metric"),
+    Column(
+        "eval_accuracy", "double", "share right on the evaluation set, 0 to 1, of the last evaluation", kind="metric"
+    ),
+    Column("baseline_eval_loss", "double", "loss of the untrained model", kind="metric"),
+    Column("baseline_eval_accuracy", "double", "share right of the untrained model", kind="metric"),
+    Column("sim_seconds", "double", "virtual time of the run", kind="total"),
+    Column("uplink_bytes", "double", "bytes that all clients sent", kind="total"),
+    Column("downlink_bytes", "double", "bytes that all clients received", kind="total"),
+    Column("energy_joules", "double", "energy that all clients spent", kind="total"),
+    Column("num_oom", "double", "times a client was refused for memory", kind="total"),
+    Column("num_dropped", "double", "times a client left in the middle", kind="total"),
+    Column("num_late", "double", "times a client came after the round's close", kind="total"),
+    Column("num_failed", "double", "times a client's work was not finite, and was left out", kind="total"),
 )
 
 

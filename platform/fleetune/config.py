@@ -18,7 +18,7 @@ class Config(BaseModel):
 
 
 def _may_be_a_path(text: str) -> str:
-    """ValueError for a text that no file system takes as a path: asking for it would raise, not say that nothing is there."""
+    """The text. Raises ValueError if no file system takes it as a path: ``Path.exists`` would raise instead of saying no."""
     try:
         parts = os.fsencode(text).split(b"/")
     except UnicodeEncodeError:

@@ -219,7 +219,7 @@ def test_records_that_do_not_arrive_in_time_are_told(
             return is_there
 
     said: list[str] = []
-    monkeypatch.setattr(launch, "follower", lambda warn: Feeder())
+    monkeypatch.setattr(launch, "record_stream", lambda warn: Feeder())
     monkeypatch.setattr(launch, "QUIET_SECONDS", 0.01)
     assert launch.in_mlflow([tmp_path / "runs" / "a"], said.append) is is_there
     document = launch.Result("a", tmp_path, "finished", synced=is_there).to_dict()

@@ -17,7 +17,10 @@ MAX_DRAWN = 8  # plans with figures of their own; the totals show the others
 
 
 def write(plans: Sequence[Plan], out: Path) -> list[Path]:
-    """``plan.parquet`` (per plan, round and device class), ``rounds.parquet``, ``figures/*.png`` and ``plan.html``."""
+    """``plan.parquet`` (per plan, round and device class), ``rounds.parquet``, ``figures/*.png`` and ``plan.html``.
+
+    Returns their paths. Raises UserError if the folder cannot be made.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -63,7 +66,7 @@ def _page(plans: Sequence[Plan], pictures: Sequence[Path], path: Path) -> Path:
 
 
 def _table(rows: Sequence[Row], caption: str) -> Table:
-    """Rows of named values; a name's suffix says its unit."""
+    """A table with a column for each name in the rows; the last word of a name is its unit."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[Cell(_text(name, row.get(name)), row.get(name)) for name in names] for row in rows]
     return Table([name.removeprefix("num_").replace("_", " ") for name in names], cells, caption=caption)

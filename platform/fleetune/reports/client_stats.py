@@ -60,8 +60,8 @@ def fitting(hint: str) -> str:
 def adapted(clients: pd.DataFrame) -> pd.DataFrame:
     """Turns by device class and what the client worked with: ``device, batch_size, rank, depth, checkpointing, num_turns``."""
     started = clients[~clients["status"].isin(REFUSED)]
-    shares = ["device", "batch_size", "rank", "depth", "checkpointing"]
-    return started.groupby(shares).size().rename("num_turns").reset_index()
+    workload = ["device", "batch_size", "rank", "depth", "checkpointing"]
+    return started.groupby(workload).size().rename("num_turns").reset_index()
 
 
 def phase_seconds(clients: pd.DataFrame) -> pd.DataFrame:

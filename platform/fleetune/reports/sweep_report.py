@@ -49,7 +49,7 @@ def sweep_report(
         Section("Ranking", _ranking(results)),
         Section("Learning curves", _curves(results, folder)),
         Section(
-            "Accuracy against cost" if results.score.is_share else "Loss against cost", pareto_parts(results, folder)
+            "Accuracy against cost" if results.score.is_fraction else "Loss against cost", pareto_parts(results, folder)
         ),
         Section("Quality under a budget", budget_parts(results, own_budgets, folder)),
         Section("Cost to a target", target_parts(results, own_targets, folder)),
@@ -193,7 +193,7 @@ def _with_spread(results: SweepResults, row: pd.Series) -> str:
     """``71.2 ± 1.3 %``, or without the spread, which one trial does not have."""
     if row["spread"] != row["spread"]:
         return amount(row["score"], results.score)
-    if results.score.is_share:
+    if results.score.is_fraction:
         return f"{100 * row['score']:.1f} ± {100 * row['spread']:.1f} %"
     return f"{row['score']:.3f} ± {row['spread']:.3f}"
 

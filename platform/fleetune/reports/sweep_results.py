@@ -149,10 +149,10 @@ def parse_targets(texts: Iterable[str]) -> list[float]:
 
 
 def amount(value: float | None, score: Score) -> str:
-    """A score as text: a percentage for a share, three decimals for a loss."""
+    """A score as text: a percentage for a fraction, three decimals for a loss."""
     if value is None or value != value:
         return "–"
-    return f"{100 * value:.1f} %" if score.is_share else f"{value:.3f}"
+    return f"{100 * value:.1f} %" if score.is_fraction else f"{value:.3f}"
 
 
 def cost_text(value: float | None, cost: Cost) -> str:

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fleetune.locks import locked
 from fleetune.records.naming import filled_fields, method_of, run_name, shown
 from fleetune.records.run_directory import RunDirectory, parent_of
 from fleetune.records.sweep_directory import SweepDirectory
 from fleetune.tracking.access import check_no_secret, without_password
 from fleetune.tracking.client import made_once, make_client
 from fleetune.tracking.description import note
-from fleetune.tracking.store import default_uri, locked
+from fleetune.tracking.store import default_uri
 
 # mlflow.utils.validation, mlflow 3.17: at most so many params per call.
 PARAMS_PER_CALL = 100

@@ -10,9 +10,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from fleetune.locks import locked
 from fleetune.records.run_directory import RunDirectory, parent_of
 from fleetune.records.sweep_directory import SweepDirectory
-from fleetune.tracking.store import locked
 from fleetune.tracking.stored_run import REUSED_FROM
 from fleetune.tracking.tracker import SyncReport, Tracker
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fleetune.locks import locked
 from fleetune.records.naming import filled_fields
 from fleetune.records.run_directory import RunDirectory
 from fleetune.tracking.access import without_password
@@ -21,7 +22,6 @@ from fleetune.tracking.artifacts import files_of
 from fleetune.tracking.description import note
 from fleetune.tracking.logged_model import log_adapter
 from fleetune.tracking.metrics import RoundMetrics, number
-from fleetune.tracking.store import locked
 from fleetune.tracking.stored_run import StoredRun
 from fleetune.tracking.system_metrics import SystemMetrics
 

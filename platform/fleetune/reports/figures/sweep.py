@@ -51,7 +51,7 @@ def curves(results: SweepResults, *, path: Path) -> Path:
                     ax.fill_between(x, line["low"], line["high"], color=look["color"], alpha=0.15, lw=0)
             if over == "finished":
                 ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-            if score.is_share:
+            if score.is_fraction:
                 percent(ax)
         _legend(axes)
     return path
@@ -75,7 +75,7 @@ def pareto(results: SweepResults, *, path: Path) -> Path:
             ax.set(title=f"{score.title.capitalize()} against {cost.title}", xlabel=f"{cost.title} ({unit})")
             ax.margins(x=0.12, y=0.12)
             _spread_out(ax, x)
-            if score.is_share:
+            if score.is_fraction:
                 percent(ax)
         figure: Any = axes[0].figure
         figure.draw_without_rendering()
@@ -110,7 +110,7 @@ def budgets(results: SweepResults, chosen: dict[str, list[float]], *, path: Path
                 ax.axvline(budget / divisor, color="#777777", lw=0.9, ls=":")
             ax.set(title=f"Best {score.title} within a budget", xlabel=f"{cost.title} ({unit})")
             plain_log(ax)
-            if score.is_share:
+            if score.is_fraction:
                 percent(ax)
         _legend(axes)
     return path
@@ -161,7 +161,7 @@ def robustness(results: SweepResults, means: pd.DataFrame, field: str, *, path: 
             label = str(configuration) if i < len(PALETTE) else None
             ax.plot(means.columns.astype(float), means.loc[configuration], label=label, **look)
         ax.set(title=f"{results.score.title.capitalize()} under {field}", xlabel=field)
-        if results.score.is_share:
+        if results.score.is_fraction:
             percent(ax)
         _legend([ax], reverse=True)
     return path

@@ -48,7 +48,7 @@ def effects(results: SweepResults, *, path: Path) -> Path | None:
                 ax.errorbar(x, line["mean"], yerr=line["spread"], **look)
             values.label(ax)
             ax.set(title=f"{score.title.capitalize()} against {field.rpartition('.')[2]}", xlabel=field)
-            if score.is_share:
+            if score.is_fraction:
                 percent(ax)
         for ax in axes[len(fields) :]:
             ax.set_axis_off()
