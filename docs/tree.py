@@ -22,7 +22,7 @@ TOP = {
 
 FOLDERS = {
     **TOP,
-    "platform/fleetune/": "the package; the files beside its rooms are the commands, the job file and what every room uses",
+    "platform/fleetune/": "the package; the files beside its rooms are what every room uses",
     "platform/fleetune/reports/templates/": "the HTML, CSS and script that all pages share",
     "platform/fleetune/assets/": "the built-in model",
     "jobs/methods/": "one job per method",

@@ -80,7 +80,7 @@ def evenly_spaced(depth: int, num_layers: int) -> list[int]:
 
 
 def draw_layers(random: Random, num_layers: int, full_fraction: float) -> list[int]:
-    """All layers in a share of the steps; else 4, 8 or 12: the first, evenly spaced, or one of each group."""
+    """All layers in a fraction of the steps; else 4, 8 or 12: the first, evenly spaced, or one of each group."""
     if random.random() < full_fraction:
         return list(range(num_layers))
     depth = num_layers // 4 * random.choice((1, 2, 3))
@@ -163,7 +163,7 @@ def copy_of(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> float:
-    """The share of greedy answers (what follows ``####``) that are right."""
+    """The fraction of greedy answers (what follows ``####``) that are right."""
     tokenizer.padding_side = "left"
     batch = tokenizer([e["prompt"] for e in examples], return_tensors="pt", padding=True)
     output = model.generate(

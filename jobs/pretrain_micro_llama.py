@@ -89,7 +89,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: di
 
 
 def learning_rate_factor(done: float, *, warmup: float = 0.03) -> float:
-    """Linear warm-up, then a cosine down to a twentieth; ``done`` is the finished share of the training."""
+    """Linear warm-up, then a cosine down to a twentieth; ``done`` is the finished fraction of the training."""
     if done < warmup:
         return (done + 1e-3) / warmup
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, (done - warmup) / (1 - warmup))))
@@ -138,8 +138,8 @@ def fit(
     others = [p for n, p in model.named_parameters() if p.dim() == 1 or "embed" in n]
     muon = Muon(matrices)
     adamw = torch.optim.AdamW(others, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-    shares = {"story_fraction": args.story_fraction, "unsolved_fraction": args.unsolved_fraction}
-    batches = Batches(tokenizer, args.batch_size)(pretraining_text(seed=args.seed, **shares))
+    fractions = {"story_fraction": args.story_fraction, "unsolved_fraction": args.unsolved_fraction}
+    batches = Batches(tokenizer, args.batch_size)(pretraining_text(seed=args.seed, **fractions))
     drops = Random(seed_of(args.seed, "layers"))
     num_layers, grown = model.config.num_hidden_layers, False
     curve: list[dict] = []
@@ -199,13 +199,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--matrix-learning-rate", type=float, default=0.02, help="Muon's")
     parser.add_argument("--shallow-fraction", type=float, default=0.5, help="part of the training with four layers")
-    parser.add_argument("--full-fraction", type=float, default=0.4, help="share of later steps that run all layers")
+    parser.add_argument("--full-fraction", type=float, default=0.4, help="fraction of later steps that run all layers")
     parser.add_argument(
-        "--story-fraction", type=float, default=0.1, help="share of stories in their first turns of phrase"
+        "--story-fraction", type=float, default=0.1, help="fraction of stories in their first turns of phrase"
     )
     parser.add_argument("--compile", action="store_true", help="compile the layers: faster, needs a C++ compiler")
     parser.add_argument("--num-eval", type=int, default=400, help="test problems of the final evaluation")
-    parser.add_argument("--unsolved-fraction", type=float, default=0.05, help="share of stories without a solution")
+    parser.add_argument("--unsolved-fraction", type=float, default=0.05, help="fraction of stories without a solution")
     parser.add_argument("--save-every", type=int, default=500)
     return parser.parse_args(argv)
 

@@ -31,7 +31,7 @@ RAY: Settings = {"execution.kind": "ray", "execution.workers": 2}
 
 LLAMA2_7B: Settings = {"cost.model": "llama2-7b", "cost.weights": "nf4", "cost.precision": "bf16"}
 
-# What no method's own job touches: other rules of a round, other shares of the work, other costs.
+# What no method's own job touches: other rules of a round, smaller workloads, other costs.
 VARIANTS: dict[str, tuple[str, Settings]] = {
     "generates": ("fedit", {"evaluation.generate": True, "evaluation.max_new_tokens": 8}),
     "compiled": ("fedit", {"execution.kernels": "compiled"}),

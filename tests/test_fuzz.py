@@ -12,8 +12,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fleetune.config import flatten
 from fleetune.errors import UserError
-from fleetune.spec import RunSpec, apply_overrides, flatten, from_dict, load, parse_overrides
+from fleetune.spec import RunSpec, apply_overrides, from_dict, load, parse_overrides
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path for path in (ROOT / "jobs").rglob("*.yaml") if path.parent.name != "sweeps")

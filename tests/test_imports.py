@@ -20,12 +20,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Heavy packages may be imported at the top of these modules only; elsewhere inside the functions that need them.
 HEAVY = {"transformers", "peft", "datasets", "mlflow", "ray", "matplotlib", "sklearn", "bitsandbytes"}
 MAY_IMPORT_RAY = {
+    "cli/job_server.py",
+    "engine/execution/calls.py",
     "engine/execution/ray_pool.py",
     "engine/execution/ray_worker.py",
     "engine/launch/backends.py",
     "engine/launch/cluster.py",
     "engine/launch/ray_coordinator.py",
-    "submit.py",
+    "sweep/resources.py",
     "sweep/trainable.py",
     "sweep/tune.py",
 }
@@ -34,6 +36,7 @@ MAY_IMPORT_MLFLOW = {
     "tracking/client.py",
     "tracking/logged_model.py",
     "tracking/store.py",
+    "tracking/stored_run.py",
     "tracking/sweep.py",
     "tracking/system_metrics.py",
 }
@@ -47,6 +50,7 @@ GROUND = {
     "digests",
     "errors",
     "files",
+    "locks",
     "redaction",
     "scopes",
     "seeds",
@@ -63,19 +67,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cost": {"fleet"},
     "training": {"data", "models"},
     "methods": {*LOCAL, "training"},
-    "run_config": set(),
     "tracking/access": set(),
     "tracking/config": {"tracking/access"},
-    "spec": {*LOCAL, "methods", "run_config", "tracking/config", "training"},
-    "content": {*LOCAL, "spec"},
-    "input_checks": {*LOCAL, "methods", "run_config", "spec"},
-    "problem": {*LOCAL, "content", "input_checks", "methods", "spec"},
+    "spec": {*LOCAL, "methods", "tracking/config", "training"},
+    "problem": {*LOCAL, "methods", "spec"},
     "pricing": {*LOCAL, "cost", "methods", "problem", "spec", "training"},
     "records": set(),
     "reports": {"records"},
     "tracking": {"records", "reports", "tracking/access", "tracking/config"},
     "engine/checkpoint": {"methods"},
-    "engine/round": {*LOCAL, "cost", "input_checks", "methods", "pricing", "problem", "run_config"},
+    "engine/round": {*LOCAL, "cost", "methods", "pricing", "problem", "spec"},
     "engine/execution": {
         *LOCAL,
         "engine/checkpoint",
@@ -98,7 +99,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "engine/launch": {
         *LOCAL,
-        "content",
         "engine",
         "engine/checkpoint",
         "engine/execution",
@@ -106,52 +106,42 @@ MAY_IMPORT: dict[str, set[str]] = {
         "methods",
         "problem",
         "records",
-        "run_config",
         "spec",
         "tracking",
         "tracking/access",
         "training",
     },
-    "progress": set(),
     "plan": {
         *LOCAL,
         "cost",
         "engine",
         "engine/round",
-        "input_checks",
         "methods",
         "pricing",
         "problem",
-        "progress",
         "reports",
         "spec",
     },
     "sweep": {
         *LOCAL,
-        "content",
         "engine",
         "engine/execution",
         "engine/launch",
         "problem",
-        "progress",
         "records",
         "reports",
-        "run_config",
         "spec",
         "tracking",
         "tracking/access",
     },
-    "submit": {"spec", "sweep"},
-    "catalogue": {*LOCAL, "methods"},
     "cli": {
-        "catalogue",
+        *LOCAL,
         "engine/launch",
+        "methods",
         "plan",
-        "progress",
         "records",
         "reports",
         "spec",
-        "submit",
         "sweep",
         "tracking",
     },
@@ -287,7 +277,7 @@ def test_no_files_import_each_other_in_a_circle():
 def test_only_the_command_line_knows_of_plans():
     """A plan asks the engine's own questions; nothing that runs depends on it."""
     users = {place(f) for f in FILES if any(m.startswith("fleetune.plan") for m in imports(f))}
-    assert {user for user in users if not user.startswith("plan/")} == {"cli.py"}
+    assert {user for user in users if not user.startswith("plan/")} == {"cli/jobs.py"}
 
 
 def test_platform_is_no_package_and_holds_no_module():

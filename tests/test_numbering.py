@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from fleetune.cli.progress import Lines
 from fleetune.engine.launch import run as launch
 from fleetune.plan.walk import plan
-from fleetune.progress import Lines
 from fleetune.records import RunDirectory
 from fleetune.reports.run_stats import rounds_from_the_start
 from fleetune.tracking.sync import sync

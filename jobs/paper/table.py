@@ -45,7 +45,7 @@ class Line(NamedTuple):
 def planned(job: str, *settings: str) -> Plan:
     """The plan of a job of this folder."""
     ((label, spec),) = variants(JOBS / f"{job}.yaml", settings)
-    return plan(spec, label=label)
+    return plan(spec, label=label, hints=False)  # no table shows them
 
 
 def ratio(name: str, a: Plan, b: Plan) -> float:

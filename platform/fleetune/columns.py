@@ -24,13 +24,16 @@ class Column:
     meaning: str
     kind: str = ""
     """How the values of several rows become one: ``sum``, ``mean`` or ``max``. ``part``: a summand of the largest value, taken
-    from its row. ``budget``: the limit beside it. Empty: not at all."""
+    from its row. ``budget``: the limit beside it. Empty: not at all. Of trials.parquet: the part of the run's result
+    that holds it, ``metric`` or ``total``."""
     phase: str = ""
     """Of clients.parquet: the phase of a turn whose length it grows with (downlink, compute, uplink, or the whole turn)."""
     metric: str = ""
     """Of rounds.parquet: MLflow's metric, once a round."""
     has_total: bool = False
     """Of rounds.parquet: whether the sum since the first round is a metric, too, ``total/NAME``."""
+    title: str = ""
+    """What tables and figures of a report call it. Of clients.parquet: a cost of a turn; of rounds.parquet: of a run."""
 
     @property
     def unit(self) -> str:
@@ -65,19 +68,23 @@ CLIENT_COLUMNS: tuple[Column, ...] = (
     Column("rank", "int32", "rank of the adapter that the client trains"),
     Column("depth", "int32", "blocks of the submodel that the client works with"),
     Column("checkpointing", "bool", "whether it computes blocks again instead of keeping their activations"),
-    Column("flops", "double", "floating-point operations on the client", kind="sum", phase="compute"),
+    Column(
+        "flops", "double", "floating-point operations on the client", kind="sum", phase="compute", title="operations"
+    ),
     Column(
         "server_flops",
         "double",
         "floating-point operations on the server for this client (split learning)",
         kind="sum",
         phase="compute",
+        title="server's operations",
     ),
     Column(
         "peak_memory_bytes",
         "int64",
         "largest memory needed at once; for a refused client what it would have needed",
         kind="max",
+        title="peak memory",
     ),
     Column("weights_bytes", "int64", "part of the peak: frozen base weights", kind="part"),
     Column("adapter_bytes", "int64", "part of the peak: adapter", kind="part"),
@@ -89,21 +96,25 @@ CLIENT_COLUMNS: tuple[Column, ...] = (
         "int64",
         "memory that the client may use: what the device offers, or fleet.budgets",
         kind="budget",
+        title="memory budget",
     ),
-    Column("downlink_bytes", "int64", "bytes from the server to the client", kind="sum", phase="downlink"),
-    Column("uplink_bytes", "int64", "bytes from the client to the server", kind="sum", phase="uplink"),
-    Column("compute_seconds", "double", "virtual time of computing", kind="mean", phase="compute"),
+    Column(
+        "downlink_bytes", "int64", "bytes from the server to the client", kind="sum", phase="downlink", title="received"
+    ),
+    Column("uplink_bytes", "int64", "bytes from the client to the server", kind="sum", phase="uplink", title="sent"),
+    Column("compute_seconds", "double", "virtual time of computing", kind="mean", phase="compute", title="computing"),
     Column(
         "server_seconds",
         "double",
         "virtual time for which it waits for the server's half (split learning)",
         kind="mean",
         phase="compute",
+        title="server's half",
     ),
-    Column("downlink_seconds", "double", "virtual time of receiving", kind="mean", phase="downlink"),
-    Column("uplink_seconds", "double", "virtual time of sending", kind="mean", phase="uplink"),
-    Column("sim_seconds", "double", "virtual time of the client's whole turn", kind="mean"),
-    Column("energy_joules", "double", "energy the device spent", kind="sum", phase="turn"),
+    Column("downlink_seconds", "double", "virtual time of receiving", kind="mean", phase="downlink", title="receiving"),
+    Column("uplink_seconds", "double", "virtual time of sending", kind="mean", phase="uplink", title="sending"),
+    Column("sim_seconds", "double", "virtual time of the client's whole turn", kind="mean", title="whole turn"),
+    Column("energy_joules", "double", "energy the device spent", kind="sum", phase="turn", title="energy"),
     Column("train_loss", "double", "mean training loss of the client's steps"),
     Column("wall_seconds", "double", "real time the simulation of this client took"),
 )
@@ -131,7 +142,13 @@ ROUND_COLUMNS: tuple[Column, ...] = (
     Column(
         "eval_accuracy", "double", "share right on the evaluation set, 0 to 1; empty likewise", metric="eval/accuracy"
     ),
-    Column("sim_seconds", "double", "virtual time since the start of the run (cumulative)", metric="sim/seconds"),
+    Column(
+        "sim_seconds",
+        "double",
+        "virtual time since the start of the run (cumulative)",
+        metric="sim/seconds",
+        title="virtual time",
+    ),
     Column("waited_seconds", "double", "virtual time before the round in which no client was available"),
     Column("wall_seconds", "double", "real time of this round", kind="sum", metric="wall/seconds"),
     Column(
@@ -141,6 +158,7 @@ ROUND_COLUMNS: tuple[Column, ...] = (
         kind="sum",
         metric="cost/uplink_bytes",
         has_total=True,
+        title="uplink",
     ),
     Column(
         "downlink_bytes",
@@ -149,6 +167,7 @@ ROUND_COLUMNS: tuple[Column, ...] = (
         kind="sum",
         metric="cost/downlink_bytes",
         has_total=True,
+        title="downlink",
     ),
     Column(
         "energy_joules",
@@ -157,6 +176,7 @@ ROUND_COLUMNS: tuple[Column, ...] = (
         kind="sum",
         metric="cost/energy_joules",
         has_total=True,
+        title="energy",
     ),
     Column(
         "peak_memory_bytes_max",
@@ -176,19 +196,21 @@ TRIAL_COLUMNS: tuple[Column, ...] = (
     Column("method", "string", "the method's name"),
     Column("seed", "int64", "the run's seed"),
     Column("num_rounds", "int32", "rounds that are recorded"),
-    Column("train_loss", "double", "training loss of the last round"),
-    Column("eval_loss", "double", "loss on the evaluation set, of the last evaluation"),
-    Column("eval_accuracy", "double", "share right on the evaluation set, 0 to 1, of the last evaluation"),
-    Column("baseline_eval_loss", "double", "loss of the untrained model"),
-    Column("baseline_eval_accuracy", "double", "share right of the untrained model"),
-    Column("sim_seconds", "double", "virtual time of the run"),
-    Column("uplink_bytes", "double", "bytes that all clients sent"),
-    Column("downlink_bytes", "double", "bytes that all clients received"),
-    Column("energy_joules", "double", "energy that all clients spent"),
-    Column("num_oom", "double", "times a client was refused for memory"),
-    Column("num_dropped", "double", "times a client left in the middle"),
-    Column("num_late", "double", "times a client came after the round's close"),
-    Column("num_failed", "double", "times a client's work was not finite, and was left out"),
+    Column("train_loss", "double", "training loss of the last round", kind="metric"),
+    Column("eval_loss", "double", "loss on the evaluation set, of the last evaluation", kind="metric"),
+    Column(
+        "eval_accuracy", "double", "share right on the evaluation set, 0 to 1, of the last evaluation", kind="metric"
+    ),
+    Column("baseline_eval_loss", "double", "loss of the untrained model", kind="metric"),
+    Column("baseline_eval_accuracy", "double", "share right of the untrained model", kind="metric"),
+    Column("sim_seconds", "double", "virtual time of the run", kind="total"),
+    Column("uplink_bytes", "double", "bytes that all clients sent", kind="total"),
+    Column("downlink_bytes", "double", "bytes that all clients received", kind="total"),
+    Column("energy_joules", "double", "energy that all clients spent", kind="total"),
+    Column("num_oom", "double", "times a client was refused for memory", kind="total"),
+    Column("num_dropped", "double", "times a client left in the middle", kind="total"),
+    Column("num_late", "double", "times a client came after the round's close", kind="total"),
+    Column("num_failed", "double", "times a client's work was not finite, and was left out", kind="total"),
 )
 
 

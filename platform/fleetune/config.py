@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -17,7 +18,7 @@ class Config(BaseModel):
 
 
 def _may_be_a_path(text: str) -> str:
-    """ValueError for a text that no file system takes as a path: asking for it would raise, not say that nothing is there."""
+    """The text. Raises ValueError if no file system takes it as a path: ``Path.exists`` would raise instead of saying no."""
     try:
         parts = os.fsencode(text).split(b"/")
     except UnicodeEncodeError:
@@ -29,3 +30,12 @@ def _may_be_a_path(text: str) -> str:
 
 Place = Annotated[str, Field(min_length=1, max_length=4000), AfterValidator(_may_be_a_path)]
 """A field that can name a file or a folder; a hub id and the like are short enough, too."""
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested data as dotted fields; lists and empty mappings are values."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        out.update(flatten(value, f"{path}.") if isinstance(value, Mapping) and value else {path: value})
+    return out

@@ -1,4 +1,4 @@
-"""What files hold, as digests. A large file is read once: its digest is kept under what the file system says of it."""
+"""Digests of files' contents. A large file is read once: its digest is stored under its path, size, times and inode."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from fleetune import files
 
 LENGTH = 32  # hexadecimal digits, half of SHA-256
 CHUNK_BYTES = 1 << 20
-KEPT_BYTES = 32 << 20  # assumed: what is smaller is read again in less than a tenth of a second
+STORED_BYTES = 32 << 20  # assumed: a smaller file is read again in less than a tenth of a second
 # A file that was written so recently may be written again without a visible change: clocks of file systems tick slowly.
 SETTLED_SECONDS = 2.0
 
-_known: dict[str, str] = {}
+_digests: dict[str, str] = {}  # of this process: key of a file's state -> digest
 
 
 def file_digest(path: Path) -> str:
-    """The digest of a file's bytes, 32 hexadecimal digits. OSError where it cannot be read."""
+    """The digest of a file's bytes, 32 hexadecimal digits. Raises OSError if it cannot be read."""
     status = path.stat()
     # ctime too: tools that copy a file's times along set mtime back, and none sets ctime.
-    seen = (path.resolve(), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    key = digest_of(map(str, seen))
-    kept = files.default_cache_dir() / "digests" / key if status.st_size >= KEPT_BYTES else None
+    state = (path.resolve(), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    key = digest_of(map(str, state))
+    stored = files.default_cache_dir() / "digests" / key if status.st_size >= STORED_BYTES else None
     if time.time() - max(status.st_mtime, status.st_ctime) < SETTLED_SECONDS:
         return _read(path)
-    if key not in _known:
-        _known[key] = (_recall(kept) if kept else None) or _read(path)
-        if kept:
-            _keep(kept, _known[key])
-    return _known[key]
+    if key not in _digests:
+        _digests[key] = (_recall(stored) if stored else None) or _read(path)
+        if stored:
+            _store(stored, _digests[key])
+    return _digests[key]
 
 
 def file_digests(paths: Sequence[Path]) -> dict[str, str]:
@@ -59,14 +59,15 @@ def _read(path: Path) -> str:
     return digest.hexdigest()[:LENGTH]
 
 
-def _recall(kept: Path) -> str | None:
+def _recall(stored: Path) -> str | None:
+    """The digest in a file of the cache; None if it is not there or damaged."""
     with contextlib.suppress(OSError, ValueError):
-        text = kept.read_text(encoding="ascii")
+        text = stored.read_text(encoding="ascii")
         return text if len(text) == LENGTH else None
     return None
 
 
-def _keep(kept: Path, digest: str) -> None:
-    """A cache that cannot be written is no reason to stop."""
+def _store(stored: Path, digest: str) -> None:
+    """Write a digest to the cache. A cache that cannot be written is no reason to stop."""
     with contextlib.suppress(OSError):
-        files.write(kept, digest.encode("ascii"), lasting=False)
+        files.write(stored, digest.encode("ascii"), lasting=False)

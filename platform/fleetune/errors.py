@@ -13,10 +13,10 @@ MAX_VALUE, MAX_FIELD, MAX_WORDS = 300, 150, 500  # characters of a message's par
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: the field, the value, the rule, and the way out. Exit status 2.
+    """A mistake in a job file or on the command line: the field, the value, the rule, and the way out. Exit status 2.
 
     ``rule`` says what must hold, ``hint`` what to do; ``field`` is the dotted path of the job file
-    (``rounds.clients_per_round``) or the argument on the command line. What is very long is shown by its beginning.
+    (``rounds.clients_per_round``) or the argument on the command line. Of a very long text only the beginning is shown.
     """
 
     def __init__(self, rule: str, *, field: str | None = None, value: Any = None, hint: str | None = None):
@@ -38,9 +38,9 @@ class UserError(ValueError):
 
 
 class RunFailed(RuntimeError):
-    """A real failure that a retry did not cure: what happened, on which client, in which round and stage.
+    """A real failure that a retry did not cure: the reason, the clients, the round and the stage.
 
-    With a text alone it says just that, which is also how it arrives whole from another process.
+    With a reason alone its text is the reason. That is also how it is unpickled in another process: from the full text.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def printable(text: str) -> str:
-    """A text for the terminal: what a name may hold that would steer it is escaped; line breaks and tabs stay."""
+    """A text for the terminal. Control characters, which a name may hold, are escaped; line breaks and tabs stay."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
@@ -74,7 +74,7 @@ def shortened(text: str, most: int) -> str:
 
 
 def _short_value(value: Any) -> Any:
-    """A value that can be shown; what is long becomes text."""
+    """A value that can be shown; a long one becomes a shortened text."""
     if isinstance(value, str):
         return shortened(redacted(value), MAX_VALUE)
     try:
@@ -85,7 +85,7 @@ def _short_value(value: Any) -> Any:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is nearest to a misspelt one, or None where nothing is near."""
+    """The known name that is nearest to a misspelt one, or None if none is near."""
     matches = difflib.get_close_matches(name[:MAX_VALUE], list(known), n=1, cutoff=0.5)
     return matches[0] if matches else None
 

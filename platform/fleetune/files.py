@@ -1,10 +1,10 @@
-"""Files that are whole or not there, that outlast a power cut, and that show when they were damaged.
+"""Files that are complete or not there, that outlast a power cut, and that show when they were damaged.
 
-Whole: a file is written beside its place and renamed into it (`replacing`, `write`). Lasting: it is fsynced before that, and its
-folder afterwards; or it is fsynced later, together with others and beside the caller's next work (`sync`, `Behind`). Shown: a
-file that holds a mark, ``fleetune.crc32=`` and eight digits, wherever its format has room for a text, is *sealed*. The digits
-are the CRC-32 of all its bytes, with those digits as zeros; `read` refuses what does not match. So one check covers JSON, Arrow,
-Parquet and safetensors, and any other program reads them as before.
+Complete: a file is written under another name and renamed when it is finished (`replacing`, `write`). Lasting: it is fsynced
+before that, and its folder afterwards; or it is fsynced later, together with others and beside the caller's next work (`sync`,
+`Behind`). Shown: a file is *sealed* if it holds a mark, ``fleetune.crc32=`` and eight digits, wherever its format has room for a
+text. The digits are the CRC-32 of all its bytes, with those digits as zeros; `read` refuses a file that does not match. So one
+check covers JSON, Arrow, Parquet and safetensors, and any other program reads them as before.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from fleetune.errors import UserError
 
 MARK = b"fleetune.crc32="
 BLANK = (MARK + b"00000000").decode()
-"""What a writer puts where the checksum is to stand."""
+"""A writer puts it where the checksum is to stand."""
 DIGITS = 8
-# A mark stands in a header or a footer; large files are not searched in between.
+# Bytes at either end in which marks are looked for: they stand in a header or a footer, and large files are not searched between.
 SEARCHED = 1 << 20
 
-# For benchmarks and tests alone: ``overlapped`` is what users have, ``inline`` waits for every fsync at once, ``unsynced`` leaves
-# fsync out, ``off`` the checksums as well.
+# For benchmarks and tests alone: ``inline`` waits for every fsync at once, ``unsynced`` leaves fsync out, ``off`` the checksums
+# as well. Users leave it unset, and fsyncs overlap with the next work (``overlapped``).
 SWITCH = "FLEETUNE_FILES"
 
-# fsyncs of files that were written together share the file system's own commit where they are asked for together: 64 files of
-# 650 kB took 244 ms one by one and 7 ms by sixteen threads.
+# If several files are fsynced at the same time, they share one commit of the file system: 64 files of 650 kB took 244 ms one by
+# one and 7 ms by sixteen threads.
 SYNC_THREADS = 16
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
-"""What the system says where a disk is full, read-only or broken."""
+"""The system's errors if a disk is full, read-only or broken."""
 
 
 class WriteFailed(OSError):
-    """A file could not be written: a full disk, a quota, a folder that is read-only. What was there before still is."""
+    """A file could not be written: a full disk, a quota, a read-only folder. The file that was there before still is."""
 
 
 class Damaged(UserError):
@@ -50,30 +50,30 @@ class Damaged(UserError):
 def damaged(
     path: Path, reason: object, *, holds: str, hint: str = "restore it from a copy, or start a new run"
 ) -> Damaged:
-    """The error for a damaged file: which, what it held, and what to do."""
+    """The error for a damaged file: its name, what is lost with it (``holds``), and what to do."""
     text = " ".join(str(reason).split())[:200]
     return Damaged(f"is damaged, and with it {holds}: {text}", field="file", value=str(path), hint=hint)
 
 
 def default_cache_dir() -> Path:
-    """Where what can be worked out again is kept: ``$FLEETUNE_CACHE``, or ``~/.cache/fleetune``."""
+    """The folder for files that can be made again: ``$FLEETUNE_CACHE``, or ``~/.cache/fleetune``."""
     return Path(os.environ.get("FLEETUNE_CACHE") or "~/.cache/fleetune").expanduser()
 
 
 # -- writing --------------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def replacing(path: Path, *, lasting: bool = False, former: Path | None = None) -> Iterator[Path]:
-    """A path to write to, whose file becomes ``path`` when the block ends; nothing is left of it where the block fails.
+    """A path to write to, whose file becomes ``path`` when the block ends; nothing is left of it if the block fails.
 
-    ``lasting``: it is on the disk when this returns. ``former``: what the file that is there now is called from then on. Raises
-    `WriteFailed` for every OSError.
+    ``lasting``: it is on the disk when this returns. ``former``: the new name of the file that is there now. Raises `WriteFailed`
+    for every OSError.
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield scratch
         if lasting:
-            _sync_file(scratch)
+            _sync_file(scratch)  # before the rename: else a power cut could leave the name with a file that is empty
         if former is not None and path.exists():
             os.replace(path, former)
         os.replace(scratch, path)
@@ -87,14 +87,14 @@ def replacing(path: Path, *, lasting: bool = False, former: Path | None = None) 
 
 
 def write(path: Path, content: bytes | memoryview, *, lasting: bool = True, former: Path | None = None) -> None:
-    """Write a file in one step, sealed where ``content`` holds `BLANK`: readers see the old one or the new one (`replacing`)."""
+    """Write a file in one step, sealed if ``content`` holds `BLANK`. Readers see the old one or the new one (`replacing`)."""
     with replacing(path, lasting=lasting, former=former) as scratch, scratch.open("wb") as file:
         for piece in _sealed(memoryview(content)):
             file.write(piece)
 
 
 def sync(paths: Iterable[Path]) -> None:
-    """Return once these files and their places in their folders are on the disk. Raises `WriteFailed`."""
+    """Return once these files and their names in their folders are on the disk. Raises `WriteFailed`."""
     paths = list(paths)
     if not _is_synced() or not paths:
         return
@@ -105,7 +105,7 @@ def sync(paths: Iterable[Path]) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Delete what writers that were killed have left in a folder and those in it. Files of processes that live stay."""
+    """Delete the scratch files that killed writers left in a folder and those below it. Those of live processes stay."""
     for scratch in folder.rglob(".*.tmp"):
         writer = scratch.name.split(".")[-3]
         if not (writer.isdecimal() and _is_another_alive(int(writer))):
@@ -113,7 +113,7 @@ def clean(folder: Path) -> None:
 
 
 class Behind:
-    """Carries out writing beside its caller, who is never more than one piece of work ahead."""
+    """Writes in a thread of its own, beside its caller, who is never more than one piece of work ahead."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fleetune-files")
@@ -128,13 +128,13 @@ class Behind:
             self._last = self._pool.submit(work)
 
     def wait(self) -> None:
-        """Until the last piece of work is done. Raises what it raised, once."""
+        """Return once the last piece of work is done. Raises what it raised, once."""
         last, self._last = self._last, None
         if last is not None:
             last.result()
 
     def close(self) -> None:
-        """As `wait`, and nothing is begun any more; what went wrong is nobody's any more."""
+        """Return once the last piece of work is done, whether or not it failed. No other can be begun."""
         self._pool.shutdown(wait=True)
 
 
@@ -167,22 +167,16 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _is_another_alive(process_id: int) -> bool:
-    if process_id == os.getpid():  # who cleans is not writing
-        return False
-    try:
-        os.kill(process_id, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is somebody else's
-        pass
-    return True
+    import psutil
+
+    return process_id != os.getpid() and psutil.pid_exists(process_id)  # this process cleans and does not write
 
 
 # -- sealing, and reading back --------------------------------------------------------------------------------------------
 def read(path: Path, *, holds: str, must_be_sealed: bool = False) -> bytes:
-    """A file's bytes. Raises `Damaged` where its checksum does not match (or it has none), FileNotFoundError where it is missing.
+    """A file's bytes. ``holds``: what is lost with it, for the message.
 
-    ``holds``: what is lost with it, for the message.
+    Raises `Damaged` if its checksum does not match, or it must have one and has none; FileNotFoundError if it is missing.
     """
     try:
         content = path.read_bytes()
@@ -200,7 +194,7 @@ def read(path: Path, *, holds: str, must_be_sealed: bool = False) -> bytes:
 
 @contextlib.contextmanager
 def parsing(path: Path, *, holds: str) -> Iterator[None]:
-    """Whatever a library makes of bytes that are not what it expects is `Damaged`."""
+    """Raises `Damaged` for any error in the block, in which a library reads bytes that may not be what it expects."""
     try:
         yield
     except (Damaged, FileNotFoundError, MemoryError):
@@ -218,42 +212,43 @@ def checksum(*pieces: bytes | memoryview) -> int:
 
 
 def _sealed(content: memoryview) -> Iterator[bytes | memoryview]:
-    """The content in pieces, its blank marks filled in; as it is where it has none."""
-    blanks = [place for place in _marks(content) if content[place : place + DIGITS] == b"0" * DIGITS]
+    """The content in pieces, its blank marks filled in; unchanged if it has none. Pieces, because content may be large."""
+    blanks = [mark for mark in _marks(content) if content[mark : mark + DIGITS] == b"0" * DIGITS]
     if not blanks or os.environ.get(SWITCH) == "off":
         yield content
         return
     digits = b"%08x" % checksum(content)
     start = 0
-    for place in blanks:
-        yield content[start:place]
+    for mark in blanks:
+        yield content[start:mark]
         yield digits
-        start = place + DIGITS
+        start = mark + DIGITS
     yield content[start:]
 
 
 def _is_right(content: bytes) -> bool | None:
-    """Whether the content matches its checksum; None where it has none. A mark with other digits is quoted text."""
+    """True if the content matches its checksum; None if it has none."""
     marks = _marks(memoryview(content))
     if not marks or os.environ.get(SWITCH) == "off":
         return None
+    # The content may quote another file's mark: one with other digits than the last mark's is text.
     digits = content[marks[-1] : marks[-1] + DIGITS]
     view, pieces, start = memoryview(content), [], 0
-    for place in marks:
-        if content[place : place + DIGITS] == digits:
-            pieces += [view[start:place], memoryview(b"0" * DIGITS)]
-            start = place + DIGITS
+    for mark in marks:
+        if content[mark : mark + DIGITS] == digits:
+            pieces += [view[start:mark], memoryview(b"0" * DIGITS)]
+            start = mark + DIGITS
     return digits == b"%08x" % checksum(*pieces, view[start:])
 
 
 def _marks(content: memoryview) -> list[int]:
-    """Where the digits of the marks begin, in order."""
+    """Offsets at which the digits of the marks begin, ascending."""
     found: set[int] = set()
     starts = (0,) if len(content) <= 2 * SEARCHED else (0, len(content) - SEARCHED)
     for start in starts:
         text = bytes(content[start : start + (2 * SEARCHED if len(starts) == 1 else SEARCHED)])
-        place = text.find(MARK)
-        while place >= 0:
-            found.add(start + place + len(MARK))
-            place = text.find(MARK, place + 1)
+        at = text.find(MARK)
+        while at >= 0:
+            found.add(start + at + len(MARK))
+            at = text.find(MARK, at + 1)
     return sorted(found)

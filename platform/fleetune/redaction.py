@@ -1,4 +1,4 @@
-"""Passwords and tokens in texts that hold addresses: taken out before anything is shown, noted or sent."""
+"""Removes passwords and tokens from texts that hold addresses, before they are shown, stored or sent."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ def redacted(text: str) -> str:
 
 
 def without_secrets(uri: str) -> str:
-    """One address for showing. Differs from it where it holds a secret, be it one with blanks, which end an address in a text."""
+    """One address, safe to show; it differs from ``uri`` if that holds a secret. Blanks are escaped first: they would end it."""
     return redacted(re.sub(r"\s", "%20", uri))

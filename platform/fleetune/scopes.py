@@ -1,6 +1,6 @@
-"""What running code says of itself to whoever traces it: on which side it works, and what the tensors that it makes are for.
+"""Scopes for the cost tracer: running code notes on which side it works and for which part of the memory it makes tensors.
 
-Outside a trace these are assignments to a variable that nobody reads.
+Without a trace these are assignments to a variable that nobody reads.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from contextlib import contextmanager
 CLIENT, SERVER = "client", "server"
 ADAPTERS, GRADIENTS, OPTIMIZER = "adapters", "gradients", "optimizer"
 SIMULATION = "simulation"
-"""What only the simulation holds and does, so that many clients' rows can be worked on at once; no device is charged for it."""
+"""Tensors and work of the simulation alone, which trains many clients at once; no device is charged for them."""
 
 
 class _Marks:
     side: str = CLIENT
     part: str | None = None
     block: int | None = None
-    """Which block runs, or ran last: the identity of its module."""
+    """The block that runs, or ran last: the ``id`` of its module."""
 
 
 current = _Marks()
-"""Where the running code is; a tracer reads it at every operator."""
+"""The scope of the running code; a tracer reads it at every operator."""
 
 
 @contextmanager
 def on_server() -> Iterator[None]:
-    """What runs inside is the server's work, although it is carried out where the client's is (split learning)."""
+    """Work inside counts as the server's, although it runs in the same process as the client's (split learning)."""
     before, current.side = current.side, SERVER
     try:
         yield
@@ -37,7 +37,7 @@ def on_server() -> Iterator[None]:
 
 @contextmanager
 def part(name: str) -> Iterator[None]:
-    """Tensors that are made inside belong to this part of the memory; work inside `SIMULATION` is nobody's."""
+    """Tensors made inside count for this part of the memory. Inside `SIMULATION` neither tensors nor work count for a device."""
     before, current.part = current.part, name
     try:
         yield

@@ -1,7 +1,7 @@
 """Every random draw has an address: (run seed, purpose, round, client). Nothing is drawn from anywhere else.
 
 The address is hashed, so that streams of different purposes are independent, and a run that is resumed, or spread
-over other hosts, draws the same numbers.
+over other workers, draws the same numbers.
 """
 
 from __future__ import annotations

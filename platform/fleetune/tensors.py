@@ -23,19 +23,19 @@ from fleetune import files
 
 Tensors = dict[str, Tensor]
 
-# Buffers from here on have pages of their own, which go back to the system with them. Workers keep the pages of their heap, and
-# such buffers, let go among small objects, would leave holes there: 170 MiB on two workers after 100 replies of 4.5 MB.
+# Buffers of at least this size get a memory mapping of their own, so that freeing one returns it to the system. On the heap they
+# would leave holes that workers never give back: 170 MiB on two workers after 100 replies of 4.5 MB.
 LARGE_BYTES = 1 << 20
 
 ALIGNMENT = 16
-"""Bytes, of the tensors in a packed buffer."""
+"""Bytes: every tensor in a packed buffer begins at a multiple of it."""
 
 # Buffers mapped from the object store are read-only; nobody here writes to them.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
 def num_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """What these tensors weigh on a link."""
+    """The bytes that these tensors take on a link."""
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
@@ -45,7 +45,7 @@ def select(tensors: Mapping[str, Tensor], keep: Callable[[str], bool]) -> Tensor
 
 
 def weighted_sum(items: Iterable[tuple[float, Mapping[str, Tensor]]]) -> Tensors:
-    """sum_k w_k u_k in the order given: direct form, so that one client with weight 1 comes out bit for bit."""
+    """sum_k w_k u_k over (w_k, u_k), in their order: direct form, so that one client of weight 1 comes out bit for bit."""
     total: Tensors = {}
     for weight, tensors in items:
         add_weighted(total, tensors, weight)
@@ -62,14 +62,15 @@ def add_weighted(total: Tensors, tensors: Mapping[str, Tensor], weight: float) -
 
 
 def equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    """Whether both hold the same names and the same bits."""
+    """True if both hold the same names and equal values."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def finite_rows(rows: Tensor) -> np.ndarray:
-    """Which rows of ``(K, P)`` hold finite numbers alone, bool ``(K,)``.
+    """True for each row of ``(K, P)`` in which all numbers are finite, bool ``(K,)``.
 
-    One sum per row tells, because a number that is not finite makes it so; sums that overflow are looked at again.
+    One sum per row is enough if it is finite, as any NaN or infinity would spoil it. A sum that is not finite may only have
+    overflowed, so those rows are looked at number by number.
     """
     out = rows.sum(dim=1).isfinite().numpy()
     for k in np.flatnonzero(~out):
@@ -78,22 +79,24 @@ def finite_rows(rows: Tensor) -> np.ndarray:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether these hold finite numbers alone."""
+    """True if all numbers in these tensors are finite."""
     flat = [tensor.reshape(-1) for tensor in tensors]  # in one sum: a call for each would cost ten times as much
     return not flat or bool(finite_rows(torch.cat(flat)[None])[0])
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Tensors as one buffer: ``layout`` of (name, dtype, shape) and the bytes (uint8). Pickles without a copy."""
+    """Tensors as one buffer, which pickles without a copy."""
 
     layout: tuple[tuple[str, str, tuple[int, ...]], ...]
+    """(name, dtype, shape) of every tensor, in the buffer's order."""
     data: np.ndarray
+    """(bytes,) uint8: the tensors one after the other."""
     alignment: int = ALIGNMENT
-    """Every tensor starts at a multiple of so many bytes."""
+    """Every tensor starts at a multiple of this many bytes; what lies between them has no meaning."""
 
     def unpack(self) -> Tensors:
-        """Views into the buffer; of a read-only (mapped) buffer they must not be written to."""
+        """Views into the buffer. They must not be written to if it is read-only (mapped from the object store)."""
         buffer = torch.from_numpy(self.data)
         out: Tensors = {}
         start = 0
@@ -106,14 +109,14 @@ class Packed:
 
 
 def _buffer(num_bytes: int) -> np.ndarray:
-    """Bytes to be written to."""
+    """A writable buffer, (num_bytes,) uint8, with a mapping of its own if it is large (LARGE_BYTES)."""
     if num_bytes < LARGE_BYTES:
         return np.empty(num_bytes, np.uint8)
     return np.frombuffer(mmap.mmap(-1, num_bytes), np.uint8)
 
 
 def _empty(num_elements: int, dtype: torch.dtype) -> Tensor:
-    """The same as a flat tensor; a small one from PyTorch, as costs are traced with what it allocates."""
+    """Like `_buffer`, as a flat tensor (num_elements,). A small one comes from PyTorch, where cost traces see it."""
     size = num_elements * dtype.itemsize
     if size < LARGE_BYTES:
         return torch.empty(num_elements, dtype=dtype)
@@ -142,9 +145,9 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 class Stack:
-    """The tensors of K clients as one buffer ``(K, P)``: row k is client k, ``views()[name]`` is ``(K, *shape)``.
+    """The tensors of K clients as one buffer ``data (K, P)``: row k is client k, ``views()[name]`` is ``(K, *shape)``.
 
-    Sums and optimizer steps run over the buffer, not over its hundreds of tensors.
+    P is the number of elements of one client. Sums and optimizer steps run over the buffer, not over its hundreds of tensors.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], data: Tensor):
@@ -172,11 +175,11 @@ class Stack:
         return self.data.shape[0]
 
     def to(self, device: torch.device | str) -> Stack:
-        """The stack on a device; itself where it lies there already."""
+        """The stack on a device: this one if it is there already."""
         return self if self.data.device == torch.device(device) else Stack(self.shapes, self.data.to(device))
 
     def views(self, data: Tensor | None = None) -> Tensors:
-        """name -> (K, *shape), views into the buffer (or into another of the same form, such as its gradient)."""
+        """name -> (K, *shape): views into the buffer, or into ``data (n, P)`` such as its gradient or some of its rows."""
         data = self.data if data is None else data
         parts = zip(self.shapes.items(), data.split(self.sizes, dim=1), strict=True)
         return {name: part.view(-1, *shape) for (name, shape), part in parts} if self.sizes else {}
@@ -186,11 +189,11 @@ class Stack:
         return {name: view[0] for name, view in self.views(self.data[k : k + 1]).items()}
 
     def rows(self, clients: list[int]) -> Stack:
-        """The part of the stack of some clients (a copy)."""
+        """The rows of some clients, in the order given (a copy)."""
         return Stack(self.shapes, self.data[clients])
 
     def columns(self, keep: Callable[[str], bool]) -> Stack:
-        """The part of the stack whose names satisfy ``keep``: a copy, or itself where that is all."""
+        """The tensors whose names satisfy ``keep``: a copy, or this stack if that is all of them."""
         names = [name for name in self.shapes if keep(name)]
         if len(names) == len(self.shapes):
             return self
@@ -207,17 +210,20 @@ class Stack:
 
 
 class RunningSum:
-    """A weighted sum over the rows of stacks, in their order, that is kept as one flat row per form of stack."""
+    """A weighted sum over the rows of stacks, in their order.
+
+    It is one flat row (P,) per form of stack, so that adding a client is one operation and not one per tensor.
+    """
 
     def __init__(self) -> None:
-        self._rows: dict[tuple, Tensor] = {}
+        self._rows: dict[tuple, Tensor] = {}  # names and shapes of a stack -> sum (P,)
 
     def __bool__(self) -> bool:
-        """Whether it has summands."""
+        """True if anything was added."""
         return bool(self._rows)
 
     def add(self, stack: Stack, weights: Iterable[float]) -> None:
-        """Add sum_k w_k u_k, row by row."""
+        """Add sum_k w_k u_k, row by row: one product over all K rows would sum in an order that depends on K."""
         form = tuple(stack.shapes.items())
         for row, weight in zip(stack.data, weights, strict=True):
             if form in self._rows:
@@ -226,12 +232,12 @@ class RunningSum:
                 self._rows[form] = torch.mul(row, weight, out=_empty(row.numel(), row.dtype))
 
     def tensors(self) -> Tensors:
-        """The sum as named tensors, views into it where all stacks were of one form."""
+        """The sum as named tensors: views into it if all stacks had the same names and shapes."""
         sums = [Stack(dict(form), row[None]).client(0) for form, row in self._rows.items()]
         return sums[0] if len(sums) == 1 else weighted_sum((1.0, tensors) for tensors in sums)
 
     def packed(self) -> Packed:
-        """The sum for the wire: the row itself where all stacks were of one form, as a copy would take as much memory again."""
+        """The sum for the wire: the row itself if all stacks had the same names and shapes, as a copy would double the memory."""
         if len(self._rows) != 1:
             return pack(self.tensors())
         ((form, row),) = self._rows.items()
@@ -242,15 +248,15 @@ class RunningSum:
 def save(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object] | None = None, *, lasting: bool = False
 ) -> None:
-    """Write a sealed safetensors file in one step: it is there whole, or not at all (`files.write`).
+    """Write a sealed safetensors file in one step: afterwards it is complete, or not there at all (`files.write`).
 
-    The names' order is kept, because sums over all tensors go in it: safetensors sorts them.
+    safetensors sorts the names, so their order is stored beside them: sums over all tensors go in that order.
     """
     files.write(path, to_bytes(tensors, metadata), lasting=lasting)
 
 
 def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, object] | None = None) -> bytes:
-    """The content of a file for `load`, with room for its checksum."""
+    """The bytes of a file for `load`, with room for its checksum."""
     from safetensors.torch import save as serialized
 
     header = json.dumps({"checksum": files.BLANK, "names": list(tensors), "metadata": dict(metadata or {})})
@@ -259,9 +265,9 @@ def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, object] | Non
 
 
 def load(path: Path, *, holds: str = "its tensors") -> tuple[Tensors, dict]:
-    """The tensors and the metadata of a file that `save` wrote. Raises `files.Damaged`, FileNotFoundError where it is missing.
+    """The tensors and the metadata of a file that `save` wrote.
 
-    ``holds``: what is lost where it is damaged, for the message.
+    Raises `files.Damaged` if it is damaged and FileNotFoundError if it is missing. ``holds`` says in the message what is lost.
     """
     from safetensors import safe_open
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 NOTHING = "–"
-"""What stands for a value that is not known."""
+"""Shown for an unknown value."""
 
 # Quantity -> its units and their sizes, smallest first.
 SCALES: dict[str, tuple[tuple[str, float], ...]] = {

@@ -6,13 +6,13 @@ from typing import Any
 
 import yaml
 
-# What PyYAML raises on text that it cannot make a value of: 2001-13-45, !!bool maybe, !!timestamp x, [[[[…
+# The errors that PyYAML raises on text without a value: 2001-13-45, !!bool maybe, !!timestamp x, [[[[…
 NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
 SPECIAL_TAGS = ("tag:yaml.org,2002:merge", "tag:yaml.org,2002:value")  # << and =, which have no value of their own
 
 
 class DuplicateKey(yaml.YAMLError):
-    """A key stands twice in one mapping; PyYAML alone would keep the last and lose the others without a word."""
+    """A key stands twice in one mapping; PyYAML alone would silently keep the last."""
 
 
 class _Loader(yaml.SafeLoader):

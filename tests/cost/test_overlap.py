@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fleetune.cost.overlap import overlapped
+from fleetune.cost.estimate import overlapped
 from fleetune.errors import UserError
 from fleetune.fleet.devices import device
 from fleetune.records.timeline import write_timeline

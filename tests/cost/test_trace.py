@@ -19,12 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from fleetune import scopes
 from fleetune.cost.polynomials import FORMS, POINTS, Fitter, Point, evaluate, monomials
-from fleetune.cost.trace import PARTS, StepTrace, live_bytes, possible_peaks
+from fleetune.cost.recording import live_bytes, possible_peaks
+from fleetune.cost.trace import PARTS, SideWork, StepTrace
 from fleetune.methods import METHODS
 from fleetune.methods.base import Context, Method, Payload
-from fleetune.models.architectures import LINEARS, ModelShape, architecture
+from fleetune.models.architectures import ModelShape, architecture
 from fleetune.models.base import PRODUCT_DTYPES, BaseModel, placed
-from fleetune.models.config import LoRAConfig
+from fleetune.models.config import LINEAR_NAMES, LoRAConfig
 from fleetune.models.network import linear_sites
 from fleetune.models.outline import hf_values, meta_weights
 from fleetune.models.quantize import quantize_linears
@@ -107,6 +108,11 @@ def at(polynomial: np.ndarray, point: Point) -> float:
     return float(evaluate(polynomial, monomials(*([x] for x in point)))[0])
 
 
+def bytes_moved(work: SideWork) -> np.ndarray:
+    """Bytes of all operators of a step, (6,)."""
+    return work.moved + (work.products[:, 1] * work.counts[:, None]).sum(0)
+
+
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 COUNTERS: Any = {  # torch's counter does not know the CPU's flash attention
@@ -163,7 +169,7 @@ def test_two_points_tell_every_form_apart():
 def test_saved_activations_equal_the_closed_form():
     """LLaMA2-7B whole, 32 blocks, adapters of rank 8 on all linears."""
     shape = architecture("llama2-7b")
-    trace = lora_step(shape, modules=LINEARS, rank=8, weights="fp32", precision="fp32").trace
+    trace = lora_step(shape, modules=LINEAR_NAMES, rank=8, weights="fp32", precision="fp32").trace
     for point in (*BATCHES, Point(2, 4096, 5000)):
         batch, tokens, logits = point
         expected = closed_forms.saved_bytes(shape, rank=8, batch=batch, tokens=tokens, logits=logits)
@@ -232,15 +238,15 @@ def test_a_deep_model_is_traced_on_two_shallow_ones(case: str, checkpointing: bo
     for side in ("client", "server"):
         ours, theirs = getattr(fast, side), getattr(whole, side)
         assert ours.flops.tolist() == theirs.flops.tolist()
-        assert ours.bytes_moved.tolist() == theirs.bytes_moved.tolist()
+        assert bytes_moved(ours).tolist() == bytes_moved(theirs).tolist()
         assert ours.num_ops == theirs.num_ops
     assert fast.saved.tolist() == whole.saved.tolist()
     basis = np.concatenate([monomials(*([x] for x in point)) for point in (*BATCHES, Point(1, 4000, 1))])
     assert fast.peak(basis).tolist() == whole.peak(basis).tolist()
     uneven = {n: t for n, t in this.payload.tensors.items() if n != "layers.5.mlp.up_proj.lora_A"}
     plan = this.method.local_plan(this.payload)
-    assert this.tracing._alike(this.payload, plan)
-    assert not this.tracing._alike(Payload(uneven), plan)
+    assert this.tracing._is_uniform(this.payload, plan)
+    assert not this.tracing._is_uniform(Payload(uneven), plan)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
@@ -325,7 +331,7 @@ def test_a_checkpointed_block_repeats_its_last_product_where_that_is_one_functio
 def met(this: World) -> None:
     """The traced peak is the allocator's, to 0.5 %, once what only the simulation holds (a second gradient) stands beside it."""
     trace = this.trace()
-    (first, _), (second, _) = this.tracing.watched(this.tracing.model, this.payload, this.shape)
+    (first, _), (second, _) = this.tracing.record(this.tracing.model, this.payload, this.shape)
     both_sides = possible_peaks(live_bytes(first, second, (scopes.CLIENT, scopes.SERVER)))
     simulated = (*PARTS, scopes.SIMULATION)
     with_simulation = possible_peaks(live_bytes(first, second, (scopes.CLIENT, scopes.SERVER), simulated))

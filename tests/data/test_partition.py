@@ -49,7 +49,7 @@ def test_a_shard_is_a_view():
     assert np.shares_memory(dealt.shard(2), dealt.indices)
 
 
-def mean_largest_share(alpha: float) -> float:
+def mean_largest_fraction(alpha: float) -> float:
     """The share of a client's most frequent of 4 categories, 1/4 (even) to 1, its mean over 10 clients."""
     dealt, keys = deal(4_000, 10, kind="dirichlet", alpha=alpha)
     counts = np.stack([np.bincount(keys[dealt.shard(k)], minlength=4) for k in range(10)])
@@ -58,9 +58,9 @@ def mean_largest_share(alpha: float) -> float:
 
 
 def test_a_small_alpha_gives_each_client_few_categories_and_a_large_one_all():
-    assert mean_largest_share(0.05) > 0.75
-    assert mean_largest_share(1_000.0) < 0.3
-    assert mean_largest_share(1_000.0) < mean_largest_share(1.0) < mean_largest_share(0.05)
+    assert mean_largest_fraction(0.05) > 0.75
+    assert mean_largest_fraction(1_000.0) < 0.3
+    assert mean_largest_fraction(1_000.0) < mean_largest_fraction(1.0) < mean_largest_fraction(0.05)
 
 
 def test_dirichlet_shares_have_the_distribution_they_are_named_after():

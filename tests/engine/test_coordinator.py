@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fleetune.engine.coordinator import Coordinator
-from fleetune.engine.execution.executor import Evaluated, SerialExecutor
+from fleetune.engine.execution.executor import CompletedEvaluation, SerialExecutor
 from fleetune.errors import RunFailed
 from fleetune.methods.base import ClientInfo, GlobalModel, Payload, State, Update
 from fleetune.methods.fedavg import FedIT
@@ -96,9 +96,9 @@ def test_each_group_gets_its_own_payload(tmp_path: Path):
     clients = done.clients
     nano = clients["device"] == "jetson-nano"
     assert 0 < nano.sum() < len(clients)
-    share = clients["shard_examples"][nano].sum() / clients["shard_examples"].sum()
+    fraction = clients["shard_examples"][nano].sum() / clients["shard_examples"].sum()
     name = "layers.0.self_attn.q_proj.lora_A"
-    expected = method.context.fresh_adapter()[name] * (1 - share / 2)
+    expected = method.context.fresh_adapter()[name] * (1 - fraction / 2)
     torch.testing.assert_close(done.state.tensors[name], expected)
 
 
@@ -107,9 +107,9 @@ def test_a_method_may_ask_for_every_update(tmp_path: Path):
     done, method = run_with(EachUpdate, tmp_path)
     assert isinstance(method, EachUpdate)
     last = done.clients[done.clients["round"] == 3]
-    shares = dict(zip(last["client_id"], last["shard_examples"] / last["shard_examples"].sum(), strict=True))
-    assert sorted(ids for ids, _ in method.seen) == [(c,) for c in sorted(shares)]
-    assert all(weight == pytest.approx(shares[ids[0]]) for ids, weight in method.seen)
+    weights = dict(zip(last["client_id"], last["shard_examples"] / last["shard_examples"].sum(), strict=True))
+    assert sorted(ids for ids, _ in method.seen) == [(c,) for c in sorted(weights)]
+    assert all(weight == pytest.approx(weights[ids[0]]) for ids, weight in method.seen)
     plain = runs.run(tiny.spec(FAST))
     runs.close_tensors(done.state.tensors, plain.state.tensors, rtol=1e-4, atol=1e-6)
 
@@ -266,7 +266,7 @@ class Tardy(SerialExecutor):
 
     @dataclass
     class Slow:
-        inner: Evaluated
+        inner: CompletedEvaluation
         is_waited_for: bool = False
 
         def is_done(self) -> bool:

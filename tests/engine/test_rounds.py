@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fleetune.engine.round.rules import Outcome, close_round, sample_clients
-from fleetune.run_config import RoundsConfig
+from fleetune.spec.run_config import RoundsConfig
 
 SECONDS = np.array([4.0, 2.0, 9.0, 2.0, 1.0])
 NOBODY = np.zeros(5, bool)

@@ -108,7 +108,9 @@ def test_private_tensors_come_to_their_client(tmp_path: Path, travels: bool):
         units = [unit.with_private() for unit in units]
         assert sum(len(unit.private) for unit in units) == 1
         (tmp_path / "round_000000_unit_03.safetensors").unlink()
-    given = {t.client_id: t.private for unit in units for c in unit.cohorts for t in unit.tasks(c, unit.before(c))}
+    given = {
+        t.client_id: t.private for unit in units for c in unit.cohorts for t in unit.tasks(c, unit.read_private(c))
+    }
     assert given[10] is None
     assert given[12] is None
     assert given[11] is not None

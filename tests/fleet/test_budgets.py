@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from fleetune.engine.round.ranks import cut, filled, laid_over, shares_per_row
-from fleetune.engine.round.workload import Share
+from fleetune.engine.round.ranks import cut, filled, overlay, weight_per_row
+from fleetune.engine.round.workload import Workload
 from fleetune.errors import UserError
 from fleetune.fleet.budgets import BudgetsConfig, build_budgets
 from fleetune.fleet.devices import device
@@ -19,7 +19,7 @@ from support import runs, tiny
 
 FAST = {"evaluation.generate": False}
 NANO, ORIN = device("jetson-nano"), device("jetson-agx-orin-64gb")
-WHOLE = Share(batch_size=8, rank=4, depth=6, checkpointing=False)
+FULL = Workload(batch_size=8, rank=4, depth=6, checkpointing=False)
 LLAMA = {"cost.model": "llama2-7b", "cost.weights": "nf4", "cost.precision": "bf16"}
 
 
@@ -81,14 +81,14 @@ def test_a_wrong_budget_is_refused_with_the_rule(field: str, value: Any, rule: s
 )
 def test_a_ladder_goes_down_by_halves(kind: str, sizes: list[Any]):
     field = {"batch": "batch_size", "rank": "rank", "capacity": "depth", "checkpointing": "checkpointing"}[kind]
-    steps = list(WHOLE.ladder(kind))
-    assert [getattr(share, field) for share in steps] == sizes
-    assert len({share.told(WHOLE) for share in steps}) == len(steps)
+    steps = list(FULL.ladder(kind))
+    assert [getattr(workload, field) for workload in steps] == sizes
+    assert len({workload.reduction(FULL) for workload in steps}) == len(steps)
 
 
-def test_shares_are_told_in_words():
-    told = [share.told(WHOLE) for kind in ("capacity", "rank") for share in WHOLE.ladder(kind)]
-    assert told == ["a submodel of 3 blocks", "a submodel of 1 block", "rank 2", "rank 1"]
+def test_smaller_workloads_are_put_in_words():
+    texts = [workload.reduction(FULL) for kind in ("capacity", "rank") for workload in FULL.ladder(kind)]
+    assert texts == ["a submodel of 3 blocks", "a submodel of 1 block", "rank 2", "rank 1"]
 
 
 def test_a_client_over_another_budget_is_refused_and_costs_nothing():
@@ -233,24 +233,24 @@ def test_rank_rows_are_averaged_over_those_that_trained_them():
     """
     weights, ranks = np.array([0.25, 0.75]), np.array([1, 2])
     sent = pair([[0.0], [0.0], [9.0]], [[0.0, 0.0, 9.0]])
-    trained = shares_per_row(ranks, weights, 3)
+    trained = weight_per_row(ranks, weights, 3)
     assert trained.tolist() == [1.0, 0.75, 0.0]
     uploads = [pair([[4.0]], [[4.0]]), pair([[8.0], [5.0]], [[8.0, 5.0]])]
     total = {name: torch.zeros_like(tensor) for name, tensor in sent.items()}
     for upload, weight in zip(uploads, weights, strict=True):
-        for name, tensor in filled(upload, sent, share=1.0, trained=trained).items():
+        for name, tensor in filled(upload, sent, total_weight=1.0, trained=trained).items():
             total[name] += weight * tensor
     assert total["x.lora_A"].flatten().tolist() == [7.0, 5.0, 9.0]
     assert total["x.lora_B"].flatten().tolist() == [7.0, 5.0, 9.0]
     summed = {name: 0.75 * tensor for name, tensor in uploads[1].items()}  # a partial sum has its weights inside
-    inside = filled(summed, sent, share=0.75, trained=trained)["x.lora_A"].flatten().tolist()
+    inside = filled(summed, sent, total_weight=0.75, trained=trained)["x.lora_A"].flatten().tolist()
     assert inside == pytest.approx([6.0, 5.0, 0.75 * 9.0])
 
 
 def test_what_is_kept_at_a_smaller_rank_lies_over_what_was_there():
-    kept = laid_over(cut(pair([[1.0], [2.0]], [[1.0, 2.0]]), 1), pair([[5.0], [6.0]], [[5.0, 6.0]]), 2)
+    kept = overlay(cut(pair([[1.0], [2.0]], [[1.0, 2.0]]), 1), pair([[5.0], [6.0]], [[5.0, 6.0]]), 2)
     assert kept["x.lora_A"].flatten().tolist() == [1.0, 6.0]
-    assert laid_over({"x.lora_B": torch.tensor([[3.0]])}, {}, 2)["x.lora_B"].tolist() == [[3.0, 0.0]]
+    assert overlay({"x.lora_B": torch.tensor([[3.0]])}, {}, 2)["x.lora_B"].tolist() == [[3.0, 0.0]]
 
 
 def test_a_smaller_rank_leaves_the_ranks_it_does_not_train(tmp_path: Path):

@@ -225,7 +225,7 @@ def test_stacked_work_is_in_the_order_of_its_tasks(case: str):
     """Clients with fewer steps leave the stack early, yet each loss and upload is its own client's."""
     done, passed = reference(case)
     method = done.problem.method
-    if method.coupled:
+    if method.config.coupled:
         pytest.skip("clients of a shared server half do not learn alone")
     key, tasks = tasks_of(passed[0])
     assert len(tasks) == 2

@@ -72,7 +72,7 @@ def test_the_engine_weights_clients_by_their_examples():
     """The new state is sum_k n_k u_k / sum n of what each sampled client comes to by itself."""
     done, passed = runs.recorded(tiny.spec({"rounds.num_rounds": 1, "evaluation.generate": False}))
     clients = done.clients
-    shares = dict(zip(clients["client_id"], clients["shard_examples"] / clients["shard_examples"].sum(), strict=True))
+    weights = dict(zip(clients["client_id"], clients["shard_examples"] / clients["shard_examples"].sum(), strict=True))
     worker, method = runs.worker(done.problem), done.problem.method
     expected: dict[str, Tensor] = {}
     for one in passed:
@@ -81,8 +81,8 @@ def test_the_engine_weights_clients_by_their_examples():
                 update = method.local_update(worker, one.payloads[cohort.payload], [task]).upload
                 assert update is not None
                 for name, tensor in update.client(0).items():
-                    expected[name] = expected.get(name, 0.0) + shares[task.client_id] * tensor
-    assert len(set(shares.values())) > 1
+                    expected[name] = expected.get(name, 0.0) + weights[task.client_id] * tensor
+    assert len(set(weights.values())) > 1
     runs.close_tensors(done.state.tensors, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -22,7 +22,7 @@ from fleetune.models.lora import AdaptedLinear, linears
 from fleetune.models.network import Network
 from fleetune.models.project import Projection, project
 from fleetune.models.submodel import Submodel
-from fleetune.run_config import ExecutionConfig
+from fleetune.spec.run_config import ExecutionConfig
 from fleetune.training import device
 from support import random_models as models
 from support import runs, tiny

@@ -21,10 +21,10 @@ import pytest
 from fleetune import columns as schema
 from fleetune.errors import UserError
 from fleetune.records import RunDirectory, SweepDirectory, find_runs
-from fleetune.records.naming import flatten, group_labels, run_name, varied_fields
+from fleetune.records.naming import filled_fields, group_labels, run_name, varied_fields
 from fleetune.records.run_directory import FORMAT
 from fleetune.records.timeline import write_timeline
-from fleetune.sweep.store import finished_runs
+from fleetune.sweep.existing_runs import _finished_runs as finished_runs
 from support import REPOSITORY
 from support.synthetic_runs import make_run, make_spec, rounds_of
 
@@ -279,7 +279,7 @@ def test_names_say_what_tells_runs_apart(tmp_path: Path):
     assert varied_fields(runs) == {"method.growth_rate": [2, 2, 4, 4]}
     runs[0].update_meta(overrides={"method.growth_rate": 2, "seed": 0})
     assert run_name(runs[0]) == "devft · growth_rate 2 · seed 0"
-    assert flatten({"a": {"b": 1, "c": None}, "d": {}}) == {"a.b": 1}
+    assert filled_fields({"a": {"b": 1, "c": None}, "d": {}}) == {"a.b": 1}
 
 
 def test_trace_lays_the_phases_end_to_end(tmp_path: Path):

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from fleetune.records import RunDirectory
-from fleetune.reports.client_stats import adapted, bounds, memory_parts, phase_seconds, refusals, told
+from fleetune.reports.client_stats import adapted, bounds, memory_parts, phase_seconds, refusal_lines, refusals
 from fleetune.reports.run_report import report
 from support.synthetic_runs import make_run, make_spec
 
@@ -38,7 +38,7 @@ def test_refusals_are_counted_by_device_and_budget():
     ]
     assert (rows[0]["need_bytes"], rows[0]["budget_bytes"], rows[0]["num_clients"]) == (7, 5, 2)
     assert np.isnan(rows[1]["need_bytes"])
-    assert told(clients) == [
+    assert refusal_lines(clients) == [
         "nano: 2 turns (50%) for memory; would fit with batch size 4",
         "nano: 1 turns (25%) for seconds; no smaller share fits",
     ]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fleetune.records import RunDirectory, SweepDirectory
-from fleetune.records.naming import flatten
+from fleetune.records.naming import filled_fields
 from support.synthetic_runs import make_spec, rounds_of
 
 BASELINE = {"eval_loss": 2.1, "eval_accuracy": 0.2}
@@ -52,7 +52,7 @@ def _trial(
     method = overrides.get("method.name", "devft")
     spec = make_spec(method=method, seed=overrides.get("seed", 0), num_rounds=num_rounds, num_clients=num_clients)
     spec["evaluation"]["every"] = 1
-    meta = {"baseline": BASELINE, "overrides": flatten(overrides), "sweep": "growth"}
+    meta = {"baseline": BASELINE, "overrides": filled_fields(overrides), "sweep": "growth"}
     run = RunDirectory.create(workspace, run_id, spec, meta=meta if evaluate else {})
     for row, clients in rounds_of(spec, evaluate=evaluate):
         run.append_round(row, clients)

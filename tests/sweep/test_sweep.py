@@ -7,15 +7,16 @@ import json
 import math
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
+from fleetune.columns import TRIAL_COLUMNS, names
 from fleetune.errors import UserError
 from fleetune.spec import RunSpec
 from fleetune.sweep import config, expansion
-from fleetune.sweep.config import SweepSpec
+from fleetune.sweep.config import Metric, SweepSpec
 from fleetune.sweep.optuna_search import OptunaSearch, probes
 from support import tiny
 from support.commands import fleetune
@@ -58,20 +59,25 @@ def test_a_trial_is_one_process_of_one_thread_unless_it_asks_for_a_gang():
 
 def test_a_trial_on_gpus_takes_its_share_of_them():
     """A process takes half a GPU where two share one, and a gang of three workers as much each; four halves hold one gang."""
-    from fleetune.sweep import tune as tuning
+    from fleetune.sweep import resources
 
     shared = {"execution.device": "cuda", "execution.workers_per_gpu": 2}
     alone = expansion.decided(tiny.spec({"execution": "auto", **shared}))
     gang = expansion.decided(
         tiny.spec({"execution": "auto", **shared, "execution.kind": "ray", "execution.workers": 3})
     )
-    assert tuning.bundles_of(alone) == [{"CPU": 1.0, "GPU": 0.5}]
-    assert tuning.bundles_of(gang) == [{"CPU": 1.0, "GPU": 0.5}] * 3
-    assert tuning.bundles_of(expansion.decided(tiny.spec({"execution": "auto"}))) == [{"CPU": 1.0}]
-    tuning.check_fits([alone, gang], [4], [2])
+    assert resources.bundles_of(alone) == [{"CPU": 1.0, "GPU": 0.5}]
+    assert resources.bundles_of(gang) == [{"CPU": 1.0, "GPU": 0.5}] * 3
+    assert resources.bundles_of(expansion.decided(tiny.spec({"execution": "auto"}))) == [{"CPU": 1.0}]
+    resources.check_fits([alone, gang], [4], [2])
     with pytest.raises(UserError, match=r"needs 3 worker\(s\) with a GPU .* room for 2") as error:
-        tuning.check_fits([gang], [4, 4], [1, 0])
+        resources.check_fits([gang], [4, 4], [1, 0])
     assert error.value.field == "execution.device"
+
+
+def test_whatever_a_sweep_can_go_by_is_a_column_of_its_table():
+    """Of its results: the driver and the scheduler look a metric up by this name."""
+    assert set(get_args(Metric)) <= set(names(TRIAL_COLUMNS, "metric", "total"))
 
 
 def test_another_method_in_a_grid_starts_from_its_own_defaults():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fleetune.records import RunDirectory
-from fleetune.records.naming import flatten
+from fleetune.records.naming import filled_fields
 from support import commands, services
 from support.stored import expected_steps, steps
 
@@ -107,7 +107,7 @@ def test_a_server_killed_in_mid_run_holds_everything_once_when_it_is_back(
     client = mlflow.MlflowClient(tracking_uri=server.uri)
     stored = client.get_run(mlflow_id)
     assert stored.info.status == "FINISHED"
-    assert set(stored.data.params) == {key for key in flatten(run.spec) if not key.startswith("tracking.")}
+    assert set(stored.data.params) == {key for key in filled_fields(run.spec) if not key.startswith("tracking.")}
     assert stored.data.params["rounds.num_rounds"] == str(NUM_ROUNDS)
     copy = Path(client.download_artifacts(mlflow_id, "", str(tmp_path)))
     for name in ("spec.yaml", "result.json", "rounds.parquet", "clients.parquet", "adapter/adapter_model.safetensors"):

@@ -21,9 +21,9 @@ from fleetune.records import RunDirectory, SweepDirectory
 from fleetune.tracking.access import without_password
 from fleetune.tracking.client import QUIET
 from fleetune.tracking.metrics import RoundMetrics
+from fleetune.tracking.store import default_uri
 from fleetune.tracking.stream import RecordStream
 from fleetune.tracking.sync import sync
-from fleetune.tracking.tracker import default_uri
 from support.stored import expected_steps, steps
 from support.synthetic_runs import make_run, make_spec, rounds_of
 
@@ -220,7 +220,7 @@ def test_records_that_do_not_arrive_in_time_are_told(
             return is_there
 
     said: list[str] = []
-    monkeypatch.setattr(launch, "follower", lambda warn: Feeder())
+    monkeypatch.setattr(launch, "record_stream", lambda warn: Feeder())
     monkeypatch.setattr(launch, "QUIET_SECONDS", 0.01)
     assert launch.in_mlflow([tmp_path / "runs" / "a"], said.append) is is_there
     document = launch.Result("a", tmp_path, "finished", synced=is_there).to_dict()

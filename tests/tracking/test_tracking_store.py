@@ -18,9 +18,9 @@ import pytest
 from fleetune.errors import UserError
 from fleetune.tracking import store as tracking_store
 from fleetune.tracking.client import make_client
-from fleetune.tracking.store import ensure_store, newest_version, read_schema
+from fleetune.tracking.store import default_uri, ensure_store, newest_version, read_schema
 from fleetune.tracking.sync import sync
-from fleetune.tracking.tracker import default_uri, open_ui
+from fleetune.tracking.ui import open_ui
 from support.stored import expected_steps, steps
 from support.synthetic_runs import make_run, make_spec
 

@@ -10,9 +10,10 @@ import pytest
 
 from fleetune.records import RunDirectory, SweepDirectory
 from fleetune.tracking.client import make_client
+from fleetune.tracking.store import default_uri
 from fleetune.tracking.sweep import SweepTracker
 from fleetune.tracking.sync import sync
-from fleetune.tracking.tracker import Tracker, default_uri
+from fleetune.tracking.tracker import Tracker
 from support.stored import expected_steps, steps
 from support.synthetic_runs import make_run, make_spec
 

@@ -1,1 +1,1 @@
-"""What local work costs on a device: FLOPs, memory, time and energy."""
+"""The cost of local work on a device: FLOPs, memory, time and energy."""

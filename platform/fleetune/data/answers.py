@@ -1,4 +1,4 @@
-"""Generated tokens back into text, by the tokenizer's own rules and without the library around it."""
+"""Turns generated tokens into text by the tokenizer's own rules, without the library around it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class AnswerReader:
-    """What an evaluation needs of a tokenizer. Workers unpickle it without importing transformers."""
+    """The part of a tokenizer that an evaluation needs. Workers unpickle it without importing transformers."""
 
     backend: Any
     """The ``tokenizers.Tokenizer`` inside of it."""
     end: int
-    """Id of the token that ends an answer."""
+    """Id of the token that ends an answer; -1 if there is none."""
 
     @classmethod
     def of(cls, tokenizer: Any) -> AnswerReader:

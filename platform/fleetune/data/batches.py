@@ -9,7 +9,7 @@ import numpy as np
 from fleetune.data.dataset import TokenizedDataset
 from fleetune.seeds import rng
 
-NO_EXAMPLE = -1  # fills up a batch that has fewer examples than its place
+NO_EXAMPLE = -1  # in an array of rows: fills up a batch that has fewer examples
 IGNORED = -100  # the label of a token that is not learnt: PyTorch's cross_entropy(ignore_index=-100)
 
 
@@ -61,12 +61,12 @@ def collate(dataset: TokenizedDataset, rows: np.ndarray) -> tuple[np.ndarray, np
 
 
 def num_tokens(dataset: TokenizedDataset, rows: np.ndarray) -> np.ndarray:
-    """Tokens of each example, of the shape of ``rows``; none where there is `NO_EXAMPLE`."""
+    """Tokens of each example, int64 of the shape of ``rows``; 0 for `NO_EXAMPLE`."""
     return np.where(rows == NO_EXAMPLE, 0, dataset.offsets[rows + 1] - dataset.offsets[rows])
 
 
 def eval_prompts(dataset: TokenizedDataset, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts to be continued: token ids and attention mask int64 ``(n, S)``, left-padded to the longest."""
+    """Prompts to be continued: token ids and attention mask int64 ``(n, S)``, left-padded to the longest, S."""
     sizes = dataset.prompt_lengths[rows].astype(np.int64)
     longest = sizes.max()
     position = np.arange(longest) - (longest - sizes)[:, None]  # negative in the padding
@@ -75,5 +75,7 @@ def eval_prompts(dataset: TokenizedDataset, rows: np.ndarray) -> tuple[np.ndarra
 
 
 def _gather(dataset: TokenizedDataset, index: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Token ids ``(n, S)`` at ``index`` ``(n, S)`` into the flat tokens, and padding wherever ``inside`` is False."""
+    # Outside of its text an index may point past the last token: mode="clip" reads any, and padding replaces it.
     ids = dataset.tokens.take(index, mode="clip").astype(np.int64)
     return np.where(inside, ids, dataset.pad_token_id)

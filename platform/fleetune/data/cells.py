@@ -1,4 +1,4 @@
-"""Cells as text: one rule for every type that JSON, CSV, Parquet and the hub can hold."""
+"""Turns cells into text, with one rule for every type that JSON, CSV, Parquet and the hub can hold."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def text_of(value: Any) -> str:
     """A cell as text. Null and NaN are no text; a list of texts has one item a line, other structures are JSON.
 
     Numbers and truth values are written as JSON does (``3``, ``3.0``, ``true``), dates as ISO 8601, bytes must be UTF-8.
-    Raises ValueError, with the reason, for what has no text: other bytes, images.
+    Raises ValueError with the reason for values that have no text: other bytes, images.
     """
     if isinstance(value, str):
         return value
@@ -36,12 +36,12 @@ def text_of(value: Any) -> str:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a cell is null, or the NaN by which numeric columns say so; the text "nan" is text."""
+    """True if a cell is null, or NaN, which stands for null in numeric columns; the text "nan" is text."""
     return value is None or (not isinstance(value, str | bytes | list | tuple | dict) and bool(value != value))
 
 
 def is_structure(value: Any) -> bool:
-    """Whether a cell is a list or an object, which no rule turns into the one text that is meant."""
+    """True if a cell is a list or an object: no rule can tell which text in it is meant."""
     return isinstance(value, list | tuple | dict)
 
 

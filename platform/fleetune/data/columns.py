@@ -1,4 +1,4 @@
-"""Which of a source's columns holds what: by the job, or else by the usual names."""
+"""Finds the source's columns for prompt, response and category: by the job, or else by the usual names."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ class Roles:
     response: str
     category: str | None
     input_follows: bool
-    """Whether the prompt is an instruction, and its input stands in a column of its own."""
+    """True if the prompt is an instruction and its input is in another column."""
 
-    def asked(self, config: DataConfig) -> dict[str, str]:
-        """Source columns that must have a text, each with the field of the job that asks for it."""
-        asked = dict.fromkeys(column_names(config.template), "data.template")
+    def required(self, config: DataConfig) -> dict[str, str]:
+        """Source columns that must hold text, each with the field of the job that requires it."""
+        required = dict.fromkeys(column_names(config.template), "data.template")
         if self.input_follows:
-            asked["input"] = "data.columns.prompt"
+            required["input"] = "data.columns.prompt"
         key = _key_column(config)
         if key is not None:
-            asked[key] = "data.partition.key"
-        if self.category is not None and (config.columns.category is not None or "category" in asked):
-            asked[self.category] = "data.columns.category"
-        return {**asked, self.prompt: "data.columns.prompt", self.response: "data.columns.response"}
+            required[key] = "data.partition.key"
+        if self.category is not None and (config.columns.category is not None or "category" in required):
+            required[self.category] = "data.columns.category"
+        return {**required, self.prompt: "data.columns.prompt", self.response: "data.columns.response"}
 
     def used(self, config: DataConfig) -> set[str]:
-        """Source columns of which something is made. In a template the roles' names mean the roles."""
+        """Source columns that end up in an example. In a template the roles' names mean the roles."""
         named = set(column_names(config.template))
         used = {self.response, *(named - ROLES)}
         if "prompt" in named:
@@ -49,7 +49,7 @@ class Roles:
 
 
 def find_roles(table: Table, config: DataConfig) -> Roles:
-    """The source's columns. UserError where one that is named is not there, or no name is a usual one."""
+    """The source's column for each role. Raises UserError if a named column is missing, or if none has a usual name."""
     found: dict[str, str] = {}
     for role, usual in (("prompt", PROMPT_NAMES), ("response", RESPONSE_NAMES), ("category", CATEGORY_NAMES)):
         name = _find(role, usual, table, config.columns, taken=set(found.values()))
@@ -63,11 +63,11 @@ def find_roles(table: Table, config: DataConfig) -> Roles:
 def _find(role: str, usual: tuple[str, ...], table: Table, mapping: ColumnMapping, *, taken: set[str]) -> str | None:
     """The column of one role; None for a category that is not there."""
     known = table.names
-    given: str | None = getattr(mapping, role)
-    if given is not None and given not in known:
-        raise unknown_name(f"column in {table.name}", given, known, field=f"data.columns.{role}")
-    if given is not None:
-        return given
+    named: str | None = getattr(mapping, role)
+    if named is not None and named not in known:
+        raise unknown_name(f"column in {table.name}", named, known, field=f"data.columns.{role}")
+    if named is not None:
+        return named
     taken = taken | set(mapping.model_dump(exclude_none=True).values())
     free = next((name for name in usual if name in known and name not in taken), None)
     if free is None and role != "category":
@@ -80,5 +80,5 @@ def _find(role: str, usual: tuple[str, ...], table: Table, mapping: ColumnMappin
 
 
 def _key_column(config: DataConfig) -> str | None:
-    """The column by which the examples are dealt, if it is any."""
+    """The column by which the examples are dealt to the clients, None if the partition needs none."""
     return config.partition.key if config.partition.kind not in ("iid", "quantity") else None

@@ -1,4 +1,4 @@
-"""What a run trains and is evaluated on, and how the examples are spread over the clients."""
+"""The fields of a job file for the data: training and evaluation examples, and how they are spread over the clients."""
 
 from __future__ import annotations
 

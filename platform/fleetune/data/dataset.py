@@ -16,13 +16,13 @@ class TokenizedDataset:
     """All examples' tokens end to end: example i is ``tokens[offsets[i]:offsets[i + 1]]``."""
 
     tokens: np.ndarray
-    """int32 ``(total,)``"""
+    """int32 ``(total,)``: token ids"""
     offsets: np.ndarray
-    """int64 ``(n + 1,)``"""
+    """int64 ``(n + 1,)``: where each example begins in ``tokens``; the last entry is their number"""
     prompt_lengths: np.ndarray
     """int32 ``(n,)``: tokens before the response, bos included"""
     rows: np.ndarray
-    """int64 ``(n,)``: which of the examples these are that were to be tokenised; some may give no token"""
+    """int64 ``(n,)``: index of each among the examples that were tokenised, of which some may be left out"""
     overlaps: np.ndarray
     """int32 ``(n,)``: characters of the prompt's end that the response's first token holds; nearly always 0"""
     loss_on: str
@@ -31,7 +31,7 @@ class TokenizedDataset:
     num_truncated: int
     """examples that were longer than ``max_tokens``"""
     left_out: dict[str, int] = field(default_factory=dict)
-    """examples that are not among these, by the reason"""
+    """reason -> number of examples that were left out for it"""
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
@@ -69,7 +69,7 @@ def write_arrow(path: Path, dataset: TokenizedDataset) -> None:
 
 
 def read_arrow(path: Path) -> TokenizedDataset | None:
-    """The dataset in the file, its arrays mapped from it; None where there is none or it is damaged."""
+    """The dataset in the file, its arrays mapped from it; None if there is no file or it is damaged."""
     import pyarrow as pa
 
     try:

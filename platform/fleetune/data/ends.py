@@ -1,4 +1,4 @@
-"""The tokens that begin and end a text: exactly once, whoever writes them, template, data or tokenizer."""
+"""The tokens that begin and end a text: exactly once, no matter if template, data or tokenizer writes them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from fleetune.errors import UserError
 
 
 class Ends(NamedTuple):
-    """What is put before and after a text that does not have it yet."""
+    """The tokens that are put before and after a text that does not have them yet."""
 
     head: tuple[int, ...]
-    """Token ids before a text: bos, or what else the tokenizer puts there."""
+    """Token ids before a text: bos, or other tokens that the tokenizer puts there."""
     bos: tuple[int, str] | None
     """Id and text of the tokenizer's bos, which a text may hold itself."""
     eos: tuple[int, str] | None
+    """Id and text of the tokenizer's eos."""
     add_eos: bool
 
     def head_of(self, prompt: str, ids: Sequence[int]) -> tuple[Sequence[int], int]:
-        """What comes before a text with these ids, and how many tokens at its beginning are its bos in the end."""
+        """(tokens to put before a text with these ids, number of tokens at the result's beginning that are its bos)."""
         marks = self.head or ((self.bos[0],) if self.bos else ())
         if marks and tuple(ids[: len(marks)]) == marks:
             return (), len(marks)
@@ -30,13 +31,13 @@ class Ends(NamedTuple):
         return self.head, len(self.head)
 
     def tail_of(self, response: str) -> Sequence[int]:
-        """What comes after a text that ends in this response."""
+        """The tokens to put after a text that ends in this response."""
         if self.eos is None or not self.add_eos or response.rstrip().endswith(self.eos[1]):
             return ()
         return (self.eos[0],)
 
     def is_end_alone(self, response: str) -> bool:
-        """Whether a response is its end and nothing else."""
+        """True if a response consists of its end and nothing else."""
         return self.eos is not None and not response.replace(self.eos[1], "").strip()
 
     def without_inner_bos(self, columns: Mapping[str, list[str]], template: str) -> Mapping[str, list[str]]:
@@ -78,7 +79,7 @@ def ends_of(backend: Any, tokenizer: Any, config: DataConfig) -> Ends:
 
 
 def _own_head(backend: Any) -> tuple[int, ...]:
-    """What the tokenizer itself puts before a text."""
+    """The token ids that the tokenizer itself puts before a text."""
     encoding = backend.encode("a")
     size = next((i for i, is_added in enumerate(encoding.special_tokens_mask) if not is_added), 0)
     return tuple(encoding.ids[:size])

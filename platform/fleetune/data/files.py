@@ -21,13 +21,14 @@ MAX_FIELD = 2**31 - 1  # characters of a CSV field; the module's own limit is 13
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of one length, as the source gives them, and where each row stands in it."""
+    """Columns of one length with the values of the source, and the line of each row."""
 
     name: str
     columns: dict[str, list[Any]]
     lines: Sequence[int] | None = None
+    """The line of each row, (n,), from 1; None if the source has no lines."""
     unreadable: Mapping[str, str] = field(default_factory=dict)
-    """Columns whose values cannot be had, and why: a fault only where one of them is asked for."""
+    """Column -> reason, for columns that cannot be read: an error only if one of them is needed."""
 
     @classmethod
     def from_rows(cls, name: str, rows: list[dict[str, Any]], lines: Sequence[int] | None = None) -> Table:
@@ -49,7 +50,7 @@ class Table:
 
 
 def looks_like_a_file(name: str) -> bool:
-    """Whether a dataset's name can only mean a local path."""
+    """True if a dataset's name can only mean a local path."""
     return name.endswith(SUFFIXES) or name.startswith(("/", "./", "../", "~")) or "\\" in name
 
 
@@ -129,9 +130,9 @@ def _read_json(path: Path, text: str, *, field: str) -> Table:
     line, counted = 1, 0
     try:
         if not text.lstrip().startswith("["):
-            whole = parse(text)
+            value = parse(text)
             raise UserError(
-                f"{path}: must be a list of objects, this is {_kind(whole)}", field=field, hint=_inner_list(whole)
+                f"{path}: must be a list of objects, this is {_kind(value)}", field=field, hint=_inner_list(value)
             )
         for start, row in items(text):
             line, counted = line + text.count("\n", counted, start), start
@@ -149,9 +150,9 @@ def _read_json(path: Path, text: str, *, field: str) -> Table:
     return Table.from_rows(str(path), rows, lines)
 
 
-def _inner_list(whole: Any) -> str | None:
-    """The way out where the list is the value of a name, as in ``{"data": [...]}``."""
-    parts = whole.items() if isinstance(whole, dict) else ()
+def _inner_list(value: Any) -> str | None:
+    """A hint for a file whose list is the value of a name, as in ``{"data": [...]}``."""
+    parts = value.items() if isinstance(value, dict) else ()
     lists = [name for name, part in parts if isinstance(part, list) and part and isinstance(part[0], dict)]
     return f"save the list under {lists[0]!r} as a file of its own" if lists else None
 

@@ -1,4 +1,4 @@
-"""JSON as data files hold it: values that become text, with the reason where they cannot."""
+"""Parses the JSON of data files, whose values become text, and says why a value cannot."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class JsonFault(ValueError):
-    """Why a JSON text cannot be used; ``at`` is the character where it shows, if it is known."""
+    """The reason why a JSON text cannot be used; ``at`` is the index of the character at fault, None if unknown."""
 
     def __init__(self, reason: str, at: int | None = None):
         self.at = at
@@ -23,7 +23,7 @@ class JsonFault(ValueError):
 
 
 def parse(text: str) -> Any:
-    """The value of a whole JSON text. Raises JsonFault."""
+    """The value of a JSON text. Raises JsonFault."""
     value, end = _value(text, _skip_blanks(text, 0))
     rest = _skip_blanks(text, end)
     if rest < len(text):

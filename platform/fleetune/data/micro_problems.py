@@ -35,7 +35,7 @@ class Step:
     times: int = 1
 
     def apply(self, value: int) -> int | None:
-        """The value after this step; None where it is not a whole number."""
+        """The value after this step; None if it is not an integer."""
         if self.skill in ("gain", "compare"):
             return value + self.amount
         if self.skill == "lose":
@@ -98,7 +98,7 @@ def _draw_chain(random: Random, parts: Sequence[str], num_steps: int) -> list[st
 
 
 def _draw_numbers(random: Random, chain: Sequence[str]) -> Problem | None:
-    """Numbers for a chain; None where a value leaves 1..99 or a division leaves a rest."""
+    """Numbers for a chain; None if a value leaves 1..99 or a division has a remainder."""
     start = 0 if chain[0] in FIRST else random.randint(3, 60)
     values, steps = [start], []
     for skill in chain:

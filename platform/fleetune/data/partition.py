@@ -1,4 +1,4 @@
-"""Which client holds which examples: flat arrays, so that 10,000 clients cost no Python object each.
+"""Deals the examples to the clients, as flat arrays, so that 10,000 clients cost no Python object each.
 
 iid       equal sizes at random (they differ by at most 1).
 dirichlet label skew: each category is spread over the clients in proportions drawn from Dirichlet(alpha);
@@ -27,12 +27,12 @@ from fleetune.seeds import rng
 
 @dataclass(frozen=True)
 class Partition:
-    """Who holds what: client k's examples are ``indices[offsets[k]:offsets[k + 1]]``, ascending."""
+    """The shards of all clients: client k's examples are ``indices[offsets[k]:offsets[k + 1]]``, ascending."""
 
     indices: np.ndarray
-    """int64 ``(n,)``"""
+    """int64 ``(n,)``: rows of the dataset, client by client"""
     offsets: np.ndarray
-    """int64 ``(num_clients + 1,)``"""
+    """int64 ``(num_clients + 1,)``: where each client's begin in ``indices``"""
 
     def shard(self, client_id: int) -> np.ndarray:
         """The client's examples, a view; may be empty."""

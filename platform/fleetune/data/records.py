@@ -1,4 +1,4 @@
-"""Records: examples as columns of text, found in a source's columns under their usual names."""
+"""Makes examples, columns of text, from the columns of a source."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Examples:
     """All of the source's columns, and ``prompt``, ``response`` and ``category`` (``all`` if it has none)."""
     has_categories: bool
     source: str = "examples"
-    """What they were read from, as messages call it."""
+    """The name of their source in messages."""
     field: str = "data.dataset"
     """The field of the job that names the source."""
     unused: tuple[str, ...] = ()
-    """Columns with text that neither a role nor the template nor the partition asks for."""
+    """Columns with text that neither a role nor the template nor the partition uses."""
 
     def __len__(self) -> int:
         return len(self.columns["prompt"])
@@ -44,7 +44,7 @@ class Examples:
         return replace(self, columns=picked)
 
     def digest(self) -> str:
-        """A hash of all text in all columns: what a run's data are known by. 32 hexadecimal digits."""
+        """A hash of all text in all columns, by which a run's data are identified. 32 hexadecimal digits."""
         digest = hashlib.blake2b(digest_size=16)
         for name in sorted(self.columns):
             for text in (name, str(len(self)), *self.columns[name]):
@@ -61,7 +61,7 @@ class Records:
     train: Examples
     eval: Examples
     content: dict[str, str]
-    """Field that names a source -> digest of all that it gave, before any of it was drawn."""
+    """Field that names a source -> digest of all its examples, before any were drawn from them."""
 
 
 def to_examples(table: Table, *, config: DataConfig, field: str = "data.dataset") -> Examples:
@@ -69,7 +69,7 @@ def to_examples(table: Table, *, config: DataConfig, field: str = "data.dataset"
     if len(table) == 0:
         raise UserError("holds no examples", field=field, value=table.name)
     roles = find_roles(table, config)
-    columns = _texts(table, roles.asked(config))
+    columns = _texts(table, roles.required(config))
     _refuse_structures(table, roles.prompt, "prompt")
     _refuse_structures(table, roles.response, "response")
     prompt, response = columns[roles.prompt], columns[roles.response]
@@ -88,8 +88,8 @@ def to_examples(table: Table, *, config: DataConfig, field: str = "data.dataset"
     return _without_blanks(examples, table)
 
 
-def _texts(table: Table, asked: dict[str, str]) -> dict[str, list[str]]:
-    """Each column's texts. One that has none is left out, or is a fault if it is ``asked`` for."""
+def _texts(table: Table, required: dict[str, str]) -> dict[str, list[str]]:
+    """Each column's texts. One that has none is left out, or is a fault if it is ``required`` (column -> field)."""
     texts: dict[str, list[str]] = {}
     faults = dict(table.unreadable)
     for name, values in table.columns.items():
@@ -98,16 +98,16 @@ def _texts(table: Table, asked: dict[str, str]) -> dict[str, list[str]]:
         except ValueError as error:
             faults[name] = str(error)
     for name, reason in faults.items():
-        if name in asked:
+        if name in required:
             hint = "write it as text, or name another column"
-            raise UserError(f"{table.name}: column {name!r} cannot be read: {reason}", field=asked[name], hint=hint)
+            raise UserError(f"{table.name}: column {name!r} cannot be read: {reason}", field=required[name], hint=hint)
     return texts
 
 
 def _refuse_structures(table: Table, column: str, role: str) -> None:
-    """A list or an object holds the text that is meant, and more: which part of it is for the user to say.
+    """Raises UserError if a cell is a list or an object: only the user can say which part of it is the text.
 
-    A prompt may be a list of texts, its lines, as any column of the template.
+    A prompt may be a list of texts, which are its lines.
     """
     for row, value in enumerate(table.columns[column]):
         if not is_structure(value):
@@ -123,7 +123,7 @@ def _refuse_structures(table: Table, column: str, role: str) -> None:
 
 
 def _without_blanks(examples: Examples, table: Table) -> Examples:
-    """The examples that have both texts. Null, NaN, nothing and blanks alone are the same: no text."""
+    """The examples that have both a prompt and a response. Null, NaN, an empty text and blanks all count as no text."""
     prompt, response = examples["prompt"], examples["response"]
     no_response = [i for i, text in enumerate(response) if not text.strip()]
     no_prompt = [i for i, text in enumerate(prompt) if not text.strip() and response[i].strip()]

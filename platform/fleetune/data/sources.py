@@ -1,4 +1,4 @@
-"""Where records come from: the built-in dataset, a local file or the hub; and what is held out of them."""
+"""Loads the records of a run from the built-in dataset, a local file or the hub, and holds out examples for evaluation."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ EVAL_SPLITS = ("test", "validation", "dev", "eval")
 
 
 def load_records(config: DataConfig, *, seed: int) -> Records:
-    """Read the dataset and its held-out examples; ``seed``, the run's, decides what is drawn at random."""
+    """Read the dataset and its held-out examples. All random draws depend on ``seed``, the run's."""
     sources = _sources(config)
     train, held_out = sources["data.dataset"]
     if "data.eval_dataset" in sources:
-        whole, test = sources["data.eval_dataset"]
-        held_out = test or whole
+        examples, test = sources["data.eval_dataset"]
+        held_out = test or examples
     if held_out is None:
         train, held_out = _hold_out(train, config, seed=seed)
     train = _sample(train, config.num_examples, seed=seed, purpose="num_examples")
@@ -46,7 +46,7 @@ def load_records(config: DataConfig, *, seed: int) -> Records:
 
 
 def read_content(config: DataConfig) -> dict[str, str]:
-    """What `load_records` says of its sources, as they are now."""
+    """The digests of `Records.content` for the sources as they are now."""
     return _digests(_sources(config))
 
 
@@ -64,20 +64,20 @@ def _digests(sources: Mapping[str, tuple[Examples, Examples | None]]) -> dict[st
 
 
 def _tell_unused(train: Examples, held_out: Examples) -> None:
-    """Name the columns of which nothing is made: a context or a passage may be among them."""
-    told: set[str] = set()
+    """Warn of columns that no example uses: a context or a passage may be among them. Each column is named once."""
+    reported: set[str] = set()
     for examples in (train, held_out):
-        new = [name for name in examples.unused if name not in told]
+        new = [name for name in examples.unused if name not in reported]
         if new:
             shown = ", ".join(name.strip() or repr(name) for name in new[:MAX_SHOWN]) + (
                 f" and {len(new) - MAX_SHOWN} more" if len(new) > MAX_SHOWN else ""
             )
             log.warning("%s: columns left out: %s; data.template can hold any of them", examples.source, shown)
-        told.update(new)
+        reported.update(new)
 
 
 def _tell_shared(train: Examples, held_out: Examples) -> None:
-    """Say how many held-out examples are learnt too, word for word, as they measure memory."""
+    """Warn if held-out examples are also learnt, word for word: they would measure memory."""
     learnt = set(zip(train["prompt"], train["response"], strict=True))
     num_shared = sum(pair in learnt for pair in zip(held_out["prompt"], held_out["response"], strict=True))
     if num_shared:

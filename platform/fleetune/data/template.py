@@ -13,12 +13,12 @@ from fleetune.errors import UserError, nearest
 
 
 def column_names(template: str) -> list[str]:
-    """The columns that a template names, in order. Raises ValueError where its braces do not parse."""
+    """The columns that a template names, in order. Raises ValueError if its braces do not parse."""
     return [name for _, name in _parts(template) if name is not None]
 
 
 def begins_with_a_column(template: str) -> bool:
-    """Whether nothing but blanks stands before the template's first column."""
+    """True if nothing but blanks stands before the template's first column."""
     literal, name = _parts(template.lstrip())[0]
     return name is not None and not literal
 
@@ -59,9 +59,9 @@ def extract_answer(text: str, pattern: str) -> str | None:
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str], *, pattern: str) -> np.ndarray:
-    """Whether each prediction gives its reference's answer, bool ``(n,)``; numbers are compared as numbers.
+    """True for each prediction that gives its reference's answer, bool ``(n,)``; numbers are compared as numbers.
 
-    A text in which ``pattern`` finds nothing counts as a whole, so that bare answers and labels work too.
+    A text in which ``pattern`` finds nothing is compared in full, so that bare answers and labels work too.
     """
     pairs = zip(predictions, references, strict=True)
     return np.array([_answer(ours, pattern) == _answer(theirs, pattern) for ours, theirs in pairs], dtype=bool)

@@ -37,13 +37,14 @@ NO_ROOM = "a separator that fills data.max_tokens"
 def tokenize(
     examples: Examples, *, tokenizer: Any, config: DataConfig, cache_dir: Path | None = None
 ) -> TokenizedDataset:
-    """The examples' tokens, from the cache if they are there. ``tokenizer``: a fast one of transformers.
+    """The examples' tokens, from the cache if it has them. ``tokenizer``: a fast one of transformers.
 
-    An example without a token of its prompt or of its response is left out; UserError where none is left.
+    An example without a token of its prompt or of its response is left out. Raises UserError if none is left.
     """
     backend = plain_backend(tokenizer)
     ends = ends_of(backend, tokenizer, config)
-    backend.post_processor = None  # it adds what `ends` says, and would trim blanks off the tokens' places
+    # `ends` adds its tokens instead; it would also trim blanks, after which tokens no longer map to characters.
+    backend.post_processor = None
     prompts, responses = _texts(examples, config, ends)
     settings = json.dumps([FORMAT, config.max_tokens, config.loss_on, config.separator, ends, tokenizer.pad_token_id])
     key = _content_hash([backend.to_str(), settings], prompts, responses)
@@ -106,7 +107,7 @@ def _content_hash(*texts: list[str]) -> str:
 
 
 def _tell(examples: Examples, dataset: TokenizedDataset, config: DataConfig) -> None:
-    """Say what was left out and cut. Every run is told, not only the one that filled the cache."""
+    """Warn of examples that were left out or cut. Every run logs this, not only the one that filled the cache."""
     if dataset.left_out:
         num_left_out = sum(dataset.left_out.values())
         reasons = ", ".join(f"{count} with {reason}" for reason, count in dataset.left_out.items())
@@ -116,8 +117,8 @@ def _tell(examples: Examples, dataset: TokenizedDataset, config: DataConfig) -> 
             raise UserError(rule, field=examples.field, value=examples.source, hint=hint)
         log.warning("%s: %d of %d examples left out: %s", examples.source, num_left_out, len(examples), reasons)
     if dataset.num_truncated:
-        share = f"{dataset.num_truncated} of {len(dataset)}"
-        log.warning("%s examples are longer than data.max_tokens=%d and were cut", share, config.max_tokens)
+        truncated = f"{dataset.num_truncated} of {len(dataset)}"
+        log.warning("%s examples are longer than data.max_tokens=%d and were cut", truncated, config.max_tokens)
 
 
 class _Pieces(NamedTuple):
@@ -162,7 +163,7 @@ def _build(
 
 
 def _cut(encoding: Any, prompt: str, response: str, *, config: DataConfig, ends: Ends) -> _Pieces | str:
-    """The joint text's tokens, cut where the response begins; or the reason why the example cannot be learnt."""
+    """The joint text's tokens, cut at the beginning of the response; or the reason why the example cannot be learnt."""
     ids, seam = encoding.ids, len(prompt)
     stop = seam + len(config.separator) + len(response)
     own = _first_token(encoding, stop - len(response), stop)  # not the separator's
@@ -184,15 +185,16 @@ def _cut(encoding: Any, prompt: str, response: str, *, config: DataConfig, ends:
 
 
 def _first_token(encoding: Any, start: int, stop: int) -> int | None:
-    """The first token that holds one of the characters start … stop - 1; a normalizer may have dropped some, or all."""
+    """Index of the first token with one of the characters start … stop - 1; None if a normalizer has dropped them all."""
     tokens = (encoding.char_to_token(position) for position in range(start, stop))
     return next((token for token in tokens if token is not None), None)
 
 
 def _assemble(pieces: list[_Pieces], max_tokens: int) -> tuple[np.ndarray, ...]:
-    """Join the parts of n examples: tokens ``(total,)``; lengths, prompt lengths, whether cut, and overlaps ``(n,)``.
+    """Join the parts of n examples: tokens ``(total,)``; lengths, prompt lengths, True if cut, and overlaps, ``(n,)`` each.
 
-    What is too long loses the beginning of its prompt, but for the bos or one token; what is still too long, its end.
+    An example that is too long loses the beginning of its prompt, except for the bos or one token. If that is not enough it
+    loses the end of its response.
     """
     prompt_sizes, prompt_flat = _flatten([piece.prompt for piece in pieces])
     response_sizes, response_flat = _flatten([piece.response for piece in pieces])
@@ -214,6 +216,7 @@ def _assemble(pieces: list[_Pieces], max_tokens: int) -> tuple[np.ndarray, ...]:
 
 
 def _flatten(ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Sizes ``(n,)`` and all ids end to end ``(total,)``."""
     sizes = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
     return sizes, np.fromiter(chain.from_iterable(ids), dtype=np.int32, count=int(sizes.sum()))
 

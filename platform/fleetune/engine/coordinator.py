@@ -14,22 +14,23 @@ from fleetune.columns import ROUND_COLUMNS, names
 from fleetune.engine.checkpoint.checkpoint import Checkpoint, Progress
 from fleetune.engine.checkpoint.client_store import slot_of
 from fleetune.engine.divergence import Diverged, check_progress, marked, settled
+from fleetune.engine.evaluation import Baselines, Evaluator
 from fleetune.engine.execution.executor import Executor
 from fleetune.engine.execution.work_units import WorkUnitReply, make_work_units
-from fleetune.engine.pending_rounds import FinishedRound, PendingQuality, PendingRounds
+from fleetune.engine.pending_rounds import FinishedRound, PendingRounds
 from fleetune.engine.round.planner import RoundPlan, RoundPlanner
-from fleetune.engine.round.ranks import filled, shares_per_row
+from fleetune.engine.round.ranks import filled, weight_per_row
 from fleetune.engine.round.rules import FAILED, LATE, OK
 from fleetune.engine.round.work import Work
 from fleetune.engine.rows import client_columns, round_row
 from fleetune.errors import RunFailed
-from fleetune.methods.base import GlobalModel, State, Update
+from fleetune.methods.base import State, Update
 from fleetune.problem import Problem
 from fleetune.records.run_directory import RunDirectory
 from fleetune.tensors import Tensors
 
 Event = dict[str, Any]
-Baselines = dict[str, PendingQuality]
+"""What the coordinator tells whoever started it: ``kind`` is ``start``, ``round`` (it is on record) or ``end``; see `_event`."""
 TOTALS = names(ROUND_COLUMNS, "sum")
 
 
@@ -40,12 +41,12 @@ class Coordinator:
         self, problem: Problem, executor: Executor, run_dir: RunDirectory, *, baselines: Baselines | None = None
     ):
         self.problem, self.executor, self.run_dir = problem, executor, run_dir
-        self.baselines = baselines if baselines is not None else {}
         self.spec, self.method = problem.spec, problem.method
         self.planner = RoundPlanner(problem)
+        self.evaluator = Evaluator(problem, executor, baselines if baselines is not None else {})
         self.checkpoint = Checkpoint(run_dir.path / "checkpoint", problem.fleet.num_clients)
         self.pending = PendingRounds(run_dir, self.checkpoint)
-        self.sizes = self.planner.sizes
+        self.sizes = self.planner.sizes  # (num_clients,) int: n_k
 
     def run(self) -> Iterator[Event]:
         """All rounds that are left. Yields an event when the run starts, when a round is on record, and at the end."""
@@ -56,7 +57,7 @@ class Coordinator:
                 self._check(state, progress)
                 started = time.perf_counter()
 
-                # What the server sends, to whom, and what it costs each of them; so who is refused, leaves, or comes too late.
+                # 1. Plan: what the server sends, to whom, and what it costs each; so who is refused, leaves, or comes too late.
                 state = self.method.begin_round(state, round_idx)
                 now = self.planner.round(
                     state,
@@ -67,31 +68,34 @@ class Coordinator:
                 )
                 progress.sim_seconds = now.start_seconds + now.outcome.sim_seconds
 
-                # The work itself. While workers are at it, the round before is written and the next one's batches are drawn.
+                # 2. Work. While workers are at it, the round before is written and the next one's batches are drawn.
                 replies: list[WorkUnitReply] = []
                 updates = self._begin(now, replies)
                 yield from self._written()
                 self.planner.draw_ahead(round_idx + 1, self.checkpoint.busy_until, sim_seconds=progress.sim_seconds)
                 state, now = self._aggregate(state, now, updates, replies)
 
-                # What there is to record, and the evaluation, which goes on beside the next round's work.
+                # 3. Record. The evaluation goes on beside the next round's work; the round is written once it is there.
                 clients = client_columns(self.problem, now, replies)
                 row = round_row(self.method.stage(round_idx), now, clients, progress.sim_seconds)
                 row.update(self.method.columns(state))
-                evaluation = self._evaluate_round(state) if self._is_evaluated(round_idx) else None
+                evaluation = None
+                if self._is_evaluated(round_idx):
+                    evaluation = self.evaluator.evaluate(self.method.evaluated(state, self._private_states))
                 row["wall_seconds"] = time.perf_counter() - started
                 _count(progress, row)
                 self.pending.add(FinishedRound(row, clients, self.checkpoint.snapshot(state, progress), evaluation))
             yield from self._written(everything=True)
             self._check(state, progress)
         except RunFailed:
-            # Rounds that were done before go on record, if their evaluation and the disk let them.
+            # Rounds that were done before go on record, if their evaluation and the disk let them; a second failure on the way
+            # would only hide the first.
             with contextlib.suppress(RunFailed, OSError):
                 yield from self._written(everything=True)
             raise
         except KeyboardInterrupt:
             with contextlib.suppress(RunFailed, OSError):
-                for _ in self._written():  # nobody is told any more
+                for _ in self._written():  # without waiting, and without events: whoever read them has gone
                     pass
             raise
         finally:
@@ -100,28 +104,35 @@ class Coordinator:
 
     # -- start and end ----------------------------------------------------------------------------------------------------
     def _start(self) -> tuple[State, Progress]:
+        """The state and progress to go on from: the checkpoint's, or those of a new run."""
         saved = self.checkpoint.load(self.run_dir.check_rounds)
-        # A round is recorded once the state after the one before is written, so without any state there is one at most.
+        # A round is recorded once the state after the one before is written, so without any state there is one at most. If there
+        # are more, the state was lost: to begin anew in silence would cut those records off below.
         if saved is None and self.run_dir.num_recorded() > 1:
             raise files.damaged(self.checkpoint.state_file, "it is missing", holds="the run's state")
         if saved is not None:
+            # Records are written before the state, so a kill between the two leaves a round on record that is done again.
             self.run_dir.truncate(saved[1].next_round)
             self.pending.baseline = saved[1].baseline
             if not saved[1].baseline:
-                self.pending.expect_baseline(self._baseline(self.method.start()))
+                self._expect_baseline(self.method.start())
             return saved
         self.run_dir.truncate(0)
         state = self.method.start()
-        self.pending.expect_baseline(self._baseline(state))
+        self._expect_baseline(state)
         return state, Progress()
 
+    def _expect_baseline(self, state: State) -> None:
+        model = self.method.evaluated(state, lambda: iter(()))  # nobody has private tensors yet
+        self.pending.expect_baseline(self.evaluator.untrained(model))
+
     def _written(self, *, everything: bool = False) -> Iterator[Event]:
-        """Rounds that go on record now."""
+        """Write the rounds that are ready, and make an event of each."""
         for done in self.pending.write(everything=everything):
             yield self._event("round", done.progress, done.row)
 
     def _check(self, state: State, progress: Progress) -> None:
-        """RunFailed where clients do nothing but diverge; what they had learnt before is shipped all the same."""
+        """Raises RunFailed if clients do nothing but diverge; what they had learnt before is shipped all the same."""
         try:
             check_progress(progress, self.spec.rounds.num_rounds)
         except RunFailed:
@@ -130,6 +141,7 @@ class Coordinator:
             raise
 
     def _ship(self, state: State) -> None:
+        """Write the run's adapter in PEFT's format."""
         from fleetune.models.peft_format import save_adapter
 
         model = self.method.deployed(state, self._private_states)
@@ -143,15 +155,19 @@ class Coordinator:
 
     # -- parts of a round -------------------------------------------------------------------------------------------------
     def _begin(self, now: RoundPlan, replies: list[WorkUnitReply]) -> Iterator[Update] | None:
-        """Begin the work of the clients that count (late ones too, where they keep something); None where none does."""
+        """Begin the work of the clients whose reply matters, and return their updates as they come; None if there are none.
+
+        Those are the clients that count, and late ones if they keep private tensors: the device has trained them, and its next
+        turn goes on from there. All others were refused, left, or came too late, and simulating them would change nothing.
+        ``replies`` receives every work unit's reply while the updates are read.
+        """
         client_ids, work, outcome = now.client_ids, now.work, now.outcome
         keeps = self._keeps(work)
         active = np.flatnonzero((outcome.status == OK) | ((outcome.status == LATE) & keeps))
         if not len(active):
             return None
-        sizes = self.sizes[client_ids].astype(float)
-        counted = sizes * (outcome.status == OK)
-        weights = counted / (counted.sum() or 1.0)
+        counted = self.sizes[client_ids].astype(float) * (outcome.status == OK)
+        weights = counted / (counted.sum() or 1.0)  # (n,) float: p_k; all 0 if late clients alone work
         ids = client_ids[active]
         units = make_work_units(
             round_idx=work.round_idx,
@@ -159,11 +175,11 @@ class Coordinator:
             run_seed=self.spec.seed,
             client_ids=ids,
             weights=weights[active],
-            payloads=work.group_of[active],
+            payloads=work.payload_of[active],
             rows=[work.rows[i] for i in active],
             learning_rate=self.spec.local.learning_rate_at(work.round_idx, self.spec.rounds.num_rounds),
             cohort_size=int(self.spec.execution.cohort),
-            coupled=self.method.coupled,
+            coupled=self.spec.method.coupled,
             ranks=work.of_clients("rank")[active],
             store=self.checkpoint.store,
             slots=self.checkpoint.slots_of(ids) if keeps else {},
@@ -176,7 +192,9 @@ class Coordinator:
     ) -> tuple[State, RoundPlan]:
         """The next state from the updates as they come, and the round with those as failed who diverged.
 
-        Where one of them was counted on, the others' work is done again without it (`engine.divergence`).
+        If one of them was counted on, the others' work is done again without it (`engine.divergence`). ``state`` is never changed
+        in place, so what `Method.aggregate` made of the spoilt sums is simply dropped. Each repetition has fewer clients, so they
+        come to an end. Replies of all attempts stay in ``replies``: the first ones tell what a failed client did.
         """
         while updates is not None:
             first, after = len(replies), state
@@ -192,6 +210,7 @@ class Coordinator:
             state, now = settled(marked(now, replies[first:]), state, after)
             failed = now.client_ids[now.outcome.status == FAILED]
             for reply in replies[first:]:
+                # The last attempt's slots count. Files of a spoilt one are written over, or no client's slot points to them.
                 keep = reply.keeps & ~np.isin(reply.client_ids, failed)
                 self.checkpoint.kept(now.work.round_idx, reply.index, reply.client_ids[keep])
             break
@@ -205,18 +224,20 @@ class Coordinator:
         client_ids: np.ndarray,
         replies: list[WorkUnitReply],
     ) -> Iterator[Update]:
-        """Turn the replies of work units into updates, one after the other; ``weights`` and ``client_ids`` are (n,).
+        """Turn the replies of work units into updates, one after the other, in the units' order.
 
-        The tensors of a reply are dropped as soon as the method has used them: those of a whole round would not fit.
+        ``weights`` and ``client_ids``: (n,), those of the round's clients; a reply knows its own by id. A generator, so that a
+        reply's tensors are dropped as soon as the method has used them, and the next ones are unpacked only then: those of a full
+        round would not fit into memory.
         """
-        place = {client_id: i for i, client_id in enumerate(client_ids.tolist())}
-        full = self.spec.model.lora.rank
-        ranks = np.where(weights > 0, work.of_clients("rank"), full)
-        trained = shares_per_row(ranks, weights, full) if (ranks < full).any() else None
+        index_of = {client_id: i for i, client_id in enumerate(client_ids.tolist())}
+        full_rank = self.spec.model.lora.rank
+        ranks = np.where(weights > 0, work.of_clients("rank"), full_rank)
+        trained = weight_per_row(ranks, weights, full_rank) if (ranks < full_rank).any() else None
         has_diverged = False
         for reply in stream:
-            counted = [i for i in (place[int(c)] for c in reply.client_ids) if weights[i] > 0]
-            has_diverged |= any(weights[place[int(c)]] > 0 for c in reply.client_ids[reply.diverged])
+            counted = [i for i in (index_of[int(c)] for c in reply.client_ids) if weights[i] > 0]
+            has_diverged |= any(weights[index_of[int(c)]] > 0 for c in reply.client_ids[reply.diverged])
             # Once a client that counts has diverged, the round's sums are not used (`Diverged`). The replies that are left still
             # say who else diverged, so they are read to the end, without updates.
             if has_diverged:
@@ -224,19 +245,20 @@ class Coordinator:
             # The server's own half (split learning) is one state for the whole unit, not one for each payload. A method adds up
             # what the updates say of it, so it rides on the unit's first update and on no other.
             server = reply.server.unpack() if reply.server is not None else {}
-            for key in sorted({int(work.group_of[i]) for i in counted}):
-                members = [i for i in counted if work.group_of[i] == key]
+            # By payload, as a sum is over clients of one payload. Sorted, as floating-point sums depend on their order.
+            for key in sorted({int(work.payload_of[i]) for i in counted}):
+                members = [i for i in counted if work.payload_of[i] == key]
                 ids = tuple(client_ids[members].tolist())
-                group, share = work.groups[key], float(weights[members].sum())
+                group, total_weight = work.groups[key], float(weights[members].sum())
                 if key in reply.partial_sums or server:
                     packed = reply.partial_sums.get(key)
-                    total = self._whole(packed.unpack(), work, key, share, trained) if packed else {}
-                    yield Update(total, 1.0, ids, server, group, share)
+                    total = self._at_full_size(packed.unpack(), work, key, total_weight, trained) if packed else {}
+                    yield Update(total, 1.0, ids, server, group, total_weight)
                     server = {}
                 for i, client_id in zip(members, ids, strict=True):
                     if client_id in reply.each:
                         weight = float(weights[i])
-                        upload = self._whole(reply.each[client_id].unpack(), work, key, 1.0, trained)
+                        upload = self._at_full_size(reply.each[client_id].unpack(), work, key, 1.0, trained)
                         yield Update(upload, weight, (client_id,), {}, group, weight)
             if reply.private:  # a worker with access to the store has written them there itself
                 self.checkpoint.store.write(slot_of(work.round_idx, reply.index), reply.private)
@@ -245,48 +267,27 @@ class Coordinator:
         if has_diverged:
             raise Diverged
 
-    def _whole(self, upload: Tensors, work: Work, key: int, share: float, trained: np.ndarray | None) -> Tensors:
-        """An upload of clients that did a smaller share, as one of the whole work (`round.workload`, `round.ranks`)."""
+    def _at_full_size(
+        self, upload: Tensors, work: Work, key: int, total_weight: float, trained: np.ndarray | None
+    ) -> Tensors:
+        """An upload (or a sum of them) of clients with a smaller workload, at full depth and rank.
+
+        ``total_weight``: the p_k that it has been multiplied by already. ``trained``: see `round.ranks.weight_per_row`; None if
+        everybody trained all ranks.
+        """
         source = work.source[key]
-        if work.shares[key].depth != work.shares[source].depth:
+        if work.workloads[key].depth != work.workloads[source].depth:
             upload = self.method.grown(upload, work.payloads[key])
         if trained is None:
             return upload
-        return filled(upload, work.payloads[source].tensors, share=share, trained=trained)
+        return filled(upload, work.payloads[source].tensors, total_weight=total_weight, trained=trained)
 
     def _keeps(self, work: Work) -> bool:
-        """Whether clients of this work keep something of their own for the next time."""
+        """True if clients of this work keep private tensors for their next turn."""
         plans = ((self.method.local_plan(payload), payload) for payload in work.payloads)
         return any(plan.keeps(name) for plan, payload in plans for name in self.method.client_adapter(payload))
 
-    # -- evaluation -------------------------------------------------------------------------------------------------------
-    def _evaluate_round(self, state: State) -> PendingQuality:
-        return self._evaluate(self.method.evaluated(state, self._private_states))
-
-    def _evaluate(self, model: GlobalModel) -> PendingQuality:
-        """Loss and accuracy of a model on the held-out examples, in chunks that any worker can take."""
-        num_examples = len(self.problem.inputs.evaluation.data)
-        size = self.spec.evaluation.batch_size
-        chunks = [np.arange(start, min(start + size, num_examples)) for start in range(0, num_examples, size)]
-        return PendingQuality(self.executor.evaluate(model, chunks))
-
-    def _baseline(self, state: State) -> PendingQuality:
-        """The untrained model's quality. With B = 0 it is the base model's, so runs on one base and data share it."""
-        model = self.method.evaluated(state, lambda: iter(()))
-        is_base = model.submodel.is_whole(self.problem.inputs.base.num_layers) and not any(
-            tensor.any() for name, tensor in model.adapter.items() if name.endswith(".lora_B")
-        )
-        if not is_base:
-            return self._evaluate(model)
-        spec, inputs = self.spec, self.problem.inputs
-        data = spec.data.model_dump_json(exclude={"partition"})
-        products = spec.execution.model_dump(include={"threads", "device", "precision", "kernels"})
-        read = sorted(pair for pair in inputs.content.items() if not pair[0].startswith("fleet."))
-        key = f"{inputs.base.key} {read} {data} {spec.evaluation} {spec.seed} {products}"
-        if key not in self.baselines or not self.baselines[key].is_done():  # that of a run that failed never comes
-            self.baselines[key] = self._evaluate(model)
-        return self.baselines[key]
-
+    # -- small things -----------------------------------------------------------------------------------------------------
     def _private_states(self) -> Iterator[tuple[int, int, Any]]:
         return self.checkpoint.all_private(self.sizes)
 
@@ -308,7 +309,7 @@ class Coordinator:
 
 
 def _count(progress: Progress, row: Event) -> None:
-    """A round more, and what it added to the totals."""
+    """Count a finished round, and add what it spent to the run's totals."""
     progress.next_round = int(row["round"])  # an index, from 0, while rows number rounds from 1
     if row["num_ok"] or row["num_failed"]:
         progress.failed_rounds = 0 if row["num_ok"] else progress.failed_rounds + 1

@@ -1,9 +1,9 @@
-"""Clients whose work came out not finite: their turn failed, the round is worked out as if they had not been sampled.
+"""Clients whose work is not finite: their turn has failed, and the round is worked out as if they had not been sampled.
 
-A client fails (``diverged``) whose loss, or any number that it brings back or keeps, is NaN or infinite. It has paid for its
-whole turn, because the server sees only what arrives; for the same reason nobody takes its place. The work of the others is
+A client fails (``diverged``) if its loss, or any number that it brings back or keeps, is NaN or infinite. It has paid for its
+full turn, because the server sees only what arrives; for the same reason nobody takes its place. The work of the others is
 then done again with the weights of a round without it: sums that were formed with its weight cannot be mended for every
-method (shares by rank, a server's half that clients share, methods that read each update), and a round without any failure,
+method (averages by rank row, a server's half that clients share, methods that read each update), and a round without any failure,
 which is nearly every one, pays nothing for it. A round in which everybody fails leaves the state as it is.
 """
 
@@ -25,8 +25,8 @@ from fleetune.methods.base import State
 from fleetune.tensors import all_finite
 
 MAX_FAILED_ROUNDS = 3
-"""Rounds in a row in which everybody who worked failed, after which the run ends: each tried other clients or other batches from
-the same state, so a further one would do no better. One bad round alone may be chance, and the run goes on after it."""
+"""After so many rounds in a row in which everybody who worked failed, the run ends: each tried other clients or other batches
+from the same state, so a further one would do no better. One bad round alone may be chance, and the run goes on after it."""
 
 
 class Diverged(Exception):
@@ -34,13 +34,13 @@ class Diverged(Exception):
 
 
 def marked(now: RoundPlan, replies: Sequence[WorkUnitReply]) -> RoundPlan:
-    """The round with those as failed of whom the replies say that they diverged."""
+    """The round with those clients as failed that diverged according to the replies."""
     ids = [reply.client_ids[reply.diverged] for reply in replies]
     return fail(now, np.isin(now.client_ids, np.concatenate(ids) if ids else ()))
 
 
 def fail(now: RoundPlan, who: np.ndarray) -> RoundPlan:
-    """The round with these clients as failed, bool (n,)."""
+    """The round with some of its n clients as failed. ``who``: (n,) bool."""
     if not who.any():
         return now
     status = now.outcome.status.copy()
@@ -49,32 +49,36 @@ def fail(now: RoundPlan, who: np.ndarray) -> RoundPlan:
 
 
 def settled(now: RoundPlan, before: State, after: State) -> tuple[State, RoundPlan]:
-    """The state after a round: the one before, if the sum of finite updates is not finite; then all that counted have failed."""
+    """The state after a round: the one before, if the sum of finite updates is not finite; then all that counted have failed.
+
+    Finite updates can still overflow when they are added up. Only tensors that the method replaced are looked at, as the others
+    were finite before.
+    """
     if all_finite(tensor for name, tensor in after.tensors.items() if tensor is not before.tensors.get(name)):
         return after, now
     return before, fail(now, now.outcome.status == OK)
 
 
 def check_progress(progress: Progress, num_rounds: int) -> None:
-    """RunFailed where there is no sense in going on, or where the run is over and nobody's work was ever any good."""
+    """Raises RunFailed if a further round would be in vain, or the run is over and nobody's work was ever finite."""
     num_ok, num_failed = (progress.totals.get(name, 0) for name in ("num_ok", "num_failed"))
     in_a_row = progress.failed_rounds >= MAX_FAILED_ROUNDS
     if not in_a_row and not (progress.next_round >= num_rounds and num_failed and not num_ok):
         return
     when = f"in {progress.failed_rounds} rounds in a row" if in_a_row else "in every round"
-    kept = "the last good adapter is kept" if num_ok else "the model is still untrained"
+    outcome = "the last good adapter is kept" if num_ok else "the model is still untrained"
     raise RunFailed(
-        f"every client that worked diverged {when}: its loss or its update was not finite ({kept}; lower "
+        f"every client that worked diverged {when}: its loss or its update was not finite ({outcome}; lower "
         "local.learning_rate, or bound the gradient with local.max_grad_norm)",
         round_idx=progress.next_round - 1,
     )
 
 
 class Notices:
-    """What a person is told of a run's numbers that are not finite, once each."""
+    """Sentences for people about a run's numbers that are not finite: one at the first client, one at the first evaluation."""
 
     def __init__(self) -> None:
-        self._is_evaluation_told = False
+        self._has_noted_evaluation = False
 
     def of(self, event: dict[str, Any]) -> Iterator[str]:
         """Sentences about a coordinator's event."""
@@ -88,6 +92,6 @@ class Notices:
                 "left out; num_failed counts them from here on, and clients.parquet names them"
             )
         loss = row.get("eval_loss")
-        if loss is not None and not math.isfinite(loss) and not self._is_evaluation_told:
-            self._is_evaluation_told = True
+        if loss is not None and not math.isfinite(loss) and not self._has_noted_evaluation:
+            self._has_noted_evaluation = True
             yield f"round {row['round']}: the evaluation's loss is not finite ({loss}); it is on record as that"

@@ -1,4 +1,4 @@
-"""What is written of a run, and when: a round goes on record once its evaluation is there, which may be a round later.
+"""Rounds that are done and wait to be written: a round goes on record once its evaluation is there, maybe a round later.
 
 A round's records are written first and the state that a killed run goes on from last, rounds in their order. While a round
 waits, the next one is already being worked on; a kill then costs both, and both are done again with the same bits. The
@@ -21,20 +21,20 @@ from fleetune.training.evaluate import totals
 
 Quality = dict[str, float]
 
-# Rounds that may wait for their evaluation while a further one is worked on. An evaluation fills what workers leave idle over a
-# round; were it longer than that, waiting would only be put off.
+# Rounds that may wait for their evaluation while a further one is worked on. An evaluation fills the time that workers are idle
+# within a round. If it takes longer than that, more waiting rounds would not help: the evaluations would only pile up.
 MAX_OPEN = 1
 
 
 class PendingQuality:
-    """A quality that may still be on its way."""
+    """The loss and accuracy of a model, whose evaluation may still be running."""
 
     def __init__(self, evaluation: Evaluation):
         self._evaluation = evaluation
         self._quality: Quality | None = None
 
     def is_done(self) -> bool:
-        """Whether `quality` would not wait."""
+        """True if `quality` would not wait."""
         return self._quality is not None or self._evaluation.is_done()
 
     def quality(self) -> Quality:
@@ -49,9 +49,13 @@ class FinishedRound:
     """A round whose work is done: its row, its clients' columns, the run as it stands after it, and its evaluation."""
 
     row: dict[str, Any]
+    """The round's row of rounds.parquet, still without its evaluation, which `PendingRounds.write` adds."""
     clients: dict[str, Any]
+    """Columns (n,) of clients.parquet."""
     snapshot: Snapshot
+    """A copy, because the coordinator's own state goes on with the next round."""
     evaluation: PendingQuality | None
+    """None if the round is not evaluated (``evaluation.every``)."""
 
     @property
     def progress(self) -> Progress:
@@ -75,7 +79,7 @@ class PendingRounds:
         self._settle_baseline(wait=False)
 
     def add(self, finished: FinishedRound) -> None:
-        """A round that is to be written."""
+        """Take a round that is to be written."""
         self._open.append(finished)
 
     def write(self, *, everything: bool = False) -> Iterator[FinishedRound]:
@@ -97,7 +101,7 @@ class PendingRounds:
             self._behind.wait()
 
     def close(self) -> None:
-        """Nothing is under way any more. What could not be written is no error here: whoever closes early has another."""
+        """Wait for writes under way. Their errors are ignored: whoever closes before the end has an error of its own."""
         self._behind.close()
 
     def _settle_baseline(self, *, wait: bool) -> None:

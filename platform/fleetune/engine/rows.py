@@ -20,12 +20,12 @@ SPENT = {column.name: column.phase for column in CLIENT_COLUMNS if column.phase}
 
 
 def client_columns(problem: Problem, now: RoundPlan, replies: Sequence[WorkUnitReply]) -> dict[str, Any]:
-    """Columns of clients.parquet: what the work costs, and what the workers saw of it."""
+    """Columns (n,) of clients.parquet: what the work costs, and what the workers measured."""
     return {**costed_columns(problem, now), **_measured(problem, now, replies)}
 
 
 def costed_columns(problem: Problem, now: RoundPlan) -> dict[str, Any]:
-    """What is known without any work. A refused client spends nothing, one that leaves what it did until then."""
+    """The columns that need no training. A refused client spends nothing, one that leaves what it did until then."""
     fleet, costs, work, started = problem.fleet, now.costs, now.work, now.outcome.started
     out: dict[str, Any] = {
         "client_id": now.client_ids,
@@ -40,14 +40,14 @@ def costed_columns(problem: Problem, now: RoundPlan) -> dict[str, Any]:
     out["checkpointing"] = work.checkpointing
     out.update({name: costs[name] for name in MEMORY})
     busy = np.where(now.outcome.status == DROPPED, now.busy_seconds, costs["sim_seconds"])
-    share = _shares_done(costs, busy)
-    out.update({name: np.where(started, share[phase] * costs[name], 0.0) for name, phase in SPENT.items()})
+    done = _fractions_done(costs, busy)
+    out.update({name: np.where(started, done[phase] * costs[name], 0.0) for name, phase in SPENT.items()})
     out["sim_seconds"] = np.where(started, busy, 0.0)
     return out
 
 
-def _shares_done(costs: dict[str, np.ndarray], busy_seconds: np.ndarray) -> dict[str, np.ndarray]:
-    """What part of each phase, and of the whole turn, a client gets done in this time, (n,) each from 0 to 1."""
+def _fractions_done(costs: dict[str, np.ndarray], busy_seconds: np.ndarray) -> dict[str, np.ndarray]:
+    """The fraction of each phase, and of the full turn, that each client gets done in this time: (n,) each, 0 to 1."""
     down, turn, up = (costs[f"{phase}_seconds"] for phase in ("downlink", "sim", "uplink"))
     nothing = np.zeros(len(turn))
     spans = {
@@ -64,17 +64,18 @@ def _shares_done(costs: dict[str, np.ndarray], busy_seconds: np.ndarray) -> dict
 
 
 def _measured(problem: Problem, now: RoundPlan, replies: Sequence[WorkUnitReply]) -> dict[str, np.ndarray]:
-    """What the workers saw: examples, tokens, loss, real time. Of several replies about a client the last one tells.
+    """The columns (n,) that workers measure: examples, tokens, loss, real time.
 
-    The loss is null where a client's work came to nothing and was not simulated, and where it is not finite.
+    Of several replies about a client (`engine.divergence`) the last one counts. The loss is null if it is not finite, or if the
+    client's work would have changed nothing and was not simulated.
     """
     n, rows, started = len(now.client_ids), now.work.rows, now.outcome.started
     loss, wall = np.full(n, np.nan), np.zeros(n)
     examples = np.array([int((r != NO_EXAMPLE).sum()) for r in rows], np.int64)
     tokens = np.array([int(num_tokens(problem.inputs.train, r).sum()) for r in rows], np.int64)
     for reply in replies:
-        where = np.searchsorted(now.client_ids, reply.client_ids)
-        loss[where], wall[where] = reply.losses, reply.wall_seconds
+        index = np.searchsorted(now.client_ids, reply.client_ids)
+        loss[index], wall[index] = reply.losses, reply.wall_seconds
     return {
         "num_examples": np.where(started, examples, 0),
         "num_tokens": np.where(started, tokens, 0),

@@ -1,8 +1,8 @@
-"""When clients can be asked: always, by a draw each round, by two states in virtual time, or from a trace file.
+"""When clients are available: always, by a draw each round, by two states in virtual time, or from a trace file.
 
-A client can be sampled while it is available, and one that stops being so before its turn is over leaves the round
+A client can be sampled while it is available. If it becomes unavailable before its turn is over it leaves the round
 (``dropped``). Every kind is a function of seed, round and virtual time alone, so that a run that is resumed sees the
-same clients. All answers are arrays over the whole fleet.
+same clients. All results are arrays over the full fleet.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ class Availability(Protocol):
     """Answers for all registered clients."""
 
     def at(self, round_idx: int, seconds: float) -> np.ndarray:
-        """Who can be sampled for a round that begins at this virtual time, bool (num_clients,)."""
+        """True for each client that can be sampled for a round that begins at this virtual time, bool (num_clients,)."""
         ...
 
     def until(self, seconds: float) -> np.ndarray:
-        """The virtual time until which each client that is available now stays so, (num_clients,)."""
+        """The virtual time in seconds until which each client that is available now stays so, (num_clients,)."""
         ...
 
     def next_change(self, seconds: float, client_ids: np.ndarray) -> float | None:
-        """The virtual time at which the first of these clients, none of them available now, becomes so; None: never."""
+        """The virtual time at which the first of these clients becomes available; None: never. None of them is available now."""
         ...
 
 
@@ -81,15 +81,15 @@ class ByDraw:
 class TwoStates:
     """A Markov chain in continuous time for each client: exponential times on and off, begun in equilibrium.
 
-    The k-th stay of all clients is drawn at the address (seed, "availability", k), so the state at any virtual time is
-    the same whoever asked before.
+    A stay is the time between two changes. The k-th stay of all clients is drawn at the address (seed, "availability", k), so
+    the state at any virtual time does not depend on which times were asked for before.
     """
 
     def __init__(self, num_clients: int, *, run_seed: int, mean_on_seconds: float, mean_off_seconds: float):
         self.num_clients, self.run_seed = num_clients, run_seed
         self.means = (mean_off_seconds, mean_on_seconds)
-        share_on = mean_on_seconds / (mean_on_seconds + mean_off_seconds)
-        self._starts_on = rng(run_seed, "availability-start").random(num_clients) < share_on
+        fraction_on = mean_on_seconds / (mean_on_seconds + mean_off_seconds)
+        self._starts_on = rng(run_seed, "availability-start").random(num_clients) < fraction_on
         self._begin()
 
     def at(self, round_idx: int, seconds: float) -> np.ndarray:
@@ -105,19 +105,22 @@ class TwoStates:
         return float(self._stay(seconds)[1][client_ids].min())
 
     def _begin(self) -> None:
-        self._first = 0  # which stay the first of _ends is; those that all clients are past are let go
+        # _ends[i] (num_clients,) holds when stay number _first + i of each client ends. Stays that all clients are past are
+        # dropped, so that a long run does not keep them all.
+        self._first = 0
         self._ends = [np.zeros(self.num_clients) + self._duration(0)]
 
     def _is_on(self, stay: np.ndarray | int) -> np.ndarray:
+        """True for each client that is on in its stay of this number, bool (num_clients,): stays alternate."""
         return (np.asarray(stay) % 2 == 0) == self._starts_on
 
     def _duration(self, stay: int) -> np.ndarray:
-        """How long each client's stay of this number lasts, (num_clients,)."""
+        """The length in seconds of each client's stay of this number, (num_clients,)."""
         draws = rng(self.run_seed, "availability", stay).standard_exponential(self.num_clients)
         return draws * np.where(self._is_on(stay), self.means[1], self.means[0])
 
     def _stay(self, seconds: float) -> tuple[np.ndarray, np.ndarray]:
-        """Whether each client is on at this time, and when that ends."""
+        """(True for each client that is on at this time, the virtual time at which its stay ends), (num_clients,) each."""
         if self._first and (self._ends[0] > seconds).any():  # an earlier time than the last: from the beginning
             self._begin()
         while (self._ends[-1] <= seconds).any():
@@ -126,7 +129,7 @@ class TwoStates:
             del self._ends[0]
             self._first += 1
         ends = np.stack(self._ends)
-        past = (ends <= seconds).sum(axis=0)
+        past = (ends <= seconds).sum(axis=0)  # (num_clients,): stays of _ends that each client is past
         return self._is_on(self._first + past), ends[past, np.arange(self.num_clients)]
 
 
@@ -156,7 +159,7 @@ class FromTrace:
 def build_availability(
     config: AvailabilityConfig, num_clients: int, *, run_seed: int, trace: AvailabilityTrace | None
 ) -> Availability:
-    """What the job file says; ``trace`` holds the intervals of its file, by client."""
+    """The availability that the job file describes; ``trace`` holds the intervals of its file, by client."""
     if config.kind == "trace":
         assert trace is not None, "a trace is read with the other inputs"
         return FromTrace(num_clients, trace)

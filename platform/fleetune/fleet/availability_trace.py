@@ -19,18 +19,18 @@ TIMES = ("start_seconds", "end_seconds")
 
 @dataclass(frozen=True)
 class AvailabilityTrace:
-    """Intervals [start, end) in virtual seconds, (m,) each, ordered by client and start; they touch nowhere."""
+    """m intervals [start, end) in virtual seconds, ordered by client and start; no two of one client touch."""
 
-    client_ids: np.ndarray
-    start_seconds: np.ndarray
-    end_seconds: np.ndarray
+    client_ids: np.ndarray  # (m,) int64
+    start_seconds: np.ndarray  # (m,)
+    end_seconds: np.ndarray  # (m,)
 
 
 def read_trace(name: str, *, device_names: list[str], device_index: np.ndarray) -> AvailabilityTrace:
-    """The intervals of every client. A row of a device counts for all of its clients.
+    """The intervals of every client. A row of a device counts for all of its clients. ``device_index (num_clients,)``.
 
-    UserError names the row of a file that is missing, has other columns, runs backwards, knows other clients than the
-    fleet, or lets a client be available twice at once.
+    Raises UserError if the file is missing or lacks a column, and with the row if an interval runs backwards, names a client
+    that the fleet does not have, or overlaps with another one of the same client.
     """
     frame = _read(name)
     owner = _owner_column(name, frame)
@@ -117,7 +117,7 @@ def _client_ids(name: str, frame: pd.DataFrame, num_clients: int) -> np.ndarray:
 def _clients_of_devices(
     name: str, frame: pd.DataFrame, device_names: list[str], device_index: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(row of the file, client) for every client of each row's device."""
+    """(rows of the file, client ids), (m,) each: every row once for each client of its device."""
     kinds = {device: np.flatnonzero(device_index == kind) for kind, device in enumerate(device_names)}
     devices = frame["device"].to_numpy(dtype=object)
     unknown = np.array([device not in kinds for device in devices])

@@ -1,4 +1,4 @@
-"""What a client may spend in a round: memory at once, virtual seconds, joules, and bytes on its link.
+"""A client's budgets for a round: memory at once, virtual seconds, joules, and bytes on its link.
 
 A client that would need more is refused before it starts, and costs nothing. Budgets hold for all clients or by device.
 """
@@ -48,17 +48,17 @@ class BudgetsConfig(Config):
 
 @dataclass(frozen=True)
 class Budgets:
-    """Limits per kind of device, (num_devices,) each; infinite where there is none."""
+    """Limits per kind of device; infinity means no limit."""
 
-    memory_bytes: np.ndarray
-    seconds: np.ndarray
-    joules: np.ndarray
-    bytes: np.ndarray
+    memory_bytes: np.ndarray  # (num_devices,)
+    seconds: np.ndarray  # (num_devices,) virtual, of a client's turn
+    joules: np.ndarray  # (num_devices,)
+    bytes: np.ndarray  # (num_devices,) both ways together
 
     def broken(self, device_index: np.ndarray, costs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The first budget that each of n clients would break, by name, or None: objects (n,).
+        """The name of a budget that each of n clients would break, or None: objects (n,). Of several, memory counts first.
 
-        ``costs``: what the whole turn would need, columns (n,) by their names in clients.parquet.
+        ``device_index (n,)``; ``costs``: the needs of the full turn, columns (n,) by their names in clients.parquet.
         """
         needs = (
             (BYTES, costs["downlink_bytes"] + costs["uplink_bytes"], self.bytes),
@@ -67,13 +67,14 @@ class Budgets:
             (MEMORY, costs["peak_memory_bytes"], self.memory_bytes),
         )
         out = np.full(len(device_index), None, dtype=object)
-        for name, need, limits in needs:  # the last word has memory, which cannot even be tried
+        # Memory is checked last and so overrides the others: work that does not fit cannot even start.
+        for name, need, limits in needs:
             out[need > limits[device_index]] = name
         return out
 
 
 def build_budgets(config: BudgetsConfig, devices: Sequence[DeviceProfile]) -> Budgets:
-    """The limits of a job on its devices."""
+    """The limits of a job for each of its devices."""
 
     def limits(value: float | dict[str, float] | None, otherwise: Sequence[float]) -> np.ndarray:
         if not isinstance(value, dict):

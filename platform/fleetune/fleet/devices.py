@@ -24,8 +24,10 @@ DEVICES: dict[str, DeviceProfile] = built_in().devices
 
 
 def device(name: str, *, field: str = "fleet.devices") -> DeviceProfile:
-    """The device of that name that ships with fleetune, or one of its power modes (``jetson-agx-orin-64gb@30w``);
-    ``UserError`` if unknown."""
+    """The device of that name that ships with fleetune, or one of its power modes (``jetson-agx-orin-64gb@30w``).
+
+    Raises UserError if there is none.
+    """
     return built_in().device(name, field=field)
 
 

@@ -1,6 +1,6 @@
 """The fleet: which client has which device and link, whose link is fast this round, and who leaves.
 
-A struct of arrays: a registered client is four bytes, not an object. Draws are made for the whole fleet and
+A struct of arrays: a registered client is four bytes, not an object. Draws are made for the full fleet and
 then indexed, so that what happens to a client in a round does not depend on who else was sampled.
 """
 
@@ -24,7 +24,7 @@ from fleetune.fleet.profile import DeviceProfile
 from fleetune.seeds import rng
 
 BATCH, CHECKPOINTING, CAPACITY, RANK = "batch", "checkpointing", "capacity", "rank"
-"""What fleet.adapt can make smaller."""
+"""The values of fleet.adapt: the part of a client's work that is made smaller."""
 DEFAULT_DEVICES = {"jetson-nano": 0.5, "jetson-orin-nano-8gb": 0.3, "jetson-agx-orin-64gb": 0.2}
 
 
@@ -105,9 +105,12 @@ class Fleet:
 
     devices: tuple[DeviceProfile, ...]
     networks: tuple[NetworkProfile, ...]
-    device_index: np.ndarray  # int16 (num_clients,)
-    network_index: np.ndarray  # int16 (num_clients,)
+    device_index: np.ndarray
+    """(num_clients,) int16: index into ``devices``."""
+    network_index: np.ndarray
+    """(num_clients,) int16: index into ``networks``."""
     dropout: float
+    """Probability that a sampled client leaves during a round."""
     availability: Availability
     budgets: Budgets
     server: DeviceProfile
@@ -133,9 +136,9 @@ class Fleet:
     def draw_rates(
         self, run_seed: int, round_idx: int, client_ids: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """This round's downlink and uplink bits/s and one-way latency in seconds of these clients, (n,) "
-        "each."""
+        """This round's downlink rate and uplink rate in bits/s and one-way latency in seconds of these clients, (n,) each."""
         ids = np.asarray(client_ids)
+        # Drawn for the full fleet and then indexed: a client's rate does not depend on who else was sampled.
         z = rng(run_seed, "link-rates", round_idx).standard_normal(self.num_clients)[ids]
         spread = np.exp(self._of_links("sigma", ids) * z)
         limit = self._of_links("max_bps", ids)
@@ -144,7 +147,7 @@ class Fleet:
         return down_bps, up_bps, self._of_links("latency_seconds", ids)
 
     def radio(self, client_ids: np.ndarray) -> RadioEnergy:
-        """The radio's energy terms of these clients."""
+        """The radio's energy terms of these clients, arrays (n,)."""
         ids = np.asarray(client_ids)
         return RadioEnergy(
             downlink_joules_per_byte=self._of_links("downlink_joules_per_megabyte", ids) / 1e6,
@@ -156,12 +159,12 @@ class Fleet:
         )
 
     def dropped(self, run_seed: int, round_idx: int, client_ids: np.ndarray) -> np.ndarray:
-        """Which of these clients leave during the round, bool (n,)."""
+        """True for each of these clients that leaves during the round, bool (n,)."""
         draws = rng(run_seed, "dropout", round_idx).random(self.num_clients)
         return draws[np.asarray(client_ids)] < self.dropout
 
     def rate_notes(self, precision: str) -> list[str]:
-        """What stands for a precision's rate on devices that do not have it, in words."""
+        """Sentences that name the devices without this precision, and the precision whose rate stands for it."""
         missing: dict[str, list[str]] = {}
         for profile in self.devices:
             if (other := profile.stand_in(precision)) is not None:
@@ -171,13 +174,14 @@ class Fleet:
         ]
 
     def _of_links(self, name: str, client_ids: np.ndarray) -> np.ndarray:
+        """A field of each client's link, (n,) float."""
         return np.array([getattr(link, name) for link in self.networks], float)[self.network_index[client_ids]]
 
 
 def build_fleet(config: FleetConfig, seed: int, *, trace: AvailabilityTrace | None = None) -> Fleet:
     """The fleet of a job: exact counts of each kind, dealt out in an order that depends on the seed alone.
 
-    ``trace``: what `read_availability` gave, where its file was read before.
+    ``trace``: the result of `read_availability`, if its file was read before.
     """
     networks = {config.network: 1.0} if isinstance(config.network, str) else config.network
     known = config.catalogue()
@@ -200,7 +204,7 @@ def build_fleet(config: FleetConfig, seed: int, *, trace: AvailabilityTrace | No
 
 
 def read_availability(config: FleetConfig, seed: int) -> AvailabilityTrace | None:
-    """The intervals of the job's trace file, if it names one; UserError where something is wrong with it."""
+    """The intervals of the job's trace file, None if it names none. Raises UserError if something is wrong with it."""
     if config.availability.path is None:
         return None
     names = list(config.devices)
@@ -208,6 +212,7 @@ def read_availability(config: FleetConfig, seed: int) -> AvailabilityTrace | Non
 
 
 def _device_index(config: FleetConfig, seed: int) -> np.ndarray:
+    """(num_clients,) int16: which device of ``config.devices`` each client has."""
     return _dealt(config.devices, config.num_clients, rng(seed, "fleet-devices"))
 
 
@@ -222,14 +227,15 @@ def counts_of(fractions: Mapping[str, float], total: int) -> list[int]:
 
 
 def _dealt(fractions: Mapping[str, float], total: int, generator: np.random.Generator) -> np.ndarray:
+    """(total,) int16: a kind for each client, in exact numbers and random order."""
     counts = counts_of(fractions, total)
     return generator.permutation(np.repeat(np.arange(len(counts), dtype=np.int16), counts))
 
 
 def _in_order(known: Iterable[str], built_in: Container[str], fractions: Mapping[str, float]) -> dict[str, float]:
-    """A job's own first, then as the catalogue has them, power modes by name.
+    """The fractions, sorted: entries of the job's own files first, then in the catalogue's order, power modes by name.
 
-    A mapping's own order means nothing, and must decide nothing: ties among clients go to the kind that stands first.
+    The order in which a job file lists them must not change a run, and ties in `counts_of` go to the kind that stands first.
     """
     place = {name: (name in built_in, i) for i, name in enumerate(known)}
     return {name: fractions[name] for name in sorted(fractions, key=lambda name: (place[name.partition("@")[0]], name))}

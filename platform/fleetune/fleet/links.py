@@ -22,7 +22,9 @@ class NetworkProfile:
     down_bps: float
     """Median rate to the client, bits per second."""
     up_bps: float
+    """Median rate to the server, bits per second."""
     latency_seconds: float
+    """One way: half of a measured ping."""
     sigma: float = 0.0
     """Spread of the lognormal over clients and rounds; 0: always the median."""
     max_bps: float = float("inf")
@@ -34,23 +36,22 @@ class NetworkProfile:
     radio_linear_to_bps: float = float("inf")
     """Up to this rate a megabyte takes its joules; from there on the radio draws no more watts."""
     tail_joules: float = 0.0
-    """Spent after a transfer until the radio sleeps, where nothing else is sent before."""
+    """Spent after a transfer until the radio sleeps, if nothing else is sent before."""
     tail_seconds: float = 1.0
-    """How long that takes."""
+    """Length of the tail."""
     source: str = field(compare=False)
 
 
 @dataclass(frozen=True)
 class RadioEnergy:
-    """Radio terms of n clients, arrays (n,): joules per byte each way up to a rate, watts while the link is busy, and the tail
-    after a transfer."""
+    """Radio terms of n clients: joules per byte each way up to a rate, watts while the link is busy, and the tail after."""
 
-    downlink_joules_per_byte: np.ndarray
-    uplink_joules_per_byte: np.ndarray
-    radio_watts: np.ndarray
-    linear_to_bps: np.ndarray
-    tail_joules: np.ndarray
-    tail_watts: np.ndarray
+    downlink_joules_per_byte: np.ndarray  # (n,)
+    uplink_joules_per_byte: np.ndarray  # (n,)
+    radio_watts: np.ndarray  # (n,) while the link is busy
+    linear_to_bps: np.ndarray  # (n,) bits/s: above this rate a byte takes less energy
+    tail_joules: np.ndarray  # (n,) after a transfer
+    tail_watts: np.ndarray  # (n,) during the tail
 
     def joules(
         self,

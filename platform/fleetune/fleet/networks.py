@@ -9,5 +9,5 @@ NETWORKS: dict[str, NetworkProfile] = built_in().networks
 
 
 def network(name: str) -> NetworkProfile:
-    """The link of that name that ships with fleetune; ``UserError`` with the nearest name for an unknown one."""
+    """The link of that name that ships with fleetune. Raises UserError with the nearest name if there is none."""
     return built_in().network(name)

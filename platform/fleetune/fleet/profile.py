@@ -1,4 +1,4 @@
-"""What a device profile is: rates, memory, power, each with its source, and its power modes."""
+"""Device profiles: rates, memory and power of a device, each with its source, and its power modes."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ class DeviceProfile:
     memory_bytes: float
     """Memory that the operating system sees (GPU memory on a server)."""
     os_idle_bytes: float
-    """Of it, what the idle system uses; swap is not counted on."""
+    """The part of it that the idle system uses; swap does not count as memory."""
     context_bytes: float
-    """What the runtime (CUDA context, PyTorch) needs before the first tensor."""
+    """The part of it that the runtime (CUDA context, PyTorch) needs before the first tensor."""
     idle_watts: float
     active_watts: float
     launch_seconds: float
     """Host time per kernel or operator."""
     bf16: Literal["native", "fp16", "fp32"] = "native"
-    """Whether it computes in bf16, or the rate that stands for bf16's where it does not."""
+    """``native`` if it computes in bf16; otherwise the precision whose rate stands for bf16's."""
     modes: tuple[tuple[str, PowerMode], ...] = ()
     sources: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
 
     @property
     def budget_bytes(self) -> float:
-        """Bytes for tensors: what system and runtime leave, less the allocator's fragmentation."""
+        """Bytes for tensors: those that system and runtime leave, less the allocator's fragmentation."""
         return (self.memory_bytes - self.os_idle_bytes - self.context_bytes) / (1 + FRAGMENTATION)
 
     @property
@@ -70,11 +70,11 @@ class DeviceProfile:
         return self.fp16_flops * self.sustained_fp16
 
     def stand_in(self, precision: str) -> str | None:
-        """The precision whose rate is taken for one that the device does not have; None where it has it."""
+        """The precision whose rate is taken for one that the device does not have; None if the device has it."""
         return None if precision != "bf16" or self.bf16 == "native" else self.bf16
 
     def in_mode(self, mode: str) -> DeviceProfile:
-        """The device in a power mode (``30w``); ``UserError`` for a mode that it does not have.
+        """The device in a power mode (``30w``). Raises UserError if it does not have that mode.
 
         A slower clock needs a lower voltage, so what computing adds to the idle power is taken to fall with the powered cores
         and the square of the clock (assumed), and to stay below the mode's cap. That gives 8 to 36 % more work per joule in the

@@ -9,7 +9,7 @@ Stage s trains a submodel of L_s blocks (L_s = initial capacity x growth rate^s,
 3. Clients tune the submodel's adapter under another method's rule (FedIT by default, FedSA-LoRA, …).
 4. At the stage's end each fused block's adapter is written back to every block of its group.
 
-The last stage holds every block by itself, so it is the inner method on the whole model. Where the paper is silent we take
+The last stage holds every block by itself, so it is the inner method on the full model. Where the paper is silent we take
 stages of equal length, re-group from base and adapter at each stage's start, and fuse A and B separately.
 """
 
@@ -73,7 +73,7 @@ class DevFTConfig(MethodConfig):
 
 
 def capacities(initial: int, growth_rate: int, num_layers: int) -> list[int]:
-    """Blocks per stage: {c, c g, c g^2, …} up to the whole model. 4, 2, 32 -> [4, 8, 16, 32]; 4, 4, 32 -> [4, 16, 32]."""
+    """Blocks per stage: {c, c g, c g^2, …} up to the full model. 4, 2, 32 -> [4, 8, 16, 32]; 4, 4, 32 -> [4, 16, 32]."""
     out = [initial]
     while out[-1] < num_layers:
         out.append(min(out[-1] * growth_rate, num_layers))
@@ -93,7 +93,7 @@ class DevFT(Method):
         self.capacities = capacities(config.initial_capacity, config.growth_rate, context.num_layers)
 
     def check(self) -> None:
-        """The first stage must fit into the model, and every stage needs a round."""
+        """Raises UserError unless the first stage fits into the model and every stage has a round."""
         if self.config.initial_capacity > self.context.num_layers:
             raise UserError(
                 f"exceeds the model's {self.context.num_layers} blocks",
@@ -111,23 +111,27 @@ class DevFT(Method):
 
     # -- server ---------------------------------------------------------------------------------------------------------
     def stage(self, round_idx: int) -> int:
-        """Stages of equal length: floor(round * S / T)."""
+        """Stages of equal length: floor(round * S / T), with S stages and T rounds."""
         return round_idx * len(self.capacities) // self.context.num_rounds
 
     def start(self) -> State:
-        """The adapter of all blocks under ``global.``; the stage's own is laid out when its first round begins."""
+        """The adapter of all blocks, under ``global.``. Stage -1: the first stage's own is made when the first round begins."""
         inner = self.inner.start()
         return State({f"global.{n}": t for n, t in inner.tensors.items()}, {"stage": -1, "groups": []})
 
     def begin_round(self, state: State, round_idx: int) -> State:
-        """At a stage's first round: write back, group anew, fuse."""
+        """In a stage's first round: write the former stage's adapter back, group the blocks anew, and fuse them.
+
+        The state then holds the adapter of all blocks as it was at the stage's beginning (``global.``) and that of the submodel
+        (``stage.``), which is all that the stage's rounds change.
+        """
         stage = self.stage(round_idx)
         if stage == state.values["stage"]:
             return state
-        whole = self._written_back(state)
+        full = self._written_back(state)
         groups = group_layers(
             self.context.base,
-            whole,
+            full,
             self.capacities[stage],
             grouping=self.config.grouping,
             laplacian=self.config.laplacian,
@@ -135,8 +139,8 @@ class DevFT(Method):
             stage=stage,
         )
         submodel = fuse(groups, fusion=self.config.fusion, beta=self.config.beta)
-        tensors = {f"global.{n}": t for n, t in whole.items()}
-        tensors.update({f"stage.{n}": t.clone() for n, t in submodel.fuse_adapter(whole).items()})
+        tensors = {f"global.{n}": t for n, t in full.items()}
+        tensors.update({f"stage.{n}": t.clone() for n, t in submodel.fuse_adapter(full).items()})
         return State(tensors, {"stage": stage, "groups": groups, "submodel": submodel.to_values()})
 
     def broadcast(self, state: State, round_idx: int, group: Any) -> Payload:
@@ -154,7 +158,7 @@ class DevFT(Method):
         return State(tensors, state.values)
 
     def evaluated(self, state: State, private: PrivateStates) -> GlobalModel:
-        """The stage's submodel, which is what clients train; in the last stage the whole model."""
+        """The stage's submodel, which is what clients train; in the last stage the full model."""
         if state.values["stage"] < 0:
             return self.deployed(state, private)
         submodel = Submodel.from_values(state.values["submodel"])
@@ -175,7 +179,11 @@ class DevFT(Method):
         return {"depth": float(len(state.values["groups"]) or self.context.num_layers)}
 
     def shrunk(self, payload: Payload, num_layers: int) -> Payload:
-        """Neighbouring groups of the stage become one, fused by the stage's rule; their adapters likewise."""
+        """The payload with neighbouring groups of the stage merged into ``num_layers``, fused by the stage's rule.
+
+        ``merged`` counts the stage's blocks, ``fused`` the base's: the client builds its blocks from the base by the latter, and
+        the server gives its upload back to the stage's blocks by the former (`grown`).
+        """
         groups: Groups = payload.values["groups"]
         merged = [part.tolist() for part in np.array_split(np.arange(len(groups)), num_layers)]
         fused = [[j for n in part for j in groups[n]] for part in merged]
@@ -189,7 +197,7 @@ class DevFT(Method):
         return replace(payload, tensors=tensors, values={**payload.values, **values}, provision=provision)
 
     def grown(self, upload: Tensors, payload: Payload) -> Tensors:
-        """Every group of the stage gets what was learnt for those it was merged with, as blocks do at a stage's end."""
+        """Every block of the stage gets the adapter of the block that it was merged into, as blocks do at a stage's end."""
         return write_back(upload, payload.values["merged"])
 
     # -- client ---------------------------------------------------------------------------------------------------------
@@ -202,13 +210,13 @@ class DevFT(Method):
         return self.inner.client_adapter(payload)
 
     def local_update(self, worker: Worker, payload: Payload, tasks: Sequence[ClientTask]) -> CohortUpdate:
-        """The inner method's work. Private tensors are kept for all blocks, so that they outlive the stage."""
+        """The inner method's work. Private tensors are stored for all blocks, so that they outlive the stage and its groups."""
         submodel = self.submodel(payload)
         fused = [t if t.private is None else replace(t, private=submodel.fuse_adapter(t.private)) for t in tasks]
         update = self.inner.local_update(worker, payload, fused)
         if update.private is not None:
-            kept = [write_back(update.private.client(k), payload.values["groups"]) for k in range(len(tasks))]
-            update.private = Stack.of(kept)
+            stored = [write_back(update.private.client(k), payload.values["groups"]) for k in range(len(tasks))]
+            update.private = Stack.of(stored)
         return update
 
     # -- parts ----------------------------------------------------------------------------------------------------------
@@ -216,11 +224,13 @@ class DevFT(Method):
         return State({n.removeprefix("stage."): t for n, t in state.tensors.items() if n.startswith("stage.")})
 
     def _written_back(self, state: State) -> Tensors:
+        """The adapter of all blocks as the stage has left it."""
         if state.values["stage"] < 0:
             return {n.removeprefix("global."): t for n, t in state.tensors.items()}
         return write_back(self._inner_state(state).tensors, state.values["groups"])
 
     def _provision(self, state: State) -> Provision:
+        """The stage's fused blocks as a download; all blocks have the size of the base's first."""
         base, groups = self.context.base, state.values["groups"]
         first = {n: w for n, w in base.weights.items() if n.startswith("model.layers.0.")}
         return Provision(f"stage-{state.values['stage']}", len(groups) * num_bytes(first))

@@ -33,16 +33,16 @@ class FedProx(Method):
     source: ClassVar[str] = "FedAvg with a proximal term (Li et al. 2020, arXiv 1812.06127)"
 
     def local_plan(self, payload: Payload) -> LocalPlan:
-        """The whole adapter, with the proximal term where mu > 0."""
+        """All of the adapter is trained, with the proximal term if mu > 0."""
         plan = super().local_plan(payload)
         return replace(plan, penalty=self._proximal) if self.config.mu else plan
 
     def _proximal(self, params: Tensors, start: Tensors) -> Tensor:
-        """Mu / 2 * ||theta_k - theta||^2 of each client: (K,)."""
+        """The term mu / 2 * ||theta_k - theta||^2 of each client, (K,). Both arguments: {name: (K, …)}."""
         moved = _flat(params) - _flat({name: start[name] for name in params})
         return self.config.mu / 2 * moved.square().sum(1)
 
 
 def _flat(tensors: Tensors) -> Tensor:
-    """(K, …) each -> (K, P)."""
+    """All tensors side by side: (K, …) each -> (K, P), with P parameters per client."""
     return torch.cat([tensor.flatten(1) for tensor in tensors.values()], dim=1)

@@ -54,8 +54,8 @@ class FedSALoRA(Method):
 
     def evaluated(self, state: State, private: PrivateStates) -> GlobalModel:
         """The shared A with the mean B of the clients that took part."""
-        kept = list(private())
-        total = sum(n for _, n, _ in kept)
-        mean_b = weighted_sum((n / total, b) for _, n, b in kept) if kept else {}
+        stored = list(private())
+        total = sum(n for _, n, _ in stored)
+        mean_b = weighted_sum((n / total, b) for _, n, b in stored) if stored else {}
         adapter = {**zero_b(state.tensors, self.context.sites), **state.tensors, **mean_b}
         return GlobalModel(Submodel.prefix(self.context.num_layers), adapter)

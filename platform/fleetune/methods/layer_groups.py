@@ -12,6 +12,7 @@ from fleetune.seeds import rng, seed_of
 from fleetune.tensors import Tensors
 
 Groups = list[list[int]]
+"""Blocks of the model, by group: each group ascending, the groups in the order of their first block. Every block is in one."""
 _PREFIX = "model.layers."
 
 
@@ -25,13 +26,12 @@ def group_layers(
     run_seed: int,
     stage: int,
 ) -> Groups:
-    """Split the blocks into ``num_groups`` groups, each sorted, ordered by their first block."""
+    """Split the blocks into ``num_groups`` groups."""
     num_layers = base.num_layers
     if num_groups == num_layers:
         return [[j] for j in range(num_layers)]
-    if (
-        grouping == "even" or base.is_outline
-    ):  # costs depend on how many groups there are, not on which blocks they hold
+    # A base without data has no similarities. Costs depend on how many groups there are, not on which blocks they hold.
+    if grouping == "even" or base.is_outline:
         return [chunk.tolist() for chunk in np.array_split(np.arange(num_layers), num_groups)]
     if grouping == "random":
         return _in_order(_random_labels(num_layers, num_groups, rng(run_seed, "devft-groups", stage)))
@@ -42,7 +42,8 @@ def group_layers(
 def layer_similarity(base: BaseModel, adapter: Tensors) -> np.ndarray:
     """W (L, L): cosine of the flattened parameters of every pair of blocks, de-quantised base and adapter together.
 
-    The inner products are summed tensor by tensor, so that no flattened layer is ever formed.
+    The inner products are summed tensor by tensor, so that no flattened block is ever formed: memory holds one tensor of
+    all L blocks at a time, and no de-quantised copy of the model.
     """
     gram = torch.zeros(base.num_layers, base.num_layers, dtype=torch.float64)
     first = f"{_PREFIX}0."
@@ -59,9 +60,11 @@ def layer_similarity(base: BaseModel, adapter: Tensors) -> np.ndarray:
 
 
 def spectral_groups(similarity: np.ndarray, num_groups: int, *, laplacian: str, seed: int) -> Groups:
-    """k-means on the rows of the eigenvectors of the smallest eigenvalues of D - W.
+    """k-means on the rows, one per block, of the eigenvectors that belong to the smallest eigenvalues of D - W.
 
-    ``normalised`` takes I - D^-1/2 W D^-1/2 with rows of unit length (Ng, Jordan and Weiss 2001), which balances groups.
+    ``similarity``: W, (L, L), symmetric. D is the diagonal of its row sums. An eigenvector's sign is arbitrary, and no matter:
+    distances between rows do not depend on it. ``normalised`` takes I - D^-1/2 W D^-1/2 with rows of unit length (Ng, Jordan and
+    Weiss 2001), which balances groups.
     """
     from sklearn.cluster import KMeans
 
@@ -80,9 +83,10 @@ def spectral_groups(similarity: np.ndarray, num_groups: int, *, laplacian: str, 
 
 
 def fuse(groups: Groups, *, fusion: str, beta: float) -> Submodel:
-    """The submodel of the groups; the anchor is a group's first block.
+    """The submodel with one block per group, as a linear combination of the group's blocks; the anchor a is its first block.
 
-    dblf: theta_a + beta sum_j (theta_j - theta_a), i.e. weights 1 - beta (n - 1) and beta. r_one: theta_a. sum: sum_j theta_j.
+    dblf: theta_a + beta sum_j (theta_j - theta_a), so weights 1 - beta (n - 1) for the anchor and beta for each other block.
+    r_one: theta_a. sum: sum_j theta_j.
     """
     layers: list[Combination] = []
     for group in groups:
@@ -97,13 +101,13 @@ def fuse(groups: Groups, *, fusion: str, beta: float) -> Submodel:
 
 
 def _random_labels(num_layers: int, num_groups: int, generator: np.random.Generator) -> np.ndarray:
-    """Every group gets one block, the others fall where they may."""
+    """The group of each block, (L,): every group gets one block for certain, the others fall where they may."""
     labels = np.concatenate([np.arange(num_groups), generator.integers(num_groups, size=num_layers - num_groups)])
     return generator.permutation(labels)
 
 
 def _refilled(labels: np.ndarray, num_groups: int) -> np.ndarray:
-    """Split the largest groups until none is empty (k-means merges points that coincide)."""
+    """The labels (L,) with no group empty: k-means may merge points that coincide, and the largest groups are split again."""
     labels = labels.copy()
     for empty in set(range(num_groups)) - set(labels.tolist()):
         largest = np.bincount(labels, minlength=num_groups).argmax()
@@ -112,6 +116,7 @@ def _refilled(labels: np.ndarray, num_groups: int) -> np.ndarray:
 
 
 def _in_order(labels: np.ndarray) -> Groups:
+    """Groups from the label of each block, (L,). Labels are arbitrary numbers, so groups are ordered by their first block."""
     groups: dict[int, list[int]] = {}
     for layer, label in enumerate(labels.tolist()):
         groups.setdefault(label, []).append(layer)

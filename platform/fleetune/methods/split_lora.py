@@ -60,6 +60,11 @@ class SplitLoRAConfig(MethodConfig):
     """Client, links and server work on different micro-batches of a step at once, instead of one after the other. Gradients
     are summed, so the result is the same; the steps take as long as the slowest of them."""
 
+    @property
+    def coupled(self) -> bool:
+        """True if the server's half is shared: it sees all clients of a round."""
+        return self.server != "per_client"
+
 
 class SplitLoRA(Method):
     """Both halves run where the client runs; what crosses the cut is a real tensor, and it is charged."""
@@ -67,13 +72,8 @@ class SplitLoRA(Method):
     Config = SplitLoRAConfig
     source: ClassVar[str] = "cut the model between client and server (Lin et al. 2024, arXiv 2407.00952)"
 
-    @classmethod
-    def couples(cls, config: Any) -> bool:
-        """A shared server half sees all clients of a round."""
-        return config.server != "per_client"
-
     def check(self) -> None:
-        """Client and server both need a block."""
+        """Raises UserError unless client and server both have a block."""
         if not self.config.split_point < self.context.num_layers:
             raise UserError(
                 f"lies outside the model: it must be from 1 to {self.context.num_layers - 1}",
@@ -83,7 +83,7 @@ class SplitLoRA(Method):
             )
 
     def on_client(self, name: str) -> bool:
-        """Whether an adapter tensor belongs to the client's blocks."""
+        """True if an adapter tensor belongs to the client's blocks."""
         return int(name.split(".")[1]) < self.config.split_point
 
     def local_plan(self, payload: Payload) -> LocalPlan:
@@ -137,7 +137,11 @@ class SplitLoRA(Method):
 
 
 class _SplitRound:
-    """The two halves of one cohort while a round lasts. Clients with fewer steps leave the stack when they are done."""
+    """The two halves of one cohort of K clients while a round lasts.
+
+    Clients are stacked in the order of their number of steps, the longest first. So those still at work are always the first n
+    rows of every stack, and a client leaves it by n growing smaller; `result` puts them back into the order of their tasks.
+    """
 
     def __init__(
         self,
@@ -158,6 +162,7 @@ class _SplitRound:
             self._set_up_server(config, payload, rates)
         self.losses, self.num_tokens = np.zeros(len(tasks)), np.zeros(len(tasks), np.int64)
         self.cut_bytes = np.zeros((2, len(tasks)), np.int64)
+        # When each client's loss was first not finite, (K,), counted in calls of the server's half (`CohortUpdate.diverged_at`).
         self.diverged_at, self.num_served = np.full(len(tasks), np.inf), 0
 
     def _set_up_server(self, config: SplitLoRAConfig, payload: Payload, rates: Tensor) -> None:
@@ -176,17 +181,24 @@ class _SplitRound:
         client = self.clients.parameters(n)
         self.network.set_adapter(client)
         activations = self.network.blocks(self.network.embed(ids), 0, self.plan.split)
-        smashed = activations.detach().requires_grad_()  # S: all that the server sees of the clients' half
+        smashed = (
+            activations.detach().requires_grad_()
+        )  # S (n * batch, tokens, hidden): all that the server sees of the clients
         with on_server():
             self._serve(smashed, labels, n)
         assert smashed.grad is not None
-        self.network.set_adapter(client)
+        self.network.set_adapter(
+            client
+        )  # the server's step has set its own; checkpointed blocks are computed again with it
         activations.backward(smashed.grad)
         self._update(self.clients, client, self.client_optimizer, n)
         self._charge(active, smashed, labels, smashed.grad, worker, step)
 
     def _serve(self, smashed: Tensor, labels: Tensor, n: int) -> None:
-        """The server's half: one update from all clients, one after each client, or one in every client's copy."""
+        """The server's half: one update from all n clients, one after each client, or one in every client's copy.
+
+        Leaves dL/dS of each client's own loss in ``smashed.grad``. ``labels``: (n * batch, tokens).
+        """
         if self.config.server == "in_turn":
             batch = len(smashed) // n
             smashed.grad = torch.empty_like(smashed)
@@ -201,7 +213,7 @@ class _SplitRound:
         self._note(slice(n), self._serve_batch(smashed, labels, n, copies=copies))
 
     def _note(self, clients: slice, losses: np.ndarray) -> None:
-        """Losses of a call of the server's half, and whose were the first that are not finite."""
+        """Add up the losses of a call of the server's half, and note whose were not finite in it for the first time."""
         self.losses[clients] += losses
         self.diverged_at[clients][~np.isfinite(losses) & np.isinf(self.diverged_at[clients])] = self.num_served
         self.num_served += 1
@@ -212,7 +224,8 @@ class _SplitRound:
         self.network.set_adapter(server)
         h = self.network.blocks(smashed, self.config.split_point)
         loss, _ = cohort_loss(self.network, h, labels, n)
-        # A shared half follows the mean over the clients, its copies each their own; clients get their own gradient.
+        # A shared half follows the mean over the n clients, copies follow each their own client's loss. A client's half has to
+        # follow its own loss in either case: the mean's gradient with respect to S is 1 / n of that, which is undone here.
         (loss.sum() if copies == n else loss.mean()).backward()
         if copies != n:
             assert smashed.grad is not None
@@ -243,10 +256,10 @@ class _SplitRound:
     ) -> None:
         """Each client pays for its own batch, padded to its own longest example: activations and labels up, dL/dS down."""
         batch = len(smashed) // len(active)
-        for k, mine in enumerate(step_rows(active, step)):
-            mine = mine[mine != NO_EXAMPLE]
-            rows = slice(k * batch, k * batch + len(mine))  # without what fills it up
-            lengths = row_lengths(worker.data, mine)
+        for k, examples in enumerate(step_rows(active, step)):
+            examples = examples[examples != NO_EXAMPLE]
+            rows = slice(k * batch, k * batch + len(examples))  # without those that fill up a short batch
+            lengths = row_lengths(worker.data, examples)
             tokens = int(lengths.max())
             up = smashed[rows, :tokens].nbytes + labels[rows, :tokens].to(torch.int32).nbytes
             self.cut_bytes[:, k] += (up, grad[rows, :tokens].nbytes)
@@ -275,6 +288,7 @@ class _SplitRound:
 
 
 def _moments(optimizer: StackedSGD | StackedAdamW, form: Stack) -> Tensors:
+    """The shared half's moments and step count as tensors of the server's state; ``form`` has their names and shapes."""
     if isinstance(optimizer, StackedSGD):
         return {}
     out = {f"adam.mean.{n}": t[0] for n, t in form.views(optimizer.mean.cpu()).items()}
@@ -284,6 +298,7 @@ def _moments(optimizer: StackedSGD | StackedAdamW, form: Stack) -> Tensors:
 
 
 def _restore_moments(optimizer: StackedSGD | StackedAdamW, payload: Payload, form: Stack) -> None:
+    """Give a new optimizer the moments that the payload brought; in the first round there are none, and it starts at zero."""
     if isinstance(optimizer, StackedSGD) or "num_server_steps" not in payload.values:
         return
     optimizer.num_steps = int(payload.values["num_server_steps"])

@@ -1,4 +1,4 @@
-"""The shape of a decoder-only language model: what costing needs to know of it, without its weights.
+"""The shape of a decoder-only language model, from which its costs follow without its weights.
 
 Covers the Llama family and its kin (Llama, Mistral, Qwen2, Qwen3): RMSNorm, grouped-query attention, SwiGLU.
 ``ARCHITECTURES`` holds the published configurations that can be costed offline.
@@ -13,8 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from fleetune.errors import UserError, unknown_name
+from fleetune.models.config import LINEAR_NAMES
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SOURCE = "config.json of "
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -37,8 +37,7 @@ class ModelShape:
     out_bias: bool = False  # Llama and Qwen3 with attention_bias: on the output projection too
     mlp_bias: bool = False
     source: str = ""
-    max_positions: int = 1 << 30
-    """Longest sequence that the published configuration allows."""
+    max_positions: int = 1 << 30  # tokens of the longest sequence that the published configuration allows
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> ModelShape:
@@ -47,8 +46,7 @@ class ModelShape:
 
     @classmethod
     def from_hf_config(cls, config: Any) -> ModelShape:
-        """From a transformers configuration of the Llama, Mistral, Qwen2 or Qwen3 family; ``UserError`` "
-        "for another."""
+        """From a transformers configuration. Raises UserError for a family other than Llama, Mistral, Qwen2 and Qwen3."""
         family = getattr(config, "model_type", None)
         if family not in FAMILIES:
             raise UserError(
@@ -83,13 +81,13 @@ class ModelShape:
         """(in, out) of every linear layer of one block, by its Hugging Face name."""
         h, i = self.hidden_size, self.intermediate_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        return dict(zip(LINEARS, ((h, q), (h, kv), (h, kv), (q, h), (h, i), (h, i), (i, h)), strict=True))
+        return dict(zip(LINEAR_NAMES, ((h, q), (h, kv), (h, kv), (q, h), (h, i), (h, i), (i, h)), strict=True))
 
     @property
     def biased(self) -> tuple[str, ...]:
         """The linear layers of a block that have a bias."""
         flags = (self.qkv_bias,) * 3 + (self.out_bias,) + (self.mlp_bias,) * 3
-        return tuple(name for name, has_bias in zip(LINEARS, flags, strict=True) if has_bias)
+        return tuple(name for name, has_bias in zip(LINEAR_NAMES, flags, strict=True) if has_bias)
 
     @property
     def linear_params(self) -> int:
@@ -130,7 +128,7 @@ ARCHITECTURES: dict[str, ModelShape] = {
         _shape("llama3.1-8b", (32, 4096, 14336, 32, 8, 128, 128256), positions=131072, source="meta-llama/Llama-3.1-8B"),
         _shape("llama3.2-3b", (28, 3072, 8192, 24, 8, 128, 128256), positions=131072, source="meta-llama/Llama-3.2-3B",
                tied_embeddings=True),
-        # beyond 4,096 positions its attention is a sliding window, which nothing here models
+        # 4,096 positions: beyond, its attention is a sliding window, which nothing here models.
         _shape("mistral-7b", (32, 4096, 14336, 32, 8, 128, 32000), positions=4096, source="mistralai/Mistral-7B-v0.1"),
         _shape("qwen2-7b", (28, 3584, 18944, 28, 4, 128, 152064), positions=131072, source="Qwen/Qwen2-7B", qkv_bias=True),
         _shape("qwen2.5-0.5b", (24, 896, 4864, 14, 2, 64, 151936), positions=32768, source="Qwen/Qwen2.5-0.5B",
@@ -146,12 +144,12 @@ ARCHITECTURES: dict[str, ModelShape] = {
 
 
 def find_architecture(name: str) -> ModelShape | None:
-    """The published architecture of that name (``qwen2.5-0.5b``) or under that hub id (``Qwen/Qwen2.5-0.5B``)."""
+    """The published architecture of that name (``qwen2.5-0.5b``) or hub id (``Qwen/Qwen2.5-0.5B``); None if there is none."""
     return next((s for s in ARCHITECTURES.values() if name in (s.name, s.source.removeprefix(SOURCE))), None)
 
 
 def architecture(name: str) -> ModelShape:
-    """As `find_architecture`; ``UserError`` with the nearest name for an unknown one."""
+    """As `find_architecture`. Raises UserError for an unknown name, with the nearest one."""
     shape = find_architecture(name)
     if shape is None:
         raise unknown_name("architecture", name, ARCHITECTURES, field="cost.model")

@@ -1,4 +1,4 @@
-"""The frozen base model as a value: a configuration and named weights that every worker of a node maps, not copies."""
+"""The frozen base model as a value: a configuration and named weights, which the workers of a node share without a copy."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class BaseModel:
     weights: Tensors
     quantization: str
     folder: str
-    """Where the tokenizer lies: a folder, or a hub id."""
+    """The tokenizer's place: a folder, or a hub id."""
     content: dict[str, str] = field(default_factory=dict)
-    """File -> digest of all that the model and its tokenizer are read from, as the weights were read."""
+    """File -> digest, for all files of the model and its tokenizer, taken when the weights were read."""
 
     def hf_config(self, num_layers: int | None = None) -> PretrainedConfig:
         """The architecture as transformers knows it, for ``num_layers`` blocks (default: all)."""
@@ -49,26 +49,26 @@ class BaseModel:
 
     @property
     def num_layers(self) -> int:
-        """Blocks of the whole model."""
+        """Blocks of the full model."""
         return int(self.config["num_hidden_layers"])
 
     @property
     def key(self) -> str:
-        """Bases with the same key hold the same numbers."""
+        """A text that is the same for two bases only if they hold the same numbers."""
         content = digest_of(part for pair in sorted(self.content.items()) for part in pair)
         return f"{self.name}/{self.quantization}/{content}"
 
     @property
     def is_outline(self) -> bool:
-        """Whether the weights are names and sizes alone (`models.outline`): a plan's base."""
+        """True if the weights are names and sizes alone (`models.outline`), as in a plan."""
         return any(weight.is_meta for weight in self.weights.values())
 
 
 def placed(base: BaseModel, *, device: str, precision: str) -> BaseModel:
-    """The base where networks compute with it: a copy on another device, matrices in the type of their products.
+    """The base on the device and in the precision that networks compute in: matrices in the type of their products.
 
-    On the CPU in fp32 that is the base itself, whose memory all processes share. With bf16 the matrices are rounded once,
-    as autocast would for every product; norms, biases and the statistics of quantised matrices keep their type.
+    On the CPU in fp32 its tensors are those of ``base``, whose memory all processes share. With bf16 the matrices are rounded
+    once, as autocast would for every product; norms, biases and the statistics of quantised matrices keep their type.
     """
 
     def moved(name: str, weight: Tensor) -> Tensor:

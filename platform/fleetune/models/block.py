@@ -1,4 +1,7 @@
-"""One decoder block of the Llama family, run over the modules that transformers built. Checked against their own forward."""
+"""One decoder block of the Llama family, run over its modules (`models.decoder`, or transformers', whose names are the same).
+
+Shape legend: B examples, S tokens, D hidden size, d head size.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 def run_block(layer: Any, h: Tensor, cos: Tensor, sin: Tensor, attend: Attend = causal) -> Tensor:
     """h (B, S, D) -> (B, S, D): attention and SwiGLU, each on a normed copy and added to the residual stream."""
-    scopes.current.block = id(layer)
+    scopes.current.block = id(layer)  # tells a cost trace which block is at work
     h, x = norm(layer.input_layernorm, h)
     (h,) = linears(_attention(layer.self_attn, x, cos, sin, attend), [layer.self_attn.o_proj], residual=h)
     h, x = norm(layer.post_attention_layernorm, h)
@@ -28,7 +31,7 @@ def run_block(layer: Any, h: Tensor, cos: Tensor, sin: Tensor, attend: Attend = 
 
 
 def norm(module: Any, h: Tensor) -> tuple[Tensor, Tensor]:
-    """A transformers RMSNorm module: h as it is, to go on with, and its normed copy."""
+    """h (…, D) as it is, for the residual stream, and its RMSNorm. Returning both lets their gradients be added in one pass."""
     return rms_norm(h, module.weight, module.variance_epsilon)
 
 

@@ -1,4 +1,4 @@
-"""Weights out of a folder's safetensors, one tensor at a time, so that a large model is never in memory twice.
+"""Reads weights from a folder's safetensors, one tensor at a time, so that a large model is never in memory twice.
 
 As transformers reads them: the index says which files, the configuration says which tensors; others are left alone.
 """
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# What a weight may be stored as; codes of a quantised one mean nothing without their scales.
+# The types in which a weight may be stored; codes of a quantised one mean nothing without their scales.
 STORED = ("F64", "F32", "F16", "BF16")
 
 
@@ -50,8 +50,8 @@ def tensor_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 def read_weights(folder: Path, name: str, shape: ModelShape, quantization: str) -> Tensors:
     """The tensors of a model (`tensor_sizes`) in fp32, blocks' matrices quantised as they are read.
 
-    A head that is tied by the configuration but stored with other values than the embedding is kept, as transformers does.
-    UserError names what is missing, of another size or type, or the file that is damaged.
+    If the configuration ties the head to the embedding but the file stores another head, that head is used, as in transformers.
+    Raises UserError if a tensor is missing or of another size or type, or if a file is damaged.
     """
     sizes = tensor_sizes(shape)
     with ExitStack() as stack:
@@ -81,13 +81,13 @@ def read_weights(folder: Path, name: str, shape: ModelShape, quantization: str) 
 
 
 class _Stored:
-    """The tensors of open safetensors files, by their names; of two of one name the later file's counts."""
+    """The tensors of open safetensors files, by name. If two files hold the same name, the later file's tensor counts."""
 
     def __init__(self, files: list[tuple[Path, Any]]):
         self.files = {tensor: (path, file) for path, file in files for tensor in file.keys()}  # noqa: SIM118
 
     def name_of(self, tensor: str) -> str | None:
-        """As it is stored: a decoder that was saved without its head has no ``model.`` before its names."""
+        """The name under which a tensor is stored, or None. A decoder saved without its head lacks the prefix ``model.``."""
         return next((n for n in (tensor, tensor.removeprefix("model.")) if n in self.files), None)
 
     def check(self, tensor: str, size: tuple[int, ...], name: str) -> None:
@@ -104,7 +104,7 @@ class _Stored:
     def read(self, tensor: str, name: str) -> Tensor:
         path, file = self.files[tensor]
         try:
-            # Copied, because what is read is a view of the file: who writes into that would change a run that goes on.
+            # Copied, because the tensor that is read is a view of the file: a later write to the file would change this run.
             return file.get_tensor(tensor).to(torch.float32, copy=True)
         except Exception as error:
             raise _damaged(path, name, error) from error

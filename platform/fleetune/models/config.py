@@ -1,4 +1,4 @@
-"""What a job file says of the model."""
+"""The fields of a job file for the model."""
 
 from __future__ import annotations
 

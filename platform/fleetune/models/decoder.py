@@ -1,12 +1,15 @@
 """A decoder of the Llama family: plain modules over weights that are there already, by the names of its checkpoint.
 
-transformers has the same modules, and importing them costs every worker seconds that a small model does not train in.
-tests/models/test_network.py holds the two to the same logits, gradients and generated tokens.
+transformers has the same modules, but importing them costs every worker seconds, in which a small model could have trained.
+tests/models/test_network.py holds the two to the same logits, gradients and generated tokens. Costs are traced on these
+modules, too, over weights that have sizes and no content (`models.meta`).
+
+Shape legend: B examples, S tokens, D hidden size, V vocabulary, d head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,17 +18,29 @@ from torch import Tensor, nn
 from fleetune.models.base import BaseModel
 from fleetune.models.checkpoint import ATTENTION as ATTENTION
 from fleetune.models.config import LINEAR_NAMES
+from fleetune.models.fused import product_dtype
 from fleetune.models.quantize import quantized_linear
 from fleetune.tensors import Tensors
 
 
 class Decoder(nn.Module):
-    """Embedding, ``num_layers`` blocks, norm and head, where the weights lie; nothing is copied. ``dtype``: of the products of
-    quantised layers. ValueError where the weights lack one of them."""
+    """Embedding, ``num_layers`` blocks, norm and head over ``weights``, which are not copied.
 
-    def __init__(self, base: BaseModel, weights: Tensors, num_layers: int, *, dtype: torch.dtype = torch.float32):
+    ``dtype`` is the type in which quantised layers multiply, and ``quantized`` makes such a layer: bitsandbytes' own, or a
+    stand-in for weights without content. Raises ValueError if the weights lack a tensor.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        weights: Tensors,
+        num_layers: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        quantized: Callable[..., nn.Module] = quantized_linear,
+    ):
         super().__init__()
-        take = _Weights(base, weights, dtype)
+        take = _Weights(base, weights, dtype, quantized)
         inner: Any = nn.Module()
         inner.embed_tokens = Embedding(take("model.embed_tokens.weight"))
         inner.layers = nn.ModuleList(_block(base, take, f"model.layers.{n}") for n in range(num_layers))
@@ -47,8 +62,9 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Token ids -> (…, D)."""
-        return nn.functional.embedding(ids, self.weight)
+        """Token ids (…) -> (…, D), in fp32 if the matrix is stored in less: the residual stream starts here."""
+        rows = nn.functional.embedding(ids, self.weight)
+        return rows.float() if rows.dtype.itemsize < 4 else rows
 
 
 class Linear(nn.Module):
@@ -61,7 +77,10 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out)."""
-        return nn.functional.linear(x, self.weight, self.bias)
+        # Autocast would convert all three, but it does not see tensors without content, on which costs are traced.
+        dtype = product_dtype(x)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return nn.functional.linear(x.to(dtype), self.weight.to(dtype), bias)
 
 
 class Norm(nn.Module):
@@ -76,7 +95,7 @@ class Norm(nn.Module):
 class Rotary(nn.Module):
     """cos and sin of token positions (Su et al. 2021, arXiv 2104.09864), with the scaling that the model's config asks for."""
 
-    inv_freq: Tensor
+    inv_freq: Tensor  # (d / 2,)
 
     def __init__(self, base: BaseModel):
         super().__init__()
@@ -92,7 +111,7 @@ class Rotary(nn.Module):
 
 
 def _frequencies(base: BaseModel) -> tuple[Tensor, float]:
-    """Inverse frequencies (d / 2,), theta^(-2i / d), and the factor of cos and sin. Scaled ones come from transformers."""
+    """Inverse frequencies (d / 2,), theta^(-2i / d), and the factor of cos and sin. transformers computes scaled ones."""
     rope: Mapping[str, Any] = base.config["rope_parameters"]
     if rope["rope_type"] == "default":
         exponents = torch.arange(0, base.shape.head_dim, 2, dtype=torch.float) / base.shape.head_dim
@@ -103,10 +122,10 @@ def _frequencies(base: BaseModel) -> tuple[Tensor, float]:
 
 
 class _Weights:
-    """Takes weights by name and remembers those that are not there."""
+    """Takes weights by name and remembers those that are not there, so that one error can name several."""
 
-    def __init__(self, base: BaseModel, weights: Tensors, dtype: torch.dtype):
-        self.base, self.weights, self.dtype = base, weights, dtype
+    def __init__(self, base: BaseModel, weights: Tensors, dtype: torch.dtype, quantized: Callable[..., nn.Module]):
+        self.base, self.weights, self.dtype, self.quantized = base, weights, dtype, quantized
         self.missing: list[str] = []
 
     def __call__(self, name: str) -> Tensor:
@@ -119,17 +138,18 @@ class _Weights:
         return Norm(self(f"{name}.weight"), float(self.base.config["rms_norm_eps"]))
 
     def linear(self, name: str, *, has_bias: bool) -> nn.Module:
-        """A layer of a block, quantised where its codes are."""
+        """A linear layer of a block, quantised if its matrix is stored as codes."""
         key = f"{name}.weight"
         weight, bias = self(key), self(f"{name}.bias") if has_bias else None
         if weight.is_floating_point():
             return Linear(weight, bias)
         shape = self.base.shape.linears[name.rpartition(".")[2]]
         kind = self.base.quantization
-        return quantized_linear(self.weights, key, kind, shape=shape, bias=bias, dtype=self.dtype)
+        return self.quantized(self.weights, key, kind, shape=shape, bias=bias, dtype=self.dtype)
 
 
 def _block(base: BaseModel, take: _Weights, name: str) -> nn.Module:
+    """The modules of one block, which `models.block.run_block` runs; ``name`` is their place in the checkpoint."""
     shape = base.shape
     block: Any = nn.Module()
     block.self_attn, block.mlp = nn.Module(), nn.Module()

@@ -1,7 +1,7 @@
-"""Which configurations the decoder computes as transformers does: every field that changes the arithmetic, by name.
+"""Decides which configurations the decoder computes as transformers does: every field that changes the arithmetic, by name.
 
-A field is read here and checked, or is known to change nothing. Any other is held against transformers' own model
-(`models.verify`), so that a switch that nobody here has heard of is refused and not left out.
+A field is read and checked here, or is known to change nothing. For any other field the decoder is compared with transformers'
+own model (`models.verify`), so that an unknown switch is refused and not ignored.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ COUNTS = (
     "vocab_size",
     "max_position_embeddings",
 )
-# Far above any model's: what is larger is a slip, and would take the memory before it is found out.
+# Far above any model's sizes: a larger number is a slip, and would use up the memory before anyone noticed.
 MOST, MOST_LAYERS, MOST_HEAD_DIM = 1 << 31, 10_000, 1 << 16
-# What is read of a configuration.
+# The fields that are read from a configuration.
 SIZES = {
     *COUNTS,
     "head_dim",
@@ -97,14 +97,14 @@ HARMLESS = {
 
 
 def unknown_fields(values: Mapping[str, Any]) -> list[str]:
-    """The fields of a config.json of which it is not known here what they do."""
+    """The fields of a config.json whose effect is not known here."""
     rope = values.get("rope_parameters") or values.get("rope_scaling")
     nested = [f"rope_parameters.{key}" for key in rope if key not in ROPE_COMMON] if isinstance(rope, dict) else []
     return sorted(values.keys() - SIZES - CHECKED - HARMLESS) + nested
 
 
 def check_stored(values: Mapping[str, Any], name: str) -> None:
-    """UserError where a config.json tells of a family or of a storage of weights that is not read here."""
+    """Raises UserError if a config.json names a family, or a storage of weights, that is not supported."""
     if values.get("model_type") not in ARCHITECTURES:
         rule = f"architecture {values.get('model_type')!r} is not supported"
         raise refusal(name, rule, f"supported: {', '.join(ARCHITECTURES)}")
@@ -120,7 +120,7 @@ def check_stored(values: Mapping[str, Any], name: str) -> None:
 
 
 def check_config(values: Mapping[str, Any], name: str) -> None:
-    """UserError where a complete configuration asks for other arithmetic than the decoder's, or makes no sense."""
+    """Raises UserError if a complete configuration asks for other arithmetic than the decoder's, or makes no sense."""
 
     def must(holds: bool, field: str, rule: str) -> None:
         if not holds:
@@ -154,7 +154,7 @@ def check_config(values: Mapping[str, Any], name: str) -> None:
 
 
 def attention_window(values: Mapping[str, Any]) -> int | None:
-    """How many tokens the narrowest block sees, its own included; None where all blocks see every token before."""
+    """Number of tokens that the narrowest block sees, its own included; None if all blocks see every token before."""
     window = values.get("sliding_window")
     if not window:
         return None

@@ -1,4 +1,4 @@
-"""Where a base model lies: a built-in name, a folder, or a hub id whose files stand in the hub's cache."""
+"""Finds the folder of a base model: a built-in name, a folder, or a hub id whose files are in the hub's cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BUILT_IN = {
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
-# What tokenizers of all kinds are read from.
+# The files that tokenizers of all kinds are read from.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -32,7 +32,7 @@ TOKENIZER_FILES = (
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name can be that of a hub repository, ``owner/name``. Dots in it are no file's suffix."""
+    """True if a name can be that of a hub repository, ``owner/name``. A dot in it does not make it a file's name."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -44,16 +44,16 @@ def is_hub_id(name: str) -> bool:
 
 
 def is_cached(hub_id: str) -> bool:
-    """Whether the configuration of a hub model is in the hub's cache on this machine."""
+    """True if the configuration of a hub model is in the hub's cache on this machine."""
     from huggingface_hub import try_to_load_from_cache
 
     return isinstance(try_to_load_from_cache(hub_id, "config.json"), str)
 
 
 def find_base(name: str) -> str:
-    """The folder of a built-in or local model, or the hub id itself. What is there as a folder is no hub id.
+    """The folder of a built-in or local model, or the hub id itself. A folder of that name comes before a hub id.
 
-    Raises UserError where a name is none of the three.
+    Raises UserError if a name is none of the three.
     """
     if name in BUILT_IN:
         return str(ASSETS / name)
@@ -73,9 +73,9 @@ def find_base(name: str) -> str:
 
 
 def base_folder(name: str, *, with_weights: bool = True) -> Path:
-    """The folder that a base is read from; what it needs of a hub model is fetched into the hub's cache.
+    """The folder that a base is read from; the files that are needed of a hub model are fetched into the hub's cache.
 
-    ``name`` as in ``model.base``, or what `find_base` made of it.
+    ``name`` as in ``model.base``, or the result of `find_base`. Without ``with_weights`` no weights are fetched.
     """
     found = find_base(name)
     folder = (
@@ -102,7 +102,7 @@ def base_files(name: str) -> list[Path]:
 def weight_files(folder: Path, name: str) -> list[Path]:
     """The safetensors that transformers reads: ``model.safetensors``, else those that the index names, and no others.
 
-    UserError names the file that is not there.
+    Raises UserError with the name of a file that is not there.
     """
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
@@ -119,7 +119,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
 
 
 def read_json(path: Path, name: str) -> dict:
-    """The object in a JSON file of the model ``name``; UserError names the file where it is none."""
+    """The object in a JSON file of the model ``name``. Raises UserError if the file cannot be read or holds no object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -135,7 +135,7 @@ def refusal(name: str, rule: str, hint: str | None = None) -> UserError:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of another library says, in one line of bounded length."""
+    """The text of another library's error, in one line of bounded length."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:200]
 

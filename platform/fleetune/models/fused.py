@@ -17,13 +17,13 @@ from fleetune.models import kernels
 class _RMSNorm(torch.autograd.Function):
     """y = w x / rms(x), rms(x) = sqrt(mean x^2 + eps) (Zhang and Sennrich 2019, arXiv 1910.07467).
 
-    x is handed through: whoever goes on with it, as the residual stream does, has its gradient added here and not by a pass
-    of its own.
+    x (…, D) is returned beside y. The residual stream goes on with that x, so its gradient arrives here as well and is added in
+    the same pass; otherwise autograd would add the two in a pass of its own.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # after the last block nobody reads the x that is returned: None, not zeros
         if kernels.takes(x, weight) and product_dtype(x) is x.dtype:
             y, inverse = kernels.rms_norm(x, weight, eps)
             ctx.save_for_backward(x, weight, inverse)
@@ -36,7 +36,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
-        through, grad = grads
+        through, grad = grads  # of the x that was returned, and of y: (…, D) each
         if grad is None:
             return through, None, None
         x, weight, inverse = ctx.saved_tensors
@@ -47,11 +47,15 @@ class _RMSNorm(torch.autograd.Function):
         # dx = g / rms - x <g, x> / (D rms^3)
         shared = torch.linalg.vecdot(g, wide).unsqueeze(-1).mul_(inverse.pow(3)).div_(x.shape[-1])
         g.mul_(inverse).addcmul_(wide, shared, value=-1)
+        # Written into g, which was made above: `through` and `grad` belong to autograd, which may add them elsewhere too.
         return (g if through is None else g.add_(through)).to(x.dtype), None, None
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) up, silu(x) = x sigmoid(x) (Shazeer 2020, arXiv 2002.05202). Compiled, silu(gate) is not kept but made again."""
+    """silu(gate) up, silu(x) = x sigmoid(x) (Shazeer 2020, arXiv 2002.05202), all (…, D).
+
+    The compiled kernel computes silu(gate) again in the backward pass instead of keeping it.
+    """
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -71,7 +75,10 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class _Rotary(torch.autograd.Function):
-    """Rotation of the pairs (x_i, x_{i + d/2}) by position (Su et al. 2021, arXiv 2104.09864); its gradient turns back."""
+    """Rotation of the pairs (x_i, x_{i + d/2}) by position (Su et al. 2021, arXiv 2104.09864).
+
+    A rotation's transpose is its inverse, so the gradient is rotated back and x need not be kept.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -85,7 +92,11 @@ class _Rotary(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """Causal attention with rotary positions, compiled; keeps two numbers per query beside what it was given."""
+    """Causal attention with rotary positions, compiled.
+
+    For the backward pass it keeps its inputs and two numbers per query: the largest score and 1 / sum of exponentials, from
+    which the probabilities are computed again. Kept, they would take S times as many numbers.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
@@ -102,7 +113,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """log sum_v exp(x_v) - x_target, compiled; PyTorch writes three matrices of the logits' size for its gradient."""
+    """log sum_v exp(x_v) - x_target, compiled: its gradient takes one matrix of the logits' size, PyTorch's takes three."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
@@ -122,16 +133,17 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:
+    """bf16 as fp32, since sums of squares lose too much in bf16; fp32 and fp64 as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x itself, and its RMSNorm over the last dimension with a frozen gain, in the type of the products that take it up."""
+    """x (…, D) itself, and its RMSNorm with a frozen gain ``weight (D,)``, in the type of the products that read it."""
     return _RMSNorm.apply(x, weight, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """The gate of the feed-forward part: silu(gate) up, of equal shapes."""
+    """The gate of the feed-forward part: silu(gate) up, of equal shapes (…, D)."""
     return _SwiGLU.apply(gate, up)
 
 
@@ -143,8 +155,9 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
-    """Every token attends to itself and those before it, at the positions that cos, sin (B or 1, 1, S, d) stand for:
-    q (B, S, heads, d), k and v (B, S, kv heads, d) -> (B, S, heads, d).
+    """Causal attention with rotary positions: q (B, S, heads, d), k and v (B, S, kv heads, d) -> (B, S, heads, d).
+
+    ``cos, sin`` (B or 1, 1, S, d) are those of the tokens' positions; every token attends to itself and to those before it.
     """
     if kernels.takes(q, k, v, cos, sin) and q.shape[1] <= kernels.MAX_TOKENS:
         return _Attention.apply(q, k, v, cos, sin, scale)
@@ -155,11 +168,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: 
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate ``x (B, heads, S, d)`` by ``cos, sin (1, 1, S, d)``."""
+    """Rotate ``x (B, heads, S, d)`` by ``cos, sin (B or 1, 1, S, d)``."""
     return _Rotary.apply(x, cos, sin)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    """Rotate forward (``sign`` 1) or back (-1). cos and sin hold each angle twice, at i and at i + d/2."""
     if kernels.takes(x, cos, sin):
         return kernels.rotate(x, cos, sin, sign)
     half = x.shape[-1] // 2

@@ -5,26 +5,22 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fleetune.digests import file_digest, file_digests
 from fleetune.errors import UserError
 from fleetune.models import architectures as shapes
+from fleetune.models.base import BaseModel
 from fleetune.models.checkpoint import HEAD, read_weights
 from fleetune.models.config import ModelConfig
 from fleetune.models.family import HARMLESS, SIZES, check_config, check_stored, unknown_fields
 from fleetune.models.folder import base_files, base_folder, find_base, one_line, read_json, refusal
 
-if TYPE_CHECKING:
-    pass
-
-from fleetune.models.base import BaseModel
-
 
 def load_config(config: ModelConfig) -> dict[str, Any]:
     """The architecture of the base model, without its weights: the values of a complete config.json.
 
-    UserError where the decoder would not compute what transformers' model of this configuration does.
+    Raises UserError if the decoder would not compute the same as transformers' model of this configuration.
     """
     name = config.base
     folder = base_folder(name, with_weights=False)
@@ -41,10 +37,10 @@ def load_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _is_complete(values: dict[str, Any]) -> bool:
-    """Whether a config.json leaves nothing to the defaults and rules of transformers, whose import takes seconds."""
+    """True if a config.json leaves nothing to the defaults and rules of transformers, whose import takes seconds."""
     needed = SIZES | {"hidden_act"}
-    said = needed | HARMLESS | {"model_type", "mlp_bias", "attention_dropout"}
-    if values["model_type"] != "llama" or not needed <= values.keys() <= said:
+    allowed = needed | HARMLESS | {"model_type", "mlp_bias", "attention_dropout"}
+    if values["model_type"] != "llama" or not needed <= values.keys() <= allowed:
         return False
     rope = values["rope_parameters"]
     return isinstance(rope, dict) and rope.keys() == {"rope_type", "rope_theta"} and rope["rope_type"] == "default"
@@ -61,7 +57,7 @@ def _completed(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _check_rotary(values: dict[str, Any], name: str) -> None:
-    """UserError where scaled rotary embeddings lack what they are computed from, or come out as no numbers."""
+    """Raises UserError if scaled rotary embeddings cannot be computed from this configuration, or are not finite."""
     from fleetune.models.decoder import Rotary
 
     try:
@@ -75,7 +71,10 @@ def _check_rotary(values: dict[str, Any], name: str) -> None:
 
 
 def load_base(config: ModelConfig) -> BaseModel:
-    """Read the weights (safetensors only), in fp32 or quantised as the job file says. UserError where they change meanwhile."""
+    """Read the weights (safetensors only), in fp32 or quantised as the job file says.
+
+    Raises UserError if a file changes meanwhile.
+    """
     name = config.base
     settings = base_folder(name, with_weights=False) / "config.json"
     first = {settings.name: file_digest(settings)}
@@ -91,7 +90,7 @@ def load_base(config: ModelConfig) -> BaseModel:
 
 
 def base_content(name: str) -> dict[str, str]:
-    """File -> digest of all that a model and its tokenizer are read from. ``name`` as in ``model.base``."""
+    """File -> digest, for all files of a model and its tokenizer. ``name`` as in ``model.base``."""
     try:
         return file_digests(base_files(name))
     except OSError as error:
@@ -99,7 +98,7 @@ def base_content(name: str) -> dict[str, str]:
 
 
 def check_unchanged(base: BaseModel) -> None:
-    """UserError where a file is no longer what it was when the weights were read."""
+    """Raises UserError if a file has changed since the weights were read."""
     now = base_content(base.folder) if base.content else {}
     changed = sorted(name for name in {*now, *base.content} if now.get(name) != base.content.get(name))
     if changed:
@@ -109,15 +108,15 @@ def check_unchanged(base: BaseModel) -> None:
 
 def load_tokenizer(folder: str) -> Any:
     """The base model's own tokenizer, as AutoTokenizer picks it. ``folder``: `BaseModel.folder`."""
-    place = base_folder(folder, with_weights=False)
+    files = base_folder(folder, with_weights=False)
     try:
-        if _is_generic_tokenizer(place):
+        if _is_generic_tokenizer(files):
             from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-            return TokenizersBackend.from_pretrained(place)
+            return TokenizersBackend.from_pretrained(files)
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(files, trust_remote_code=False)
     except Exception as error:
         raise UserError(
             f"the tokenizer cannot be read: {one_line(error)}",
@@ -128,7 +127,7 @@ def load_tokenizer(folder: str) -> Any:
 
 
 def _is_generic_tokenizer(folder: Path) -> bool:
-    """Whether AutoTokenizer takes tokenizer.json as it is: for a Llama that says so. Asking it costs seconds."""
+    """True if AutoTokenizer would take tokenizer.json as it is, by a Llama's files; importing AutoTokenizer takes seconds."""
     try:
         tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         model = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""LoRA over a whole cohort: K clients share one frozen linear layer and bring a pair (A_k, B_k) each.
+"""LoRA over a full cohort: K clients share one frozen linear layer and bring a pair (A_k, B_k) each.
 
         x (K b, S, in) ──► base.weight ───────────────► + ──► y (K b, S, out)
             └─ as (K, b S, in) ──► A (K, r, in) ──► B (K, out, r) × alpha / r ──┘
@@ -40,20 +40,20 @@ class AdaptedLinear(nn.Module):
         if self.lora_A is None or self.lora_B is None:
             return y
         num_clients = self.lora_A.shape[0]
-        x_k = x.reshape(num_clients, -1, x.shape[-1])
+        x_k = x.reshape(num_clients, -1, x.shape[-1])  # (K, b S, in)
         if self.dropout and self.training:
             x_k = nn.functional.dropout(x_k, self.dropout)
-        y_k = y.view(num_clients, -1, y.shape[-1])
+        y_k = y.view(num_clients, -1, y.shape[-1])  # (K, b S, out); rows go client by client
         dtype = product_dtype(x)
         a, b = self.lora_A.mT.to(dtype), self.lora_B.mT.to(dtype)
         return torch.baddbmm(y_k, x_k @ a, b, alpha=self.scaling).view(y.shape)
 
 
 def linears(x: Tensor, layers: Sequence[Any], residual: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Linear layers, adapted or not, on the same x (K b, S, in); the first one's output is added to ``residual``.
+    """Linear layers, adapted or not, on the same x: (K b, S, in) -> (K b, S, out) each.
 
-    Where all weights are plain matrices that is one function (`fleetune.models.project`). Quantised layers multiply by
-    themselves, and so do adapters that drop some of their input: then each layer runs on its own.
+    The first one's output is added to ``residual`` (K b, S, out) if there is one. Layers with plain weights run as one
+    function (`fleetune.models.project`). Quantised layers and adapters with dropout are not fused: each layer runs on its own.
     """
     plain = [_as_projection(layer) for layer in layers]
     if all(plain):
@@ -63,6 +63,7 @@ def linears(x: Tensor, layers: Sequence[Any], residual: Tensor | None = None) ->
 
 
 def _as_projection(layer: Any) -> Projection | None:
+    """The layer for `project`; None if it cannot be fused."""
     is_adapted = isinstance(layer, AdaptedLinear)
     base = layer.base if is_adapted else layer
     if not base.weight.is_floating_point():
@@ -75,7 +76,7 @@ def _as_projection(layer: Any) -> Projection | None:
 
 
 def init_lora(sites: Mapping[str, tuple[int, int]], config: LoRAConfig, *, run_seed: int) -> Tensors:
-    """A fresh adapter for sites {name: (in, out)}: A uniform in ±1/sqrt(in) (Kaiming with a = sqrt 5), B = 0."""
+    """A fresh adapter for sites {name: (in, out)}: A (r, in) uniform in ±1/sqrt(in) (Kaiming with a = sqrt 5), B (out, r) = 0."""
     out: Tensors = {}
     for index, (site, (num_in, num_out)) in enumerate(sites.items()):
         generator = torch.Generator().manual_seed(seed_of(run_seed, "lora-init", index))

@@ -28,10 +28,10 @@ class Network:
     """
 
     precision = "fp32"
-    """Of the products, and so of the activations between them. The residual stream, logits and adapters stay fp32."""
+    """Type of the products, and so of the activations between them. The residual stream, logits and adapters stay fp32."""
     device = torch.device("cpu")
     checkpointing = False
-    """Whether blocks keep only their input while training, and are computed again in the backward pass."""
+    """True if blocks keep only their input while training and are computed again in the backward pass."""
 
     def __init__(self, base: BaseModel, submodel: Submodel, lora: LoRAConfig, *, precision: str = "fp32"):
         self.submodel = submodel
@@ -52,23 +52,24 @@ class Network:
         return int(self.model.model.embed_tokens.weight.shape[1])
 
     def set_adapter(self, stacked: Tensors | None) -> None:
-        """Give every site its stacked factors, ``<site>.lora_A (K, r, in)`` and ``.lora_B (K, out, r)``; None: none."""
+        """Give every site its stacked factors, ``<site>.lora_A (K, r, in)`` and ``.lora_B (K, out, r)``; None removes them."""
         for name, site in self.sites.items():
             site.lora_A = None if stacked is None else stacked.get(f"{name}.lora_A")
             site.lora_B = None if stacked is None else stacked.get(f"{name}.lora_B")
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the products."""
+        """PyTorch's type for the products."""
         return PRODUCT_DTYPES[self.precision]
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Around products, so that all are carried out in the network's precision."""
+        """A context in which all products are carried out in the network's precision."""
         if self.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
     def _wide(self, x: Tensor) -> Tensor:
+        """x as fp32 if the products are of another type: for the residual stream and the logits."""
         return x if self.precision == "fp32" else x.float()
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -86,7 +87,10 @@ class Network:
         return cos[:, None], sin[:, None]
 
     def blocks(self, h: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Run blocks [start, stop) on (K b, S, D). Causal; batches are padded on the right, so no mask is needed."""
+        """Run blocks [start, stop): (K b, S, D) -> (K b, S, D).
+
+        No mask is needed: batches are padded on the right, and causal attention keeps real tokens from seeing the padding.
+        """
         cos, sin = self.rotary(h, torch.arange(h.shape[1], device=h.device)[None])
         with self.autocast():
             for layer in self.layers[start:stop]:
@@ -116,6 +120,7 @@ def linear_sites(base: BaseModel, lora: LoRAConfig) -> dict[str, tuple[int, int]
 
 
 def _adapt(model: Any, lora: LoRAConfig) -> dict[str, AdaptedLinear]:
+    """Put an `AdaptedLinear` around every target layer, in place; {site: layer} as `linear_sites` names them."""
     sites = {}
     for name, module in list(model.named_modules()):
         if ".layers." in name and name.split(".")[-1] in lora.target_names:

@@ -22,7 +22,7 @@ CONFIG = "adapter_config.json"
 
 
 def save_adapter(folder: Path, model: GlobalModel, base: BaseModel, lora: LoRAConfig) -> None:
-    """Write adapter_config.json and adapter_model.safetensors for an adapter of the whole model."""
+    """Write adapter_config.json and adapter_model.safetensors for an adapter of the full model."""
     assert model.submodel.is_whole(base.num_layers), "an adapter is shipped for the whole model"
     folder.mkdir(parents=True, exist_ok=True)
     config = {

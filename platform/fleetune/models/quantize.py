@@ -16,7 +16,7 @@ from fleetune.tensors import Tensors
 
 
 def is_linear(name: str) -> bool:
-    """Whether a checkpoint entry is the matrix of a linear layer inside a block (never embeddings or the head)."""
+    """True if a checkpoint entry is the matrix of a linear layer inside a block (never embeddings or the head)."""
     return ".layers." in name and name.endswith(".weight") and name.split(".")[-2] in LINEAR_NAMES
 
 
@@ -67,7 +67,7 @@ def quantized_linear(
     bias: Tensor | None,
     dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """A bitsandbytes layer (in, out) over the stored codes, without copying them. ``dtype``: of nf4's products."""
+    """A bitsandbytes layer over the stored codes, without copying them. ``shape``: (in, out); ``dtype``: of nf4's products."""
     import bitsandbytes as bnb
 
     num_in, num_out = shape

@@ -1,6 +1,6 @@
-"""Which blocks a stage trains: a selection or a linear combination of the base model's blocks.
+"""The blocks that a stage trains: a selection or a linear combination of the base model's blocks.
 
-One value covers prefixes (ProgFed), kept layers (FedSODA) and fused groups (DevFT): block n of the submodel is
+One value covers prefixes (ProgFed), selected layers (FedSODA) and fused groups (DevFT): block n of the submodel is
 ``sum_j w_j * block_j`` of the base. Adapters are named by position, ``layers.<n>.…``.
 """
 
@@ -16,6 +16,7 @@ from fleetune.models.quantize import dequantize, is_linear, quantize, statistics
 from fleetune.tensors import Tensors
 
 Combination = tuple[tuple[int, float], ...]
+"""(index j of a base block, its weight w_j), for each summand of one block of the submodel."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Submodel:
 
     @classmethod
     def prefix(cls, num_layers: int) -> Submodel:
-        """The first ``num_layers`` blocks as they are (all of them: the whole model)."""
+        """The first ``num_layers`` blocks as they are (all of them: the full model)."""
         return cls(tuple(((j, 1.0),) for j in range(num_layers)))
 
     @classmethod
@@ -49,15 +50,18 @@ class Submodel:
         return len(self.layers)
 
     def is_whole(self, num_layers: int) -> bool:
-        """Whether this is the base model itself."""
+        """True if this is the base model itself."""
         return self == Submodel.prefix(num_layers)
 
     def fuse_adapter(self, adapter: Tensors) -> Tensors:
-        """The submodel's adapter out of one for all blocks: each tensor by the same combination."""
+        """The submodel's adapter from an adapter of all blocks: each tensor is combined like the block's weights."""
         return self._combine(adapter, "layers.")
 
     def weights(self, base: BaseModel) -> Tensors:
-        """The submodel's weights out of the base's; blocks that are taken as they are share their memory."""
+        """The submodel's weights from the base's. Blocks that are taken as they are share the base's memory.
+
+        Codes of quantised matrices cannot be added: they are dequantised, combined and quantised again.
+        """
         prefix = "model.layers."
         shared = {n: w for n, w in base.weights.items() if not n.startswith(prefix)}
         if all(len(c) == 1 and c[0][1] == 1.0 for c in self.layers) or base.quantization == "none":
@@ -91,10 +95,11 @@ class Submodel:
 
 
 def combined(parts: list, weights: list[float]):
-    """sum_j w_j x_j, summed in fp32; a single part of weight 1 is itself, not a copy."""
+    """sum_j w_j x_j over tensors of one shape, summed in fp32; a single part of weight 1 is returned itself, not a copy."""
     if len(parts) == 1 and weights[0] == 1.0:
         return parts[0]
-    if parts[0].is_meta:  # a plan's: it has a size alone, and torch would load half its compiler to multiply it
+    # A plan's tensors have sizes and no numbers, and PyTorch would load half of its compiler to multiply them.
+    if parts[0].is_meta:
         return torch.empty(parts[0].shape, dtype=parts[0].dtype, device="meta")
     total = parts[0].float() * weights[0]
     for part, weight in zip(parts[1:], weights[1:], strict=True):
@@ -103,5 +108,6 @@ def combined(parts: list, weights: list[float]):
 
 
 def _suffixes(tensors: Tensors, prefix: str, layer: int) -> list[str]:
+    """The names of one block's tensors after ``<prefix><layer>.``."""
     start = f"{prefix}{layer}."
     return [name.removeprefix(start) for name in tensors if name.startswith(start)]

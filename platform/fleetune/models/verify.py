@@ -1,4 +1,4 @@
-"""The decoder against transformers' own model: small random weights under a configuration with fields that nobody here knows."""
+"""Compares the decoder with transformers' own model, on small random weights, for configurations with unknown fields."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOLERANCE = 1e-3  # of the largest logit: fp32 sums in another order differ by 1
 
 
 def check_against_transformers(values: dict[str, Any], unknown: Sequence[str], name: str) -> None:
-    """UserError naming the ``unknown`` fields where the logits differ, or where transformers cannot run such a model."""
+    """Raises UserError with the ``unknown`` fields if the logits differ, or if transformers cannot run such a model."""
     shown = ", ".join(unknown[:8]) + (", …" if len(unknown) > 8 else "")
     try:
         ours, theirs = _logits(_shrunk(values), name)
@@ -48,7 +48,7 @@ def _shrunk(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _logits(values: dict[str, Any], name: str) -> tuple[Tensor, Tensor]:
-    """Those of the decoder and of transformers' model in training, where it would drop out, (1, NUM_TOKENS, V)."""
+    """Logits (1, NUM_TOKENS, VOCABULARY) of the decoder and of transformers' model, in training mode to show any dropout."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from fleetune.models.base import BaseModel

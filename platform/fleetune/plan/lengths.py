@@ -1,6 +1,6 @@
-"""How long a job's training examples are: all that costs depend on of a dataset, kept in a cache of its own.
+"""The lengths of a job's training examples: costs depend on nothing else of a dataset. They have a cache of their own.
 
-Data that is at hand (built in, or a local file, with the model's own tokenizer) is tokenised once, exactly as a run does.
+Data on this machine (built in, or a local file, with the model's own tokenizer) is tokenised once, exactly as a run does it.
 Otherwise every example is assumed to have ``data.max_tokens`` tokens, all of them learnt: the most that it can cost.
 """
 
@@ -27,22 +27,21 @@ from fleetune.files import default_cache_dir
 from fleetune.models.base import BaseModel
 from fleetune.spec import RunSpec
 
-EXAMPLES_PER_CLIENT = 200  # assumed where the data is not at hand; that of the built-in dataset and fleet
+EXAMPLES_PER_CLIENT = 200  # assumed if the data is not on this machine: as in the built-in dataset and fleet
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of each training example: tokens and those before the response, int64 (n,), and what the partition goes by."""
+    """The lengths of n training examples, and the keys by which they are dealt to clients."""
 
-    tokens: np.ndarray
-    prompt: np.ndarray
-    keys: np.ndarray
-    loss_on: str
-    assumed: tuple[str, ...] = ()
-    """What was taken for granted about the data, in words."""
+    tokens: np.ndarray  # (n,) int64
+    prompt: np.ndarray  # (n,) int64: tokens before the response
+    keys: np.ndarray  # (n,) int64: `data.partition` deals by these
+    loss_on: str  # response or all, as in `data.loss_on`
+    assumed: tuple[str, ...] = ()  # assumptions about the data, in words
 
     def dataset(self) -> TokenizedDataset:
-        """A dataset of examples of these lengths, without their tokens."""
+        """A dataset of examples of these lengths, without tokens."""
         return TokenizedDataset(
             tokens=np.empty(0, np.int32),
             offsets=np.concatenate([[0], np.cumsum(self.tokens)]).astype(np.int64),
@@ -96,7 +95,7 @@ def _assumed(spec: RunSpec, base: BaseModel) -> Lengths:
 
 
 def _files(data: DataConfig, base: BaseModel) -> list[Path] | None:
-    """The files that the lengths depend on; None where the dataset or the tokenizer is not on this machine."""
+    """The files that the lengths depend on; None if the dataset or the tokenizer is not on this machine."""
     names = [name for name in (data.dataset, data.eval_dataset) if name is not None and name not in DATASETS]
     on_hub = any(name.count("/") == 1 and not looks_like_a_file(name) and not Path(name).exists() for name in names)
     if on_hub or not has_tokenizer(base):
@@ -106,7 +105,7 @@ def _files(data: DataConfig, base: BaseModel) -> list[Path] | None:
 
 
 def has_tokenizer(base: BaseModel) -> bool:
-    """Whether its tokenizer lies beside the model on this machine."""
+    """True if a tokenizer lies beside the model on this machine."""
     return bool(base.folder) and (Path(base.folder) / "tokenizer.json").is_file()
 
 
@@ -116,7 +115,7 @@ def _key(spec: RunSpec, files: list[Path]) -> str:
     partition = [spec.data.partition.kind in ("iid", "quantity"), spec.data.partition.key]
     digest = hashlib.blake2b(json.dumps([data, partition, spec.seed], sort_keys=True).encode(), digest_size=16)
     for path in files:
-        with contextlib.suppress(OSError):  # what cannot be read is told by who reads it
+        with contextlib.suppress(OSError):  # the error is raised, with the file's name, when the data is read
             digest.update(f"{path.resolve()} {file_digest(path)}".encode())
     for source in sorted(Path(fleetune.data.__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
@@ -124,7 +123,7 @@ def _key(spec: RunSpec, files: list[Path]) -> str:
 
 
 def _write(path: Path, found: Lengths) -> None:
-    """A cache that cannot be written is no reason to stop."""
+    """Write the cache; if that fails, the next plan computes the lengths again."""
     with contextlib.suppress(OSError), files.replacing(path) as scratch, scratch.open("wb") as file:
         np.savez(file, tokens=found.tokens, prompt=found.prompt, keys=found.keys)
 

@@ -40,7 +40,7 @@ def show(plans: Sequence[Plan]) -> None:
 
 
 def stage_table(plan: Plan, *, title: str | None) -> Table:
-    """What every stage asks of every class of device."""
+    """The needs of every stage on every class of device."""
     rows = by_stage(plan)
     own = list(own_columns(plan.rounds[0]))
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
@@ -80,12 +80,12 @@ def _cells(row: Row) -> list[Text | str]:
     started = row["num_clients"] - refused
     fit = Text("all" if not refused else f"{started / row['num_clients']:.0%}" if started else "none")
     fit.stylize("green" if not refused else "yellow" if started else "red")
-    known: list[Text | str] = [str(row["num_clients"]), fit, size(row["peak_memory_bytes"]), size(row["budget_bytes"])]
+    cells: list[Text | str] = [str(row["num_clients"]), fit, size(row["peak_memory_bytes"]), size(row["budget_bytes"])]
     if not started:
-        return [*known, *[NOTHING] * 5]
+        return [*cells, *[NOTHING] * 5]
     link = row["downlink_seconds"] + row["uplink_seconds"]
     return [
-        *known,
+        *cells,
         duration(row["compute_seconds"]),
         duration(link),
         energy(row["energy_joules"]),
@@ -95,7 +95,7 @@ def _cells(row: Row) -> list[Text | str]:
 
 
 def _smallest(row: Row, adapts: str) -> str:
-    """The smallest share of the work that any client of this row takes."""
+    """The smallest workload that any client of this row takes."""
     if adapts == "checkpointing":
         return "checkpointing" if row["checkpointing"] else "all kept"
     least = {"batch": "batch {least_batch_size}", "rank": "rank {least_rank}", "capacity": "{least_depth:g} blocks"}
@@ -103,7 +103,7 @@ def _smallest(row: Row, adapts: str) -> str:
 
 
 def fit_table(plans: Sequence[Plan]) -> Table:
-    """Plans by device class: what each stage needs, and whether it fits."""
+    """Plans by device class: the memory that each stage needs, and whether it fits."""
     rows = takes_part(plans)
     most = max(len(row["needs_bytes"]) for row in rows)
     table = Table(box=None, pad_edge=False)
@@ -124,7 +124,7 @@ def fit_table(plans: Sequence[Plan]) -> Table:
 
 
 def total_table(plans: Sequence[Plan]) -> Table:
-    """What each run comes to; beside the first, how many times as much that one needs."""
+    """Each run's totals, and how many times as much the first one needs."""
     table = Table(box=None, pad_edge=False)
     table.add_column("plan")
     for name in ("refused", "virtual time", "energy", "up", "down", "FLOPs"):

@@ -1,17 +1,16 @@
-"""A plan in short: what every stage asks of every class of device, and what the run comes to."""
+"""A plan in short: the needs of every stage on every class of device, and the run's totals."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from fleetune.plan.walk import LARGEST, MEANS, SHARES, SUMS, Plan, Row
-
-COUNTS = ("num_clients", "num_ok", "num_oom", "num_refused", "num_dropped", "num_late")
+from fleetune.columns import ROUND_COLUMNS
+from fleetune.plan.walk import COUNTS, LARGEST, MEANS, SUMS, WORKLOAD, Plan, Row
 
 
 def by_stage(plan: Plan) -> list[Row]:
-    """One row per stage and device class, over all rounds of the stage; sums and seconds per client that starts."""
+    """One row per stage and device class, over all rounds of the stage; sums and seconds are per client that starts."""
     own = {row["round"]: row for row in plan.rounds}
     groups: dict[tuple[int, str], list[Row]] = {}
     for line in plan.devices:
@@ -25,7 +24,7 @@ def by_stage(plan: Plan) -> list[Row]:
         row |= {name: sum(line[name] for line in lines) for name in COUNTS}
         row |= {name: max(line[name] for line in lines) for name in LARGEST}
         row["budget_bytes"] = lines[0]["budget_bytes"]
-        row |= {f"least_{name}": min(line[f"least_{name}"] for line in lines) for name in SHARES}
+        row |= {f"least_{name}": min(line[f"least_{name}"] for line in lines) for name in WORKLOAD}
         row["checkpointing"] = any(line["checkpointing"] for line in lines)
         row |= {
             name: next((line[name] for line in lines if line[name]), None) for name in ("refused_by", "refused_hint")
@@ -42,10 +41,8 @@ def by_stage(plan: Plan) -> list[Row]:
 
 def own_columns(row: Row) -> Row:
     """The method's own columns of a round (depth, split_point, …)."""
-    from fleetune.columns import ROUND_COLUMNS
-
-    known = {column.name for column in ROUND_COLUMNS}
-    return {name: value for name, value in row.items() if name not in known}
+    common = {column.name for column in ROUND_COLUMNS}
+    return {name: value for name, value in row.items() if name not in common}
 
 
 def comparison(plans: Sequence[Plan]) -> list[Row]:
@@ -65,24 +62,24 @@ def comparison(plans: Sequence[Plan]) -> list[Row]:
 
 
 def takes_part(plans: Sequence[Plan]) -> list[Row]:
-    """Per plan and device class: what each of its stages needs, in order, and the share of clients that it fits."""
+    """Per plan and device class: the memory that each stage needs, in order, and the fraction of clients that it fits."""
     out = []
     for plan in plans:
         rows = by_stage(plan)
         for device in dict.fromkeys(row["device"] for row in rows):
-            mine = [row for row in rows if row["device"] == device]
+            stages = [row for row in rows if row["device"] == device]
             out.append({
                 "plan": plan.label,
                 "device": device,
-                "needs_bytes": [row["peak_memory_bytes"] for row in mine],
-                "fits": [1 - (row["num_oom"] + row["num_refused"]) / row["num_clients"] for row in mine],
-                "budget_bytes": mine[0]["budget_bytes"],
+                "needs_bytes": [row["peak_memory_bytes"] for row in stages],
+                "fits": [1 - (row["num_oom"] + row["num_refused"]) / row["num_clients"] for row in stages],
+                "budget_bytes": stages[0]["budget_bytes"],
             })  # fmt: skip
     return out
 
 
 def document(plans: Sequence[Plan]) -> dict[str, Any]:
-    """Everything as ``--json`` prints it."""
+    """The plans as ``--json`` prints them."""
     spec = plans[0].spec
     return {
         "job": spec.name,

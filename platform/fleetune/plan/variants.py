@@ -1,4 +1,4 @@
-"""Which plans one command asks for: the job itself, other methods beside it, and fields that are varied."""
+"""The plans of one command: the job itself, other methods beside it, and fields that are varied."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from fleetune.errors import UserError, unknown_name
 from fleetune.methods import METHODS
 from fleetune.spec import RunSpec, from_dict, parse_overrides, read_yaml, split_assignment, value_of, yaml_value
 
-MAX_VARIANTS = 200  # assumed: a table that is still read
+MAX_VARIANTS = 200  # assumed: nobody reads a longer table
 
 
 def variants(
     job: Path, assignments: Sequence[str], *, compare: str | None = None, vary: Sequence[str] = ()
 ) -> list[tuple[str, RunSpec]]:
-    """(label, spec) of every plan: methods times the product of the varied fields' values."""
+    """(label, spec) of every plan: each method with each combination of the varied fields' values."""
     values, overrides = read_yaml(job), parse_overrides(list(assignments))
     axes = {field: _listed(field, text) for field, text in map(split_assignment, vary)}
     own = from_dict(values, overrides).method.name if not compare else ""
@@ -37,15 +37,15 @@ def variants(
 
 
 def _of_method(name: str, values: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that this method knows: another one's settings are not its own."""
+    """The job's fields with this method; settings that it does not have are left out."""
     if name not in METHODS:
         raise unknown_name("method", name, METHODS, field="--compare")
-    known = METHODS[name].Config.model_fields
-    mine = {path: value for path, value in fields.items() if _field(path) is None or _field(path) in known}
+    settings = METHODS[name].Config.model_fields
+    fitting = {path: value for path, value in fields.items() if _field(path) is None or _field(path) in settings}
     own = values.get("method", {})
     if isinstance(own, dict) and own.get("name") == name:
-        return {**mine, "method.name": name}
-    return {"method": {"name": name}, **mine, "method.name": name}
+        return {**fitting, "method.name": name}
+    return {"method": {"name": name}, **fitting, "method.name": name}
 
 
 def _field(path: str) -> str | None:
@@ -54,7 +54,7 @@ def _field(path: str) -> str | None:
 
 
 def _listed(field: str, text: str) -> list[Any]:
-    """The values to try: a YAML list, or what stands between commas, each as ``--set`` would take it."""
+    """The values to try: a YAML list, or values between commas, each read as ``--set`` reads it."""
     choice = yaml_value(field, text)
     if not isinstance(choice, list) and "," in text:
         choice = (
@@ -66,5 +66,5 @@ def _listed(field: str, text: str) -> list[Any]:
 
 
 def _is_flat(text: str) -> bool:
-    """Whether every comma parts two values, and none stands in a mapping or a list."""
+    """True if every comma parts two values, and none is inside a mapping or a list."""
     return not any(bracket in text for bracket in "[]{}")

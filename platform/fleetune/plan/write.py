@@ -17,7 +17,10 @@ MAX_DRAWN = 8  # plans with figures of their own; the totals show the others
 
 
 def write(plans: Sequence[Plan], out: Path) -> list[Path]:
-    """``plan.parquet`` (per plan, round and device class), ``rounds.parquet``, ``figures/*.png`` and ``plan.html``."""
+    """``plan.parquet`` (per plan, round and device class), ``rounds.parquet``, ``figures/*.png`` and ``plan.html``.
+
+    Returns their paths. Raises UserError if the folder cannot be made.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -48,18 +51,22 @@ def _page(plans: Sequence[Plan], pictures: Sequence[Path], path: Path) -> Path:
     """One HTML page with all tables and figures."""
     assumed = list(dict.fromkeys(note for plan in plans for note in plan.assumptions))
     stages = [row for plan in plans for row in by_stage(plan)]
+    totals = comparison(plans)
+    if len(plans) == 1:  # nothing to compare with
+        totals = [{name: value for name, value in row.items() if not name.endswith("_ratio")} for row in totals]
     sections = [
         *([Section("Assumed", [Items(assumed)])] if assumed else []),
-        Section("Totals", [_table(comparison(plans), "Totals")]),
+        Section("Totals", [_table(totals, "Totals")]),
         Section("Stages and devices", [_table(stages, "Stages and devices")]),
         Section("Figures", [image(picture) for picture in pictures]),
     ]
-    subtitle = "No training, no weights: what the work would cost. Ratios: how many times as much the first plan needs."
+    subtitle = "No training, no weights: what the work would cost."
+    subtitle += " Ratios: how many times as much the first plan needs." if len(plans) > 1 else ""
     return Page(f"Plan of {plans[0].spec.name}", subtitle, sections).write(path)
 
 
 def _table(rows: Sequence[Row], caption: str) -> Table:
-    """Rows of named values; a name's suffix says its unit."""
+    """A table with a column for each name in the rows; the last word of a name is its unit."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[Cell(_text(name, row.get(name)), row.get(name)) for name in names] for row in rows]
     return Table([name.removeprefix("num_").replace("_", " ") for name in names], cells, caption=caption)

@@ -1,8 +1,8 @@
 """Sustained fractions, fitted inside the roofline: ``python -m fleetune.pricing.fit`` prints them beside the catalogue's.
 
 A device's fraction of its peak is the one with which half of the steps that were measured on it come out too long and half too
-short, memory-bound operators and launches included. Above 1 it says that a rate, or the count of bytes, is wrong: no such
-fraction is in the catalogue, which then assumes one and says so.
+short, memory-bound operators and launches included. A fraction above 1 means that a rate, or the count of bytes, is wrong: the
+catalogue has none, but assumes a fraction for such a device and says so.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LOWEST, HIGHEST = 1e-4, 1e2
 
 
 def fitted_devices() -> dict[str, list[Measurement]]:
-    """The steps that fit each device's fraction, all in one precision."""
+    """{device: the measured steps to which its fraction is fitted}, a device's all in one precision."""
     out: dict[str, list[Measurement]] = {}
     for run in MEASUREMENTS:
         if run.step_seconds is not None and run.fits:
@@ -28,7 +28,10 @@ def fitted_devices() -> dict[str, list[Measurement]]:
 
 
 def fitted_fraction(runs: list[Measurement]) -> float:
-    """The sustained fraction for the median of predicted over measured seconds to be 1; infinite where none is enough."""
+    """The sustained fraction at which the median of predicted over measured seconds is 1; infinite if no fraction is enough.
+
+    The ratio falls as the fraction grows, so the interval is halved (on a logarithmic scale) until it is narrow.
+    """
     low, high = LOWEST, HIGHEST
     if _median_ratio(runs, high) > 1:
         return float("inf")
@@ -48,7 +51,7 @@ def _median_ratio(runs: list[Measurement], fraction: float) -> float:
 
 
 def table() -> str:
-    """BudgetFit fractions beside the catalogue's, and those that measurements held out would ask for, as a Markdown table."""
+    """Fitted fractions beside the catalogue's, and those to which held out measurements would lead, as a Markdown table."""
     lines = ["| device | precision | fitted | in the catalogue | to | used |", "|---|---|---|---|---|---|"]
     groups = {(name, runs[0].source, "yes"): runs for name, runs in fitted_devices().items()}
     for run in MEASUREMENTS:

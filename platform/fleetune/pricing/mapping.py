@@ -1,7 +1,7 @@
-"""The architecture that is costed, and what the trained model's method and payloads are on it.
+"""The architecture that is costed, and the trained model's method and payloads as they would be on it.
 
-Depth is mapped by fraction: block p of the costed architecture stands where block floor(p · trained / costed) stands in the
-trained one. A tensor ``layers.<n>.<linear>.lora_A`` takes the costed linear's sizes and keeps its rank.
+Depth is mapped by fraction: block p of the costed architecture gets the tensors of the trained block
+floor(p · trained / costed). A tensor ``layers.<n>.<linear>.lora_A`` takes the costed linear's sizes and keeps its rank.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from fleetune.methods.base import Context, Method, Payload
 from fleetune.models.architectures import ModelShape
 from fleetune.models.base import BaseModel
 from fleetune.models.network import linear_sites
-from fleetune.models.outline import hf_values
+from fleetune.models.outline import base_of
 from fleetune.tensors import Tensors
 
 _OF_A_BLOCK = re.compile(r"(?P<before>(?:.*\.)?layers\.)(?P<block>\d+)\.(?P<rest>.+)")
 
 
 class CostedModel:
-    """How a trained architecture maps onto the costed one; they may be the same."""
+    """How a trained architecture maps onto the costed one, ``shape``; None: they are the same."""
 
     def __init__(self, base: BaseModel, shape: ModelShape | None = None, *, depth_ratio: float | None = None):
         self.of = base
@@ -33,12 +33,12 @@ class CostedModel:
         self.shape = shape or base.shape
         self.base = base if shape is None else base_of(shape)
         self.depth_ratio = depth_ratio or self.shape.num_layers / self.trained.num_layers
-        # What else than a LoRA pair has a size of the trained model has that of the costed one.
+        # Tensors other than LoRA pairs are laid out anew by their sizes: a trained width becomes the costed one.
         self._sizes = {self.trained.intermediate_size: self.shape.intermediate_size}
         self._sizes[self.trained.hidden_size] = self.shape.hidden_size
 
     def at_depth(self, num_layers: int, *, of: int) -> CostedModel:
-        """The same architecture with ``num_layers`` blocks, standing for ``of`` trained ones."""
+        """The same architecture with ``num_layers`` blocks, which stand for ``of`` trained ones."""
         return CostedModel(self.of, replace(self.shape, num_layers=num_layers), depth_ratio=num_layers / of)
 
     def layers(self, num_layers: int) -> int:
@@ -56,9 +56,9 @@ class CostedModel:
         return type(method)(config.model_copy(update=blocks), costed)
 
     def payload(self, payload: Payload, num_layers: int) -> Payload:
-        """A payload about ``num_layers`` trained blocks, as it would be on the costed architecture. Tensors have no content."""
+        """A payload for ``num_layers`` trained blocks, as it would be on the costed architecture; its tensors are empty."""
         blocks = self.layers(num_layers)
-        source = [p * num_layers // blocks for p in range(blocks)]
+        source = [p * num_layers // blocks for p in range(blocks)]  # the trained block that each costed one copies
         return replace(
             payload,
             tensors=self._tensors(payload.tensors, source),
@@ -67,6 +67,7 @@ class CostedModel:
         )
 
     def _tensors(self, tensors: Mapping[str, Tensor], source: list[int]) -> Tensors:
+        """Tensors for the costed blocks, each made by that of its trained block; the order of tensors in a block stays."""
         of_block: dict[tuple[str, int], list[tuple[str, Tensor]]] = {}
         out: Tensors = {}
         for name, tensor in tensors.items():
@@ -83,17 +84,12 @@ class CostedModel:
         return out
 
     def _size(self, name: str, tensor: Tensor) -> list[int]:
-        """The costed size of a tensor: of a LoRA pair by its linear layer, of another by the sizes that it has."""
+        """The costed size of a tensor: a LoRA factor's follows from its linear layer, another's from its own size."""
         *_, linear, kind = ("", *name.split("."))
         if kind in ("lora_A", "lora_B") and linear in self.shape.linears:
             num_in, num_out = self.shape.linears[linear]
             return [tensor.shape[0], num_in] if kind == "lora_A" else [num_out, tensor.shape[1]]
         return [self._sizes.get(size, size) for size in tensor.shape]
-
-
-def base_of(shape: ModelShape) -> BaseModel:
-    """A base model without weights, for what only asks for its sizes."""
-    return BaseModel(shape.name, hf_values(shape), {}, "none", "")
 
 
 def _deepened(value: Any, source: list[int], num_layers: int) -> Any:

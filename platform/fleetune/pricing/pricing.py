@@ -1,4 +1,4 @@
-"""What a round costs each of its clients: the question that the engine puts to the cost model.
+"""Prices a round: what it costs each of its clients.
 
 The step is traced from the method's own code on the costed architecture (`pricing.tracing`); bytes are those of the tensors
 that travel. With ``cost.model`` another architecture is costed than the one that is trained (`pricing.mapping`).
@@ -11,8 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fleetune.cost.estimate import Load, estimate
-from fleetune.cost.overlap import overlapped
+from fleetune.cost.estimate import Load, Traffic, estimate, overlapped, per_device
 from fleetune.cost.polynomials import evaluate, monomials
 from fleetune.data.batches import NO_EXAMPLE
 from fleetune.data.dataset import TokenizedDataset
@@ -45,25 +44,25 @@ class Pricing:
         *,
         checkpointing: np.ndarray | None = None,
     ) -> dict[str, np.ndarray]:
-        """The cost table's columns and the bytes of both links, one entry per client.
+        """The cost table's columns (n,) and the bytes of both links, for the clients ``client_ids (n,)``.
 
-        ``load``: what everybody works on, batch sizes included. ``checkpointing``: which clients compute their blocks again,
-        bool (n,); as the job says where it is not given.
+        ``group_of (n,)`` is the place of each client's payload in ``payloads``, and ``provision_bytes (n,)`` what it is sent
+        beside it. ``checkpointing``, bool (n,), says which clients compute their blocks again; by default the job does.
         """
         again = np.full(len(client_ids), self.shape.checkpointing) if checkpointing is None else checkpointing
-        kinds = 2 * group_of + again
+        kinds = 2 * group_of + again  # (n,): clients of one kind have the same trace, and are priced together
         out: dict[str, np.ndarray] = {}
         for kind in np.unique(kinds).tolist() or [0]:
             where = np.flatnonzero(kinds == kind)
             shape = replace(self.shape, checkpointing=bool(kind % 2))
-            part = self._alike(
+            part = self._uniform(
                 round_idx, client_ids[where], payloads[kind // 2], load.at(where), provision_bytes[where], shape
             )
             for name, column in part.items():
                 out.setdefault(name, np.zeros(len(client_ids), dtype=column.dtype))[where] = column
         return out
 
-    def _alike(
+    def _uniform(
         self,
         round_idx: int,
         client_ids: np.ndarray,
@@ -72,43 +71,38 @@ class Pricing:
         provision_bytes: np.ndarray,
         shape: WorkShape,
     ) -> dict[str, np.ndarray]:
-        """Clients of one payload that work in one way."""
+        """The columns (n,) of clients that receive the same payload and work in the same way."""
         spec, fleet = self.problem.spec, self.problem.fleet
         trace = self.tracing.trace(payload, shape)
         down_bytes, up_bytes = self.tracing.link_bytes(payload)
+        # Bytes of all steps at the cut, (n,) each way: rounded once, as a mean step need not have whole bytes.
         cut_up, cut_down = (load.num_steps * evaluate(way, load.mean) for way in trace.cut)
         down = np.rint(down_bytes + provision_bytes + cut_down)
         up = np.rint(up_bytes + cut_up)
         down_bps, up_bps, latency = fleet.draw_rates(spec.seed, round_idx, client_ids)
+        num_messages = 1 + load.num_steps * trace.cut.any()  # the payload, and one a step where the model is cut
         table = estimate(
             trace,
             load,
+            Traffic(down, up, down_bps, up_bps, latency, num_messages, fleet.radio(client_ids)),
             precision=shape.precision,
             devices=fleet.devices,
             device_index=fleet.device_index[client_ids],
-            downlink_bytes=down,
-            uplink_bytes=up,
-            down_bps=down_bps,
-            up_bps=up_bps,
-            latency_seconds=latency,
-            num_messages=1 + load.num_steps * trace.cut.any(),
-            radio=fleet.radio(client_ids),
             server=fleet.server,
         )
         costs = {**table.columns(), "downlink_bytes": down, "uplink_bytes": up}
         if not self.problem.method.local_plan(payload).pipelined:
             return costs
-        idle_watts = np.array([profile.idle_watts for profile in fleet.devices])[fleet.device_index[client_ids]]
         return overlapped(
             costs,
             adapter_down_seconds=latency + 8 * (down - cut_down) / down_bps,
             adapter_up_seconds=latency + 8 * (up - cut_up) / up_bps,
-            idle_watts=idle_watts,
+            idle_watts=per_device("idle_watts", fleet.devices, fleet.device_index[client_ids]),
         )
 
 
 def work_shape(spec: RunSpec) -> WorkShape:
-    """How the job's clients work."""
+    """How the job's clients carry out their work."""
     weights, quantization = spec.cost.weights, spec.model.quantization
     if weights == "model":
         weights = "fp32" if quantization == "none" else quantization
@@ -116,19 +110,18 @@ def work_shape(spec: RunSpec) -> WorkShape:
 
 
 def batch_load(data: TokenizedDataset, rows: Sequence[np.ndarray]) -> Load:
-    """What everybody's batches, (steps, batch) each, are to the cost model; a device pads each to its own longest example.
+    """The load of n clients from their batches, examples (steps, batch) each; a device pads a batch to its longest example.
 
-    A short batch has the examples that it has: what fills its place up costs nothing.
-
-    The loss looks at no first token, because nothing predicts it.
+    A short batch counts as the examples that it has: `NO_EXAMPLE`, which fills it up, costs nothing. The loss looks at no first
+    token, because nothing predicts it.
     """
     if not any(len(batches) for batches in rows):
         return Load.equal(np.zeros(len(rows), int), 0, 0, 0)
-    owner = np.repeat(np.arange(len(rows)), [len(batches) for batches in rows])
+    owner = np.repeat(np.arange(len(rows)), [len(batches) for batches in rows])  # (t,): whose each of all t steps is
     sizes = np.concatenate([(batches != NO_EXAMPLE).sum(axis=1) for batches in rows])
     flat = np.concatenate([batches[batches != NO_EXAMPLE] for batches in rows])
     lengths = data.offsets[flat + 1] - data.offsets[flat]
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])  # (t,): where each step's examples begin in ``flat``
     unlearnt = 1 if data.loss_on == "all" else np.maximum(data.prompt_lengths[flat], 1)
-    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     logits = np.add.reduceat(np.maximum(lengths - unlearnt, 0), starts)
     return Load.of_steps(owner, monomials(sizes, np.maximum.reduceat(lengths, starts), logits), len(rows))

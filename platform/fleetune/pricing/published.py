@@ -1,4 +1,4 @@
-"""Others' measurements of training steps, as data: what was run, on what, and what it took. `validation` predicts them all.
+"""Others' measurements of training steps, as data: the step, the device, and its bytes or seconds. `validation` predicts them.
 
 Some of them fitted a constant of the cost model: the sustained fraction of the device that they ran on (`pricing.fit`), or the
 length of PEFT's longest batch, which is not published. `Measurement.fits` marks these numbers. A prediction that uses a
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fleetune.models.architectures import LINEARS, ModelShape, architecture
+from fleetune.models.architectures import ModelShape, architecture
+from fleetune.models.config import LINEAR_NAMES
 
 QV = ("q_proj", "v_proj")
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -43,20 +44,20 @@ class Measurement:
     precision: str = "bf16"
     checkpointing: bool = False
     chunked_loss: bool = False
-    """Cross-entropy in chunks: the logits of all positions are never there at once."""
+    """Cross-entropy is computed in chunks, so that the logits of all positions are never in memory at once."""
     device: str = "server-a100"
     peak_bytes: float | None = None
     resident_bytes: float | None = None
-    """What stays between steps: weights, adapters, gradients and the optimizer's state."""
+    """Bytes that stay between steps: weights, adapters, gradients and the optimizer's state."""
     step_seconds: float | None = None
     fits: str = ""
     """The constant that this number fitted (alone or among others)."""
     remark: str = ""
-    """Why it cannot be met closely, where that is known."""
+    """Why it cannot be met closely, if that is known."""
 
     @property
     def name(self) -> str:
-        """In a few words."""
+        """The step in a few words."""
         adapter = "QLoRA" if self.weights == "nf4" else "LoRA"
         way = "whole" if self.model is BERT_BASE else f"{adapter} r{self.rank}"
         again = ", checkpointing" if self.checkpointing else ""
@@ -66,12 +67,12 @@ class Measurement:
 
     @property
     def is_edge(self) -> bool:
-        """Not on a server's GPU."""
+        """True if the device is no server's GPU."""
         return not self.device.startswith("server-")
 
     @property
     def group(self) -> str:
-        """What its error is an error of."""
+        """What was measured, and where: medians of errors are taken by group."""
         if self.step_seconds is not None:
             return "time, edge" if self.is_edge else "time, servers"
         if self.weights == "nf4":
@@ -87,7 +88,7 @@ class Measurement:
 
     @property
     def kind(self) -> str:
-        """`FITTED`, `SAME_SOURCE` where its source fitted a constant that its prediction uses, or `HELD_OUT`."""
+        """`FITTED`, `SAME_SOURCE` if its source fitted a constant that its prediction uses, else `HELD_OUT`."""
         if self.fits:
             return FITTED
         fitted = {other.fits for other in MEASUREMENTS if other.source == self.source}
@@ -121,7 +122,7 @@ _FP32 = "read as fp32 (its memory is that), q and v, r8: not told"
 _PROCESS = "the mean of the whole process, in an engine written for phones"
 LONGEST_BATCH = "the tokens of PEFT's longest batch"
 PEFT_LONGEST = 745
-"""BudgetFit to one peak of PEFT's comparison, with another model of memory; not published."""
+"""Fitted to one peak of PEFT's comparison, with an earlier model of memory; it is not published."""
 
 
 def _qwen() -> list[Measurement]:
@@ -131,7 +132,7 @@ def _qwen() -> list[Measurement]:
         for size, points in table.items():
             for num_tokens, (gigabytes, seconds) in points.items():
                 run = Measurement(
-                    model=QWEN[size], num_tokens=num_tokens, source=_QWEN_README, modules=LINEARS, rank=64,
+                    model=QWEN[size], num_tokens=num_tokens, source=_QWEN_README, modules=LINEAR_NAMES, rank=64,
                     weights=weights, checkpointing=True, remark=_GPTQ if weights == "nf4" else "",
                 )  # fmt: skip
                 fits = run.device if weights == "bf16" else ""

@@ -1,7 +1,7 @@
-"""Runs a method's own `local_update` on fake tensors of the architecture to be costed: no formula stands in for it.
+"""Runs a method's own `local_update` on tensors without content, of the architecture to be costed, and records what it does.
 
-The architecture may be another one than that which is trained (`cost.model`): the method is made anew for its depth, and a
-payload is laid out for its sizes, tensor by tensor.
+So no formula for a step's costs is written by hand, and a new method's costs follow from its code. The costed architecture may
+be another than the trained one (`cost.model`): the method is made anew for its depth, and payloads are laid out for its sizes.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import torch
 
 from fleetune import files
 from fleetune.cost.polynomials import POINTS, Point
-from fleetune.cost.trace import Recording, StepTrace, Unequal, at_depth
+from fleetune.cost.recording import Recording, Unequal, at_depth
+from fleetune.cost.trace import StepTrace
 from fleetune.cost.tracer import PAYLOAD, WEIGHTS, Tracer
 from fleetune.data.dataset import TokenizedDataset
 from fleetune.methods.base import Method, Payload
 from fleetune.models.config import LoRAConfig
-from fleetune.models.meta import MetaNetwork
+from fleetune.models.meta import MetaNetwork, meta_base
 from fleetune.models.network import Network
 from fleetune.models.submodel import Submodel
 from fleetune.pricing.mapping import CostedModel
@@ -36,6 +37,7 @@ from fleetune.training.worker import Worker
 log = logging.getLogger(__name__)
 PACKAGE = Path(__file__).parent.parent
 SHALLOW = 3  # blocks: the lowest, one between, and the highest
+# Files and folders of the package whose code decides a trace: a change of them makes cached traces void (`code_version`).
 TRACED_CODE = (
     "models",
     "training",
@@ -50,18 +52,15 @@ TRACED_CODE = (
 
 @dataclass(frozen=True)
 class WorkShape:
-    """How a client's device carries out its work; what a client may change to fit. Its batch is that of its examples."""
+    """How a client's device carries out its work, whatever the batch is: each gets a trace of its own."""
 
-    weights: Literal["fp32", "bf16", "int8", "nf4"] = "fp32"
-    """Storage of the frozen linear layers."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic, and storage of all that is not quantised."""
-    checkpointing: bool = False
-    """Blocks are computed again in the backward pass instead of being kept."""
+    weights: Literal["fp32", "bf16", "int8", "nf4"] = "fp32"  # storage of the frozen linear layers
+    precision: Literal["fp32", "bf16"] = "fp32"  # arithmetic, and storage of all that is not quantised
+    checkpointing: bool = False  # blocks are computed again in the backward pass instead of being kept
 
 
 class Tracing:
-    """Traces of one method, each made once and kept on disk."""
+    """The traces of one method, each made once and stored in ``cache_dir`` (None: only in this object)."""
 
     def __init__(
         self, model: CostedModel, method: Method, lora: LoRAConfig, local: LocalConfig, cache_dir: Path | None
@@ -85,7 +84,10 @@ class Tracing:
         return costed.num_bytes, num_bytes(select(adapter, plan.uploads))
 
     def _key(self, payload: Payload, shape: WorkShape) -> str:
-        """All that a trace depends on: code, architecture, adapter, optimizer, plan, and the payload's tensors."""
+        """A hash of all that a trace depends on: code, architecture, adapter, optimizer, plan, and the payload's tensors.
+
+        Number and length of steps and learning rates are left out: a trace prices any of them.
+        """
         method, plan = self.trained_method, self.trained_method.local_plan(payload)
         local = self.local.model_dump(exclude={"steps", "epochs", "batch_size", "learning_rate", "min_learning_rate"})
         tensors = [
@@ -101,13 +103,14 @@ class Tracing:
         return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
     def _cached(self, key: str, payload: Payload, shape: WorkShape) -> StepTrace:
+        """The trace from the cache folder; if it is not there, or is damaged, it is made and written."""
         if self.cache_dir is None:
             return self._traced(payload, shape)
         path = self.cache_dir / "traces" / f"{key}.json"
         try:
             content = files.read(path, holds="a cost trace", must_be_sealed=True)
             return StepTrace.from_json(json.loads(content)["trace"])
-        except (OSError, ValueError, KeyError):  # none there, or one that was damaged
+        except (OSError, ValueError, KeyError):  # not there, or damaged
             pass
         trace = self._traced(payload, shape)
         try:
@@ -117,26 +120,31 @@ class Tracing:
         return trace
 
     def _traced(self, payload: Payload, shape: WorkShape) -> StepTrace:
+        """A new trace. The work draws random numbers (dropout), which must not change those that the run draws later."""
         state = torch.random.get_rng_state()
         try:
-            return self._watched(payload, shape)
+            return self._made(payload, shape)
         finally:
-            torch.random.set_rng_state(state)  # the run draws what it would have drawn
+            torch.random.set_rng_state(state)
 
-    def _watched(self, payload: Payload, shape: WorkShape) -> StepTrace:
-        """From two shallow copies where all blocks are alike, else from the whole model."""
+    def _made(self, payload: Payload, shape: WorkShape) -> StepTrace:
+        """The trace from two shallow models, if all blocks have the same tensors, else from the full one.
+
+        A step of LLaMA2-7B runs through 32 equal blocks, so that three and four blocks tell as much in a fraction of the time.
+        At a split, client and server have blocks of different costs.
+        """
         plan = self.trained_method.local_plan(payload)
         trained, costed = plan.submodel.num_layers, self.model.layers(plan.submodel.num_layers)
-        if costed > SHALLOW + 1 and plan.split is None and self._alike(payload, plan):
+        if costed > SHALLOW + 1 and plan.split is None and self._is_uniform(payload, plan):
             parts = [self._recorded(self.model.at_depth(n, of=trained), payload, shape) for n in (SHALLOW, SHALLOW + 1)]
             try:
                 return at_depth(parts[0], parts[1], costed - SHALLOW)
             except Unequal:
-                pass  # the code treats some block as no other
+                pass  # the method's code treats some block as no other, although its tensors are the same
         return self._recorded(self.model, payload, shape).trace()
 
-    def _alike(self, payload: Payload, plan: LocalPlan) -> bool:
-        """Whether every block has the same tensors, trained and sent alike."""
+    def _is_uniform(self, payload: Payload, plan: LocalPlan) -> bool:
+        """True if all blocks have tensors of the same names and sizes, and the plan trains, sends and keeps the same of each."""
         of_block: dict[str, set[tuple]] = {}
         for part in (payload.tensors, self.trained_method.client_adapter(payload)):
             for name, tensor in part.items():
@@ -147,15 +155,15 @@ class Tracing:
         return len({frozenset(facts) for facts in of_block.values()}) == 1 and len(of_block) == plan.submodel.num_layers
 
     def _recorded(self, model: CostedModel, payload: Payload, shape: WorkShape) -> Recording:
-        return Recording.of(*zip(*self.watched(model, payload, shape), strict=True))
+        return Recording.of(*zip(*self.record(model, payload, shape), strict=True))
 
-    def watched(self, model: CostedModel, payload: Payload, shape: WorkShape) -> list[tuple[Tracer, list[int]]]:
-        """The work at the two points: who watched it, and a step's bytes over the cut each way."""
-        with torch.device("meta"):
+    def record(self, model: CostedModel, payload: Payload, shape: WorkShape) -> list[tuple[Tracer, list[int]]]:
+        """Trace a step at both `POINTS`. Per point: the tracer, and the bytes that a step sends and receives at the cut."""
+        with torch.device("meta"):  # whatever the worker and the method create has no content
             worker = _MetaWorker(model, self.lora, self.local, shape)
             method = model.method(self.trained_method)
             costed = model.payload(payload, self.trained_method.submodel(payload).num_layers)
-            network = worker.network(method.submodel(costed))  # assembled before anything is watched
+            network = worker.network(method.submodel(costed))  # assembled beforehand: a client does not pay for it
         tensors = [*network.model.parameters(), *network.model.buffers()]
         return [record(method, worker, costed, point, tensors) for point in POINTS]
 
@@ -163,7 +171,7 @@ class Tracing:
 def record(
     method: Method, worker: _MetaWorker, payload: Payload, point: Point, weights: list[torch.Tensor]
 ) -> tuple[Tracer, list[int]]:
-    """Two steps of one client, watched: the second finds the optimizer's state there. Also a step's bytes over the cut."""
+    """Record two steps of one client, the second of which finds the optimizer's state. Also a step's bytes at the cut."""
     worker.data = _examples(point)
     tracer = Tracer(worker.base.shape.vocab_size)
     tracer.given(weights, WEIGHTS)
@@ -178,7 +186,7 @@ def record(
 
 
 class _Rows(np.ndarray):
-    """The examples of each step; asking for a step's tells the tracer that it begins."""
+    """The examples of each step, (steps, B): taking those of a step tells the tracer that it begins."""
 
     tracer: Tracer
 
@@ -189,26 +197,24 @@ class _Rows(np.ndarray):
 
 
 class _MetaWorker(Worker):
-    """A worker of the costed architecture: networks without weights, examples without content."""
+    """A worker of the costed architecture: its weights and its examples have no content."""
 
     def __init__(self, model: CostedModel, lora: LoRAConfig, local: LocalConfig, shape: WorkShape):
         local = local.model_copy(update={"checkpointing": shape.checkpointing})
-        super().__init__(base=model.base, lora=lora, local=local, data=_examples(POINTS[0]))
-        self.shape, self.work = model.shape, shape
+        base = meta_base(model.shape, weights=shape.weights, precision=shape.precision)
+        super().__init__(base=base, lora=lora, local=local, data=_examples(POINTS[0]), precision=shape.precision)
         self._by_depth: dict[int, Network] = {}
 
     def network(self, submodel: Submodel) -> Network:
-        """A network of as many blocks."""
-        depth, work = submodel.num_layers, self.work
+        """A network of as many blocks: which blocks of the base they are made of changes no cost."""
+        depth = submodel.num_layers
         if depth not in self._by_depth:
-            self._by_depth[depth] = MetaNetwork(
-                self.shape, depth, self.lora, weights=work.weights, precision=work.precision
-            )
+            self._by_depth[depth] = MetaNetwork(self.base, depth, self.lora, precision=self.precision)
         return self._by_depth[depth]
 
 
 def _examples(point: Point) -> TokenizedDataset:
-    """B examples of S tokens, of which M are to be learnt (never the first, which nothing predicts)."""
+    """B examples of S tokens with M positions where the loss looks: never at the first token, which nothing predicts."""
     share, rest = divmod(point.num_logits, point.batch_size)
     learnt = np.full(point.batch_size, share) + (np.arange(point.batch_size) < rest)
     return TokenizedDataset(

@@ -1,6 +1,6 @@
-"""What the trace predicts beside what others measured: ``python -m fleetune.pricing`` prints the table.
+"""Predictions of the trace beside measurements of others: ``python -m fleetune.pricing`` prints the table.
 
-Measured were Hugging Face's Llama with PEFT, torchtune, and engines of their own; the trace is of this project's code for the
+Others measured Hugging Face's Llama with PEFT, torchtune, and engines of their own; the trace is of this project's code for the
 same model, adapter and batch. Only rows whose source fitted nothing that their prediction uses are held out, and prove something.
 """
 
@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from fleetune.cost.estimate import seconds_of
 from fleetune.cost.polynomials import evaluate, monomials
-from fleetune.cost.roofline import seconds_of
-from fleetune.cost.trace import PARTS, Recording, StepTrace
+from fleetune.cost.recording import Recording
+from fleetune.cost.trace import PARTS, StepTrace
 from fleetune.cost.tracer import Tracer
 from fleetune.files import default_cache_dir
 from fleetune.fleet.devices import device
@@ -26,7 +27,8 @@ from fleetune.methods.fedavg import FedIT, FedITConfig
 from fleetune.models.architectures import ModelShape, architecture
 from fleetune.models.config import LoRAConfig
 from fleetune.models.network import linear_sites
-from fleetune.pricing.mapping import CostedModel, base_of
+from fleetune.models.outline import base_of
+from fleetune.pricing.mapping import CostedModel
 from fleetune.pricing.published import (
     BERT_BASE,
     FITTED,
@@ -50,7 +52,7 @@ CHUNKED_LOGITS = (2 + 12 / 8) / 14
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. ``kind``: held out, same source or fitted (`pricing.published`); ``group``: what was measured."""
+    """One comparison. ``kind`` is held out, same source or fitted (`pricing.published`), ``group`` what was measured."""
 
     kind: str
     group: str
@@ -60,7 +62,7 @@ class Row:
     predicted: float
     source: str
     remark: str = ""
-    """Why it cannot be met closely, where that is known."""
+    """Why it cannot be met closely, if that is known."""
 
     @property
     def error(self) -> float:
@@ -76,12 +78,12 @@ class Step:
     precision: str
 
     def peak_bytes(self, batch_size: int, num_tokens: int, *, logit_fraction: float = 1.0) -> float:
-        """Peak bytes of a step; ``logit_fraction`` of its positions have logits."""
+        """Peak bytes of a step in which the fraction ``logit_fraction`` of the positions have logits."""
         basis = monomials([batch_size], [num_tokens], [batch_size * num_tokens * logit_fraction])
         return float(self.trace.peak(basis).sum())
 
     def part_bytes(self, *parts: str) -> float:
-        """Bytes that parts of the memory hold whatever the batch is."""
+        """Bytes of parts of the memory whose size does not depend on the batch."""
         at_peak = dict(zip(PARTS, self.trace.peak(monomials([1], [1], [1]))[0], strict=True))
         return float(sum(at_peak[part] for part in parts))
 
@@ -127,7 +129,10 @@ def lora_step(
 
 @functools.cache
 def bert_step() -> Step:
-    """Forward and backward of BERT-base, all weights trained, in fp32: 4 examples of 256 tokens, whatever it is asked for."""
+    """Forward and backward of BERT-base in fp32, all weights trained, for 4 examples of 256 tokens.
+
+    Both points of the recording are that batch, so the trace is the same for every batch.
+    """
     from transformers import BertConfig
     from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder
 
@@ -190,7 +195,7 @@ def _uploads() -> list[Row]:
 
 
 def medians(kind: str = HELD_OUT) -> dict[str, tuple[int, float]]:
-    """Rows of that kind and their median error, by what was measured."""
+    """{what was measured: (number of rows of that kind, their median relative error)}."""
     errors: dict[str, list[float]] = {}
     for row in rows():
         found = errors.setdefault(row.group, [])

@@ -1,4 +1,4 @@
-"""What a run is called in tables, figures and MLflow, from its spec."""
+"""Names of runs for tables, figures and MLflow, made from their specs."""
 
 from __future__ import annotations
 
@@ -6,18 +6,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from fleetune.config import flatten
 from fleetune.records.run_directory import RunDirectory
 
 
-def flatten(spec: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
-    """Nested data -> dotted names. What is null or empty is left out; lists stay whole."""
-    flat: dict[str, Any] = {}
-    for key, value in spec.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, prefix=f"{prefix}{key}."))
-        elif value is not None and value != []:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def filled_fields(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The dotted fields of nested data that hold something: neither null nor empty. Lists are values."""
+    return {field: value for field, value in flatten(spec).items() if value is not None and value not in ([], {})}
 
 
 def shown(value: Any) -> str:
@@ -52,10 +47,8 @@ def run_name(run: RunDirectory, *, seed: bool = True) -> str:
 
 
 def group_labels(runs: list[RunDirectory]) -> dict[str, list[RunDirectory]]:
-    """Runs that differ in their seed only, under one label; labels that would collide get the fields that
-    differ.
-    """
-    specs = {run.path: {k: v for k, v in flatten(run.spec).items() if _tells(k)} for run in runs}
+    """Label -> the runs that differ in their seed only. Labels that would collide get the fields that differ."""
+    specs = {run.path: {k: v for k, v in filled_fields(run.spec).items() if _describes_work(k)} for run in runs}
     groups: dict[str, list[RunDirectory]] = {}
     for run in runs:
         groups.setdefault(json.dumps(specs[run.path], sort_keys=True), []).append(run)
@@ -64,7 +57,7 @@ def group_labels(runs: list[RunDirectory]) -> dict[str, list[RunDirectory]]:
     for label, members in zip(labels, groups.values(), strict=True):
         if labels.count(label) > 1:
             rivals = [g[0] for other, g in zip(labels, groups.values(), strict=True) if other == label]
-            label = _told_apart(label, specs[members[0].path], [specs[rival.path] for rival in rivals])
+            label = _distinguished(label, specs[members[0].path], [specs[rival.path] for rival in rivals])
         while label in named:
             label += f" · {members[0].run_id}"
         named[label] = members
@@ -72,20 +65,18 @@ def group_labels(runs: list[RunDirectory]) -> dict[str, list[RunDirectory]]:
 
 
 def varied_fields(runs: list[RunDirectory]) -> dict[str, list[Any]]:
-    """The dotted fields in which these runs differ, but for seed, name and how they were executed -> their
-    values.
-    """
-    specs = [{k: v for k, v in flatten(run.spec).items() if _tells(k)} for run in runs]
+    """Dotted field -> its values, one per run, for fields in which these runs differ; seed, name and execution do not count."""
+    specs = [{k: v for k, v in filled_fields(run.spec).items() if _describes_work(k)} for run in runs]
     names = dict.fromkeys(name for spec in specs for name in spec)
     values = {name: [spec.get(name) for spec in specs] for name in names}
     return {name: found for name, found in values.items() if len({json.dumps(v) for v in found}) > 1}
 
 
-def _tells(field: str) -> bool:
-    """Whether a field says what was simulated, and not how or under which name."""
+def _describes_work(field: str) -> bool:
+    """True if a field says what was simulated, and not how or under which name."""
     return field not in ("seed", "name") and field.partition(".")[0] not in ("tracking", "execution")
 
 
-def _told_apart(label: str, spec: dict[str, Any], rivals: list[dict[str, Any]]) -> str:
+def _distinguished(label: str, spec: dict[str, Any], rivals: list[dict[str, Any]]) -> str:
     differing = [k for k in spec if any(rival.get(k) != spec[k] for rival in rivals)]
     return " · ".join([label, *(f"{k.rpartition('.')[2]} {shown(spec[k])}" for k in differing[:3])])

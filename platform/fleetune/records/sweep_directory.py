@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fleetune.columns import TRIAL_COLUMNS, arrow_schema
 from fleetune.errors import UserError
-from fleetune.records.naming import flatten
+from fleetune.records.naming import filled_fields
 from fleetune.records.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -29,14 +29,14 @@ class SweepDirectory(RunDirectory):
     SPEC = "sweep.yaml"
 
     def write_trials(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write ``trials.parquet`` in one step. A row holds columns of the schema (those that are missing are null), and
+        """Writes ``trials.parquet`` in one step. A row holds columns of the schema (those that are missing are null), and
         ``overrides``: dotted field -> value, which become the columns ``set.<field>``. ``run_dir`` is noted relative to
         the sweep, so that a workspace can be moved.
         """
         import pyarrow as pa
 
         rows = [{**row, "run_dir": self._relative(row.get("run_dir"))} for row in rows]
-        changed = [flatten(row["overrides"]) for row in rows]
+        changed = [filled_fields(row["overrides"]) for row in rows]
         schema = arrow_schema(TRIAL_COLUMNS)
         columns = {column.name: pa.array([row.get(column.name) for row in rows], column.type) for column in schema}
         for field in dict.fromkeys(field for overrides in changed for field in overrides):
@@ -69,14 +69,13 @@ class SweepDirectory(RunDirectory):
         return rows
 
     def write_csv(self) -> None:
-        """Write ``trials.csv``, which MLflow's UI and spreadsheets show as a table. Texts that a spreadsheet would take for a
+        """Writes ``trials.csv``, which MLflow's UI and spreadsheets show as a table. Texts that a spreadsheet would take for a
         formula get a quote before them (OWASP, CSV injection); numbers stay numbers.
         """
         table = self.trials()
         texts = table.select_dtypes(exclude="number")
-        lines = table.assign(**texts.map(_no_formula)).to_csv(
-            index=False, lineterminator="\r\n"
-        )  # so that a \r is quoted
+        # With this terminator a \r within a text is quoted.
+        lines = table.assign(**texts.map(_no_formula)).to_csv(index=False, lineterminator="\r\n")
         self.write("trials.csv", lines.encode())
 
     def runs(self) -> list[RunDirectory]:
@@ -95,7 +94,7 @@ class SweepDirectory(RunDirectory):
 
 
 def open_directory(path: str | Path) -> RunDirectory:
-    """The run or the sweep in ``path``; UserError where there is neither."""
+    """The run or the sweep in ``path``. Raises UserError if there is neither."""
     is_sweep = (Path(path) / SweepDirectory.SPEC).is_file()
     return SweepDirectory.open(path) if is_sweep else RunDirectory.open(path)
 

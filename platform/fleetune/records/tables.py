@@ -1,7 +1,7 @@
 """One finished round as one Arrow file, and any number of them as a table. Pure: values in, values out.
 
-A part holds the clients' rows as its table and the round's row as JSON in its schema's metadata, so that a
-round and its clients become visible in one atomic rename.
+A part holds the clients' rows as its table and the round's row as JSON in its schema's metadata, so that
+one atomic rename makes a round and its clients visible together.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import pyarrow as pa
 
 from fleetune import files
 from fleetune.columns import CLIENT_COLUMNS, ROUND_COLUMNS, arrow_schema
+from fleetune.records.stored_files import CHECKSUM_KEY, plain
 
-ROUND_KEY, TIME_KEY, CHECKSUM_KEY = b"fleetune.round", b"fleetune.recorded_at_ms", b"fleetune.checksum"
+ROUND_KEY, TIME_KEY = b"fleetune.round", b"fleetune.recorded_at_ms"
 
 
 def part_bytes(round_row: Mapping[str, Any], clients: Mapping[str, Any], *, recorded_at_ms: int) -> memoryview:
@@ -27,23 +28,12 @@ def part_bytes(round_row: Mapping[str, Any], clients: Mapping[str, Any], *, reco
     """
     table = client_table(clients, defaults={k: round_row.get(k) for k in ("run_id", "round", "stage")})
     row = {"peak_memory_bytes_max": largest_peak(table), **round_row}
-    text = json.dumps(row, default=_plain).encode()
-    known = {ROUND_KEY: text, TIME_KEY: str(recorded_at_ms).encode(), CHECKSUM_KEY: files.BLANK.encode()}
-    table = table.replace_schema_metadata(known)
+    text = json.dumps(row, default=plain).encode()
+    metadata = {ROUND_KEY: text, TIME_KEY: str(recorded_at_ms).encode(), CHECKSUM_KEY: files.BLANK.encode()}
+    table = table.replace_schema_metadata(metadata)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
-    return memoryview(sink.getvalue())
-
-
-def parquet_bytes(table: pa.Table) -> memoryview:
-    """A table as a Parquet file with room for its checksum."""
-    import pyarrow.parquet as pq
-
-    sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
-        writer.write_table(table)
-        writer.add_key_value_metadata({CHECKSUM_KEY.decode(): files.BLANK})
     return memoryview(sink.getvalue())
 
 
@@ -62,7 +52,7 @@ def client_table(columns: Mapping[str, Any], *, defaults: Mapping[str, Any]) -> 
 
 
 def largest_peak(clients: pa.Table) -> int | None:
-    """The largest ``peak_memory_bytes`` of clients that were not refused; None where none ran."""
+    """The largest ``peak_memory_bytes`` of clients that were not refused; None if none ran."""
     import pyarrow.compute as pc
 
     refused = pc.is_in(clients["status"], value_set=pa.array(["oom", "refused"]))
@@ -71,9 +61,7 @@ def largest_peak(clients: pa.Table) -> int | None:
 
 
 def round_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
-    """Rows -> a table with the schema's columns, then the columns that only this method has, each of one
-    type.
-    """
+    """Rows -> a table with the schema's columns, then the columns that only this method has, each of one type."""
     rows = list(rows)
     schema = arrow_schema(ROUND_COLUMNS)
     fields: dict[str, pa.Array] = {}
@@ -108,13 +96,13 @@ def _is_column(value: Any) -> bool:
 
 
 def _array(values: Any, *, num_rows: int, arrow_type: pa.DataType | None, nan_is_null: bool = True) -> pa.Array:
-    """Values as one Arrow array; None becomes null, and NaN with it, unless it is a number that came out so."""
+    """Values as one Arrow array. None becomes null. NaN does too, unless ``nan_is_null`` is False: a loss can be NaN."""
     if not _is_column(values):
         if arrow_type is None:
             arrow_type = pa.scalar(values).type if values is not None else pa.null()
         return pa.repeat(pa.scalar(values, type=arrow_type), num_rows)
     if arrow_type is not None and pa.types.is_integer(arrow_type):
-        values = _whole(values)
+        values = _integers(values)
     try:
         return pa.array(values, type=arrow_type, from_pandas=nan_is_null)
     except (pa.ArrowInvalid, pa.ArrowTypeError):
@@ -123,8 +111,8 @@ def _array(values: Any, *, num_rows: int, arrow_type: pa.DataType | None, nan_is
         return pa.array([None if value is None else str(value) for value in values])
 
 
-def _whole(values: Any) -> Any:
-    """Counts that came as floats (a NaN for "none" makes a column of them so), rounded, NaN kept."""
+def _integers(values: Any) -> Any:
+    """Counts as integers. One NaN (for none) makes floats of a whole NumPy column; here it becomes null."""
     if isinstance(values, np.ndarray) and values.dtype.kind in "iu":
         return values
     if isinstance(values, np.ndarray) and values.dtype.kind == "f":
@@ -133,10 +121,3 @@ def _whole(values: Any) -> Any:
     if isinstance(values, pa.Array | pa.ChunkedArray):
         return values
     return [None if value is None or value != value else round(value) for value in values]
-
-
-def _plain(value: Any) -> Any:
-    """NumPy values for JSON."""
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    raise TypeError(f"a round's row holds plain values and NumPy values, not {type(value).__name__}")

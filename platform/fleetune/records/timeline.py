@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fleetune.records.run_directory import RunDirectory
+from fleetune.records.stored_files import plain
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# Perfetto stays fluent up to about a hundred thousand events (assumed); beyond this, clients are sampled
-# evenly.
+# Perfetto stays fluent up to about a hundred thousand events (assumed); beyond this, clients are sampled evenly.
 MAX_EVENTS = 50_000
 PHASES = ("downlink", "compute", "uplink")
 EVENTS_PER_TURN = len(PHASES) + 1
@@ -37,13 +37,13 @@ def write_timeline(run_dir: str | Path | RunDirectory, *, max_events: int = MAX_
     """Writes ``trace.json`` into the run directory and returns its path."""
     run = run_dir if isinstance(run_dir, RunDirectory) else RunDirectory.open(run_dir)
     rounds, clients = run.rounds(), run.clients()
-    kept, sampled = sample_clients(clients, max_events=max_events)
-    names = [*_server_names(), *_client_names(kept)]
-    events = [*_round_events(rounds), *_stage_events(rounds), *_server_events(rounds, clients), *_turns(kept, rounds)]
+    sample, sampled = sample_clients(clients, max_events=max_events)
+    names = [*_server_names(), *_client_names(sample)]
+    events = [*_round_events(rounds), *_stage_events(rounds), *_server_events(rounds, clients), *_turns(sample, rounds)]
     events.sort(key=lambda event: (event["ts"], -event.get("dur", 0.0)))
     notes = {"run_id": run.run_id, "clock": "virtual time", "clients": sampled}
     head = f'{{"displayTimeUnit": "ms", "otherData": {json.dumps(notes)}, "traceEvents": ['
-    lines = ",\n".join(json.dumps(event, default=_plain) for event in [*names, *events])
+    lines = ",\n".join(json.dumps(event, default=plain) for event in [*names, *events])
     run.write("trace.json", "\n".join([head, lines, "]}", ""]).encode())
     return run.path / "trace.json"
 
@@ -62,9 +62,7 @@ def round_ends(rounds: pd.DataFrame) -> dict[int, float]:
 
 
 def sample_clients(clients: pd.DataFrame, *, max_events: int) -> tuple[pd.DataFrame, str]:
-    """The rows of evenly chosen clients, so that about ``max_events`` events remain, and a note of how many
-    these are.
-    """
+    """The rows of evenly chosen clients, about ``max_events`` events in all, and a note that says how many clients these are."""
     ids = np.sort(clients["client_id"].dropna().unique())
     num_events = EVENTS_PER_TURN * len(clients)
     if num_events <= max_events:
@@ -89,7 +87,7 @@ def _round_events(rounds: pd.DataFrame) -> Iterator[Event]:
         start, end = starts[row["round"]], ends[row["round"]]
         yield {
             **_slice(f"round {row['round']}", start, end, SERVER, ROUNDS),
-            "args": _known({name: row[name] for name in shown}),
+            "args": _present({name: row[name] for name in shown}),
         }
         for name, total in totals.items():
             yield {"name": name, "ph": "C", "ts": end * 1e6, "pid": SERVER, "args": {"total": round(total.iloc[i], 6)}}
@@ -98,9 +96,9 @@ def _round_events(rounds: pd.DataFrame) -> Iterator[Event]:
 def _stage_events(rounds: pd.DataFrame) -> Iterator[Event]:
     """A slice per stage, over all of its rounds."""
     starts, ends = round_starts(rounds), round_ends(rounds)
-    for stage, mine in rounds.dropna(subset="stage").groupby("stage"):
-        first, last = mine["round"].iloc[0], mine["round"].iloc[-1]
-        depth = f", {mine['depth'].iloc[0]:.0f} blocks" if "depth" in mine else ""
+    for stage, rows in rounds.dropna(subset="stage").groupby("stage"):
+        first, last = rows["round"].iloc[0], rows["round"].iloc[-1]
+        depth = f", {rows['depth'].iloc[0]:.0f} blocks" if "depth" in rows else ""
         yield _slice(f"stage {stage:.0f}{depth}", starts[first], ends[last], SERVER, STAGES)
 
 
@@ -154,7 +152,7 @@ def _turns(clients: pd.DataFrame, rounds: pd.DataFrame) -> Iterator[Event]:
     for i in np.flatnonzero(refused).tolist():
         event = _slice("refused", float(at[i]), float(end[i]), pid[i], columns["client_id"][i])
         args = {"round": columns["round"][i], "by": columns["refused_by"][i], "would fit": columns["refused_hint"][i]}
-        yield {**event, "args": _known(args)}
+        yield {**event, "args": _present(args)}
     for name, seconds in _spans(clients).items():
         stop = np.minimum(at + np.where(refused, 0.0, seconds), end)
         yield from events(name, at, stop)
@@ -163,7 +161,7 @@ def _turns(clients: pd.DataFrame, rounds: pd.DataFrame) -> Iterator[Event]:
 
 
 def _spans(clients: pd.DataFrame) -> dict[str, np.ndarray]:
-    """The phases of a turn in their order, seconds (n,); what the turn is longer than they are, is the server's."""
+    """Phase -> seconds (n,) of each of n turns, in order of time. The server's phase is the rest of the turn."""
     spans = {phase: np.nan_to_num(clients[f"{phase}_seconds"].to_numpy(dtype=float)) for phase in PHASES}
     turn = np.nan_to_num(clients["sim_seconds"].to_numpy(dtype=float))
     server = np.nan_to_num(clients["server_seconds"].to_numpy(dtype=float))
@@ -195,11 +193,6 @@ def _name(kind: str, pid: int, tid: int, name: str) -> Event:
     return {"name": kind, "ph": "M", "pid": pid, "tid": tid, "args": {"name": name}}
 
 
-def _known(args: dict[str, Any]) -> dict[str, Any]:
-    """Without what is null in the records: NaN is no JSON."""
+def _present(args: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that are not null: NaN is no JSON."""
     return {name: value for name, value in args.items() if value is not None and value == value}
-
-
-def _plain(value: Any) -> Any:
-    """NumPy values for JSON."""
-    return value.item() if isinstance(value, np.generic) else str(value)

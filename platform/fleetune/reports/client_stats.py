@@ -1,4 +1,4 @@
-"""What a run's clients paid, as numbers for a report: who was refused and why, who bounds each round, memory by part."""
+"""The costs of a run's clients, as numbers for a report: who was refused and why, who bounds each round, memory by part."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ def refusals(clients: pd.DataFrame) -> pd.DataFrame:
     refused = clients[clients["status"].isin(REFUSED)]
     turns = clients["device"].value_counts().to_dict()
     rows = []
-    for (device, budget), mine in refused.groupby(["device", "refused_by"]):
+    for (device, budget), refused_turns in refused.groupby(["device", "refused_by"]):
         is_memory = budget == "memory"
         rows.append(
             {
                 "device": device,
                 "refused_by": budget,
-                "num_turns": len(mine),
-                "share": len(mine) / turns[device],
-                "num_clients": mine["client_id"].nunique(),
-                "need_bytes": mine["peak_memory_bytes"].min() if is_memory else np.nan,
-                "budget_bytes": mine["budget_bytes"].iloc[0] if is_memory else np.nan,
-                "hint": mine["refused_hint"].value_counts().index[0],
+                "num_turns": len(refused_turns),
+                "share": len(refused_turns) / turns[device],
+                "num_clients": refused_turns["client_id"].nunique(),
+                "need_bytes": refused_turns["peak_memory_bytes"].min() if is_memory else np.nan,
+                "budget_bytes": refused_turns["budget_bytes"].iloc[0] if is_memory else np.nan,
+                "hint": refused_turns["refused_hint"].value_counts().index[0],
             }
         )
     return pd.DataFrame(rows, columns=columns).sort_values("num_turns", ascending=False, kind="stable")
 
 
-def told(clients: pd.DataFrame) -> list[str]:
+def refusal_lines(clients: pd.DataFrame) -> list[str]:
     """Refusals in words, a line per device class and budget."""
     return [
         f"{row['device']}: {row['num_turns']} turns ({row['share']:.0%}) for {row['refused_by']}; {fitting(row['hint'])}"
@@ -53,15 +53,15 @@ def told(clients: pd.DataFrame) -> list[str]:
 
 
 def fitting(hint: str) -> str:
-    """What the hint of a refused client says."""
+    """The hint of a refused client as a clause."""
     return "no smaller share fits" if hint == "nothing smaller" else f"would fit with {hint}"
 
 
 def adapted(clients: pd.DataFrame) -> pd.DataFrame:
     """Turns by device class and what the client worked with: ``device, batch_size, rank, depth, checkpointing, num_turns``."""
     started = clients[~clients["status"].isin(REFUSED)]
-    shares = ["device", "batch_size", "rank", "depth", "checkpointing"]
-    return started.groupby(shares).size().rename("num_turns").reset_index()
+    workload = ["device", "batch_size", "rank", "depth", "checkpointing"]
+    return started.groupby(workload).size().rename("num_turns").reset_index()
 
 
 def phase_seconds(clients: pd.DataFrame) -> pd.DataFrame:

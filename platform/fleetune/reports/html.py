@@ -25,7 +25,7 @@ CSS_PIXELS_PER_INCH = 96
 
 @dataclass(frozen=True)
 class Cell:
-    """What a cell shows, the value it is sorted by (its text if None), whether it is the best, where it leads."""
+    """One cell of a table: its text, the value it is sorted by (the text if None), and if it is the best of its column."""
 
     text: str
     value: Any = None
@@ -35,7 +35,7 @@ class Cell:
 
     @property
     def is_number(self) -> bool:
-        """Whether it is sorted as a number."""
+        """True if it is sorted as a number."""
         value = self.value
         return (
             not isinstance(value, str | bool) and value is not None and hasattr(value, "__float__") and value == value
@@ -65,7 +65,7 @@ class Table:
         return [re.sub("(?<=[0-9≤]) ", "\u00a0", name) for name in self.header]
 
     def is_numeric(self, column: int) -> bool:
-        """Whether a column is set to the right."""
+        """True if a column holds numbers, which are set to the right."""
         return any(row[column].is_number for row in self.rows)
 
 
@@ -116,7 +116,7 @@ Part = Table | Note | Items | Image
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what is below it."""
+    """A heading and the parts below it."""
 
     title: str
     parts: Sequence[Part]
@@ -132,10 +132,10 @@ class Page:
     facts: Sequence[tuple[str, str]] = ()
     """(name, value) pairs on top."""
     lead: Sequence[Part] = ()
-    """What stands before the first section."""
+    """The parts before the first section."""
 
     def write(self, path: Path) -> Path:
-        """Write the page to a file."""
+        """Writes the page to a file."""
         text = _environment().get_template("page.html").render(page=self)
         write_file(path, text.encode())
         return path
@@ -146,9 +146,16 @@ def image(path: Path, alt: str | None = None) -> Image:
     return Image(path, alt or path.stem.replace("_", " "))
 
 
+def markup(sentence: str, *values: object) -> str:
+    """A sentence with code or emphasis in it; the values that it is filled with are escaped."""
+    from markupsafe import Markup
+
+    return Markup(sentence).format(*values) if values else Markup(sentence)
+
+
 @functools.cache
 def _environment() -> jinja2.Environment:
-    """Everything that a page is given is escaped, but for Markup."""
+    """Templates that escape every value of a page, but for Markup."""
     import jinja2
 
     loader = jinja2.PackageLoader("fleetune.reports", "templates")

@@ -8,13 +8,15 @@ from pathlib import Path
 
 from fleetune.errors import UserError
 from fleetune.records.find import find_runs
-from fleetune.records.naming import flatten, group_labels, run_name, shown, varied_fields
+from fleetune.records.naming import filled_fields, group_labels, run_name, shown, varied_fields
 from fleetune.records.run_directory import RunDirectory
 from fleetune.records.sweep_directory import SweepDirectory
 from fleetune.reports.client_report import profile_sections
 from fleetune.reports.figures import runs as figures
+from fleetune.reports.figures.devices import cost_by_device
+from fleetune.reports.figures.timeline import timeline
 from fleetune.reports.html import Cell, Note, Page, Part, Section, Table, image
-from fleetune.reports.run_stats import STATUSES, device_costs, run_totals
+from fleetune.reports.run_stats import RUN_COSTS, STATUSES, device_costs, paid, run_totals
 from fleetune.reports.sweep_report import sweep_report
 from fleetune.units import NOTHING, percent, readable
 
@@ -94,8 +96,8 @@ def _subtitle(runs: Sequence[RunDirectory]) -> str:
 
 
 def _facts(runs: Sequence[RunDirectory]) -> list[tuple[str, str]]:
-    """What all runs have in common, field by field, and which fields were varied."""
-    specs = [flatten(run.spec) for run in runs]
+    """The fields that all runs have in common, and those that were varied."""
+    specs = [filled_fields(run.spec) for run in runs]
     fields = [*HEADER_FIELDS, *(k for k in specs[0] if k.startswith(("method.", "model.lora.", "fleet.devices.")))]
     common = {k: specs[0][k] for k in fields if k in specs[0] and all(spec.get(k) == specs[0][k] for spec in specs)}
     varied = {k: sorted({shown(v) for v in values if v is not None}) for k, values in varied_fields(list(runs)).items()}
@@ -104,7 +106,14 @@ def _facts(runs: Sequence[RunDirectory]) -> list[tuple[str, str]]:
 
 def _runs_table(runs: Sequence[RunDirectory]) -> Table:
     """A row per run, the best accuracy first."""
-    header = ["run", "rounds", "accuracy", "best", "train loss", "virtual time", "uplink", "downlink", "energy"]
+    header = [
+        "run",
+        "rounds",
+        "accuracy",
+        "best accuracy",
+        "training loss",
+        *(cost.title for cost in RUN_COSTS.values()),
+    ]
     totals = [run_totals(run) for run in runs]
     best = max((t["eval_accuracy"] for t in totals if t["eval_accuracy"] is not None), default=None)
     rows = []
@@ -117,24 +126,21 @@ def _runs_table(runs: Sequence[RunDirectory]) -> Table:
             Cell(percent(t["eval_accuracy"]), t["eval_accuracy"], best=is_best),
             Cell(percent(t["best_accuracy"]), t["best_accuracy"]),
             Cell(NOTHING if loss is None else f"{loss:.3f}", loss),
-            Cell(readable(t["sim_seconds"], "seconds"), t["sim_seconds"]),
-            Cell(readable(t["uplink_bytes"], "bytes"), t["uplink_bytes"]),
-            Cell(readable(t["downlink_bytes"], "bytes"), t["downlink_bytes"]),
-            Cell(readable(t["energy_joules"], "joules"), t["energy_joules"]),
+            *(Cell(readable(t[name], cost.unit), t[name]) for name, cost in RUN_COSTS.items()),
             Cell(percent(t["oom_fraction"]), t["oom_fraction"]),
         ])  # fmt: skip
     return Table([*header, "out of memory"], rows, caption="Runs")
 
 
 def _swept(runs: Sequence[RunDirectory], folder: Path) -> list[Section]:
-    """What the varied fields do, if several runs vary one."""
+    """The effect of the varied fields, if several runs vary one."""
     effect = figures.sweep_effect(runs, path=folder / "sweep_effect.png") if len(runs) > 1 else None
     return [Section("What the varied fields do", [image(effect)])] if effect else []
 
 
 def _device_costs(runs: Sequence[RunDirectory], folder: Path) -> list[Part]:
     """A figure of all, and a table for the first run of each group."""
-    parts: list[Part] = [image(figures.cost_by_device(runs, path=folder / "cost_by_device.png"))]
+    parts: list[Part] = [image(cost_by_device(runs, path=folder / "cost_by_device.png"))]
     for label, members in list(group_labels(list(runs)).items())[:MAX_DEVICE_TABLES]:
         name = label if len(members) == 1 else f"{label} (seed {members[0].spec.get('seed')})"
         if len(runs) > 1:
@@ -143,28 +149,20 @@ def _device_costs(runs: Sequence[RunDirectory], folder: Path) -> list[Part]:
     return parts
 
 
-DEVICE_COLUMNS = {
-    "time of a turn": ("sim_seconds", "seconds"),
-    "computing": ("compute_seconds", "seconds"),
-    "receiving": ("downlink_seconds", "seconds"),
-    "sending": ("uplink_seconds", "seconds"),
-    "sent": ("uplink_bytes", "bytes"),
-    "energy": ("energy_joules", "joules"),
-    "peak memory": ("peak_memory_bytes", "bytes"),
-    "budget": ("budget_bytes", "bytes"),
-}
 TURN_ENDS = {"out of memory" if status == "oom" else status: status for status in STATUSES}
 
 
 def _device_table(run: RunDirectory, *, caption: str) -> Table:
     """Means of a turn per device class, and how many turns ended in which way."""
-    rows = []
-    for device, costs in device_costs(run).iterrows():
+    rows, table = [], device_costs(run)
+    columns = paid(table)
+    for device, costs in table.iterrows():
         cells = [Cell(str(device)), Cell(f"{costs['num_turns']:.0f}", costs["num_turns"])]
-        cells += [Cell(readable(costs[name], kind), costs[name]) for name, kind in DEVICE_COLUMNS.values()]
+        cells += [Cell(readable(costs[c.name], c.unit), costs[c.name]) for c in columns]
         cells += [Cell(percent(costs[f"{s}_fraction"]), costs[f"{s}_fraction"]) for s in TURN_ENDS.values()]
         rows.append(cells)
-    return Table(["device class", "turns", *DEVICE_COLUMNS, *TURN_ENDS], rows, caption=caption)
+    header = ["device class", "turns", *(c.title for c in columns), *TURN_ENDS]
+    return Table(header, rows, caption=caption)
 
 
 def _timelines(runs: Sequence[RunDirectory], folder: Path) -> list[Part]:
@@ -173,7 +171,7 @@ def _timelines(runs: Sequence[RunDirectory], folder: Path) -> list[Part]:
     for i, (label, members) in enumerate(list(group_labels(list(runs)).items())[:MAX_TIMELINES]):
         if len(runs) > 1:
             parts.append(Note(label, style="heading"))
-        parts.append(image(figures.timeline(members[0], path=folder / f"timeline_{i}.png"), f"timeline of {label}"))
+        parts.append(image(timeline(members[0], path=folder / f"timeline_{i}.png"), f"timeline of {label}"))
     return [*parts, Note("All rounds: open trace.json of a run in ui.perfetto.dev.")]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fleetune.columns import UNTRAINED
+from fleetune.columns import CLIENT_COLUMNS, ROUND_COLUMNS, UNTRAINED, Column, names
 from fleetune.records.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -12,14 +12,21 @@ if TYPE_CHECKING:
 
 STATUSES = ("oom", "refused", "dropped", "late", "failed")
 """How a turn ends that does not count."""
+RUN_COSTS: dict[str, Column] = {column.name: column for column in ROUND_COLUMNS if column.title}
+"""What a run costs, by the name of its column."""
+SUMS = tuple(column.name for column in ROUND_COLUMNS if column.has_total)
+"""Those of them that rounds hold one by one; virtual time is cumulative already."""
+_BY_UNIT = ("seconds", "flops", "bytes", "joules")
+TURN_COSTS: tuple[Column, ...] = tuple(
+    sorted((column for column in CLIENT_COLUMNS if column.title), key=lambda column: _BY_UNIT.index(column.unit))
+)
+"""What a client's turn costs, in the order of reports: parts of the time before the whole."""
 
 
 def run_totals(run: RunDirectory) -> dict[str, float | None]:
-    """What a run came to: rounds, accuracy, losses, virtual seconds, bytes, joules and the share of turns
-    refused for memory.
+    """Totals of a run: rounds, accuracy, losses, virtual seconds, bytes, joules and the fraction of turns refused for memory.
 
-    ``eval_accuracy`` is the last one evaluated, ``best_accuracy`` the highest. None: not evaluated, or no
-    round yet.
+    ``eval_accuracy`` is the last one evaluated, ``best_accuracy`` the highest. None: not evaluated, or no round yet.
     """
     rounds = run.rounds()
     turns = float(rounds["num_clients"].sum())
@@ -36,9 +43,7 @@ def run_totals(run: RunDirectory) -> dict[str, float | None]:
         "eval_loss": last("eval_loss"),
         "train_loss": last("train_loss"),
         "sim_seconds": last("sim_seconds"),
-        "uplink_bytes": float(rounds["uplink_bytes"].sum()),
-        "downlink_bytes": float(rounds["downlink_bytes"].sum()),
-        "energy_joules": float(rounds["energy_joules"].sum()),
+        **{name: float(rounds[name].sum()) for name in SUMS},
         "oom_fraction": float(rounds["num_oom"].sum()) / turns if turns else None,
     }
 
@@ -66,7 +71,7 @@ def rounds_from_the_start(run: RunDirectory) -> pd.DataFrame:
 def device_costs(run: RunDirectory) -> pd.DataFrame:
     """Costs per device class (index ``device``), means over the turns that ran.
 
-    Shares of all turns: ``oom_fraction`` (refused for memory), ``refused_fraction`` (for another budget),
+    Fractions of all turns: ``oom_fraction`` (refused for memory), ``refused_fraction`` (for another budget),
     ``dropped_fraction``, ``late_fraction`` and ``failed_fraction``. ``peak_memory_bytes`` is the largest need,
     refused turns included, beside ``budget_bytes``.
     """
@@ -74,18 +79,15 @@ def device_costs(run: RunDirectory) -> pd.DataFrame:
     clients = clients.assign(device=clients["device"].fillna("-"))
     everyone = clients.groupby("device", sort=True)
     ran = clients[~clients["status"].isin(("oom", "refused"))].groupby("device", sort=True)
-    names = [
-        "sim_seconds",
-        "compute_seconds",
-        "downlink_seconds",
-        "uplink_seconds",
-        "uplink_bytes",
-        "downlink_bytes",
-    ]
-    costs = ran[[*names, "energy_joules", "flops"]].mean().reindex(list(everyone.groups))
+    costs = ran[list(names(CLIENT_COLUMNS, "sum", "mean"))].mean().reindex(list(everyone.groups))
     costs.insert(0, "num_turns", everyone.size())
     costs["peak_memory_bytes"] = everyone["peak_memory_bytes"].max()
     costs["budget_bytes"] = everyone["budget_bytes"].min()
     for status in STATUSES:
         costs[f"{status}_fraction"] = (clients["status"] == status).groupby(clients["device"]).mean()
     return costs
+
+
+def paid(costs: pd.DataFrame) -> tuple[Column, ...]:
+    """The costs of a turn that any device class has: a server's half costs something in split learning alone."""
+    return tuple(column for column in TURN_COSTS if (costs[column.name].fillna(0) != 0).any())

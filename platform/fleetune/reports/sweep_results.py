@@ -14,8 +14,8 @@ from fleetune.errors import UserError
 from fleetune.records.naming import shown
 from fleetune.records.run_directory import RunDirectory
 from fleetune.records.sweep_directory import PREFIX, SweepDirectory
-from fleetune.reports.run_stats import device_costs, rounds_from_the_start
-from fleetune.reports.sweep_stats import Score, ranking, score_of
+from fleetune.reports.run_stats import RUN_COSTS, device_costs, rounds_from_the_start
+from fleetune.reports.sweep_stats import SCORES, Score, ranking, score_of
 from fleetune.units import SCALES, readable
 
 METHOD, SEED = "method.name", "seed"
@@ -24,24 +24,22 @@ DONE = ("finished", "stopped")
 
 @dataclass(frozen=True)
 class Cost:
-    """What a result can cost: its column in trials and curves (since the start), its name, its quantity."""
+    """One kind of cost of a result: its column in trials and curves (since the start), its name, its quantity."""
 
     column: str
     title: str
     quantity: str
 
 
-COSTS = (
-    Cost("uplink_bytes", "uplink", "bytes"),
-    Cost("sim_seconds", "virtual time", "seconds"),
-    Cost("energy_joules", "energy", "joules"),
+# The costs that scores are set against; bytes received go by those sent, so they are in the tables only.
+COSTS = tuple(
+    Cost(name, RUN_COSTS[name].title, RUN_COSTS[name].unit) for name in ("uplink_bytes", "sim_seconds", "energy_joules")
 )
-TOTALS = ("sim_seconds", "uplink_bytes", "downlink_bytes", "energy_joules")
 
 
 @dataclass(frozen=True)
 class SweepResults:
-    """What a sweep came to.
+    """The results of a sweep.
 
     ``fields`` are the dotted fields that vary, seed aside; in ``trials`` (index ``trial``) each is a column, beside
     ``configuration`` and the columns of ``trials.parquet``. ``ranking`` and ``curves`` are those of
@@ -66,14 +64,14 @@ class SweepResults:
 
     @property
     def has_seeds(self) -> bool:
-        """Whether some configuration was run with several seeds."""
+        """True if some configuration was run with several seeds."""
         return bool((self.ranking["num_trials"] > 1).any())
 
 
 def results_of(sweep: SweepDirectory) -> SweepResults:
     """Reads a sweep's table and the runs of its trials that ended well (finished, or stopped early by the sweep).
 
-    UserError where there is none, or where none of their runs is there.
+    Raises UserError if no trial ended well, or if none of their runs is there.
     """
     trials, fields = _trials(sweep.trials())
     done = trials[trials["status"].isin(DONE)]
@@ -93,14 +91,14 @@ def results_of(sweep: SweepDirectory) -> SweepResults:
         fields=tuple(fields),
         trials=trials,
         score=score,
-        ranking=ranking(done, score, TOTALS),
+        ranking=ranking(done, score, tuple(RUN_COSTS)),
         curves=_curves(runs, done["configuration"]),
         devices=_devices(runs, done["configuration"]),
     )
 
 
 def configuration_labels(trials: pd.DataFrame, fields: Sequence[str]) -> pd.Series:
-    """Each trial's configuration in words: ``devft · growth_rate 2``; ``base job`` where nothing varies."""
+    """Each trial's configuration in words: ``devft · growth_rate 2``; ``base job`` if nothing varies."""
     names = short_names(fields)
     words: list[list[str]] = [[] for _ in range(len(trials))]
     for field in sorted(fields, key=lambda f: f != METHOD):
@@ -111,14 +109,14 @@ def configuration_labels(trials: pd.DataFrame, fields: Sequence[str]) -> pd.Seri
 
 
 def short_names(fields: Sequence[str]) -> dict[str, str]:
-    """The last part of each dotted field, or its last two where another field ends alike; method for its name."""
+    """The last part of each dotted field, or its last two if another field has the same one; method for its name."""
     last = {field: "method" if field == METHOD else field.rpartition(".")[2] for field in fields}
-    alike = list(last.values())
-    return {f: name if alike.count(name) == 1 else ".".join(f.split(".")[-2:]) for f, name in last.items()}
+    last_parts = list(last.values())
+    return {f: name if last_parts.count(name) == 1 else ".".join(f.split(".")[-2:]) for f, name in last.items()}
 
 
 def value_text(value: Any) -> str:
-    """A swept field's value as text: 0.5, 4 (also where pandas has made it 4.0), a dash for none."""
+    """A swept field's value as text: 0.5, 4 (also if pandas has made it 4.0), a dash for none."""
     if value is None or (isinstance(value, float) and value != value):
         return "–"
     return f"{value:.6g}" if isinstance(value, int | float) and not isinstance(value, bool) else shown(value)
@@ -131,9 +129,9 @@ def parse_budgets(texts: Iterable[str]) -> dict[str, list[float]]:
     for text in texts:
         match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-z]+)\s*", text.lower())
         if not match or match[2] not in units or not _is_number(match[1]) or float(match[1]) <= 0:
-            known = ", ".join(unit for cost in COSTS for unit, _ in SCALES[cost.quantity])
+            units_text = ", ".join(unit for cost in COSTS for unit, _ in SCALES[cost.quantity])
             rule = "a budget is a positive number with the unit of its cost"
-            raise UserError(rule, field="--budget", value=text, hint=f"such as 10MB, 2h or 5kJ; units: {known}")
+            raise UserError(rule, field="--budget", value=text, hint=f"such as 10MB, 2h or 5kJ; units: {units_text}")
         column, size = units[match[2]]
         found.setdefault(column, []).append(float(match[1]) * size)
     return {column: sorted(set(amounts)) for column, amounts in found.items()}
@@ -151,10 +149,10 @@ def parse_targets(texts: Iterable[str]) -> list[float]:
 
 
 def amount(value: float | None, score: Score) -> str:
-    """A score as text: a percentage for a share, three decimals for a loss."""
+    """A score as text: a percentage for a fraction, three decimals for a loss."""
     if value is None or value != value:
         return "–"
-    return f"{100 * value:.1f} %" if score.is_share else f"{value:.3f}"
+    return f"{100 * value:.1f} %" if score.is_fraction else f"{value:.3f}"
 
 
 def cost_text(value: float | None, cost: Cost) -> str:
@@ -174,8 +172,8 @@ def _trials(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 
 def _comparable(values: pd.Series) -> pd.Series:
     """Numbers as numbers; all else as text, in the order of first use (a categorical)."""
-    known = values.dropna()
-    if all(isinstance(v, int | float) and not isinstance(v, bool) for v in known):
+    present = values.dropna()
+    if all(isinstance(v, int | float) and not isinstance(v, bool) for v in present):
         return values.astype(float)
     words = values.map(lambda v: None if v is None or v != v else shown(v), na_action="ignore")
     return pd.Series(pd.Categorical(words, categories=list(dict.fromkeys(words.dropna()))), index=values.index)
@@ -183,11 +181,11 @@ def _comparable(values: pd.Series) -> pd.Series:
 
 def _curves(runs: Mapping[int, RunDirectory], configuration: pd.Series) -> pd.DataFrame:
     names = {"uplink_total": "uplink_bytes", "energy_total": "energy_joules"}
-    kept = ["round", "sim_seconds", "uplink_bytes", "energy_joules", "train_loss", "eval_loss", "eval_accuracy"]
+    columns = ["round", *(cost.column for cost in COSTS), *(score.column for score in SCORES)]
     frames = []
     for trial, run in runs.items():
         rounds = rounds_from_the_start(run).drop(columns=list(names.values())).rename(columns=names)
-        frames.append(rounds[kept].astype(float).assign(trial=trial, configuration=configuration[trial]))
+        frames.append(rounds[columns].astype(float).assign(trial=trial, configuration=configuration[trial]))
     return pd.concat(frames, ignore_index=True)
 
 

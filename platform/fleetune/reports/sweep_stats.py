@@ -22,19 +22,19 @@ from numpy.typing import ArrayLike
 from fleetune.columns import UNTRAINED
 from fleetune.units import scale_of
 
-# Shares of the way from the untrained model to the best score at which targets lie.
-TARGET_SHARES = (0.5, 0.75, 0.9)
+# Fractions of the way from the untrained model to the best score at which targets lie.
+TARGET_FRACTIONS = (0.5, 0.75, 0.9)
 NUM_BUDGETS = 4
 
 
 @dataclass(frozen=True)
 class Score:
-    """What trials are ranked by: a column, its name for people, its direction, and whether it is a share of 1."""
+    """What trials are ranked by: a column, its name for people, its direction, and whether it is a fraction of 1."""
 
     column: str
     title: str
     higher_is_better: bool
-    is_share: bool
+    is_fraction: bool
 
     def sign(self) -> int:
         """1 where more is better, -1 where less is."""
@@ -42,9 +42,9 @@ class Score:
 
 
 SCORES = (
-    Score("eval_accuracy", "accuracy", higher_is_better=True, is_share=True),
-    Score("eval_loss", "evaluation loss", higher_is_better=False, is_share=False),
-    Score("train_loss", "training loss", higher_is_better=False, is_share=False),
+    Score("eval_accuracy", "accuracy", higher_is_better=True, is_fraction=True),
+    Score("eval_loss", "evaluation loss", higher_is_better=False, is_fraction=False),
+    Score("train_loss", "training loss", higher_is_better=False, is_fraction=False),
 )
 
 
@@ -140,8 +140,8 @@ def over_seeds(values: pd.DataFrame, configuration: pd.Series) -> tuple[pd.DataF
     return groups.mean(), groups.count()
 
 
-def targets_from(curves: pd.DataFrame, score: Score, shares: Sequence[float] = TARGET_SHARES) -> list[float]:
-    """Targets at these shares of the way from the start to the best score of any trial, to three decimals.
+def targets_from(curves: pd.DataFrame, score: Score, fractions: Sequence[float] = TARGET_FRACTIONS) -> list[float]:
+    """Targets at these fractions of the way from the start to the best score of any trial, to three decimals.
 
     The start is the untrained model (its mean over trials), or where that was not evaluated the worst score of all.
     Empty where nothing got better.
@@ -152,7 +152,7 @@ def targets_from(curves: pd.DataFrame, score: Score, shares: Sequence[float] = T
     values, untrained = score.sign() * known[score.column], known["round"] == UNTRAINED
     start = values[untrained].mean() if untrained.any() else values.min()
     best = values.max()
-    targets = [round(float(score.sign() * (start + share * (best - start))), 3) for share in shares]
+    targets = [round(float(score.sign() * (start + fraction * (best - start))), 3) for fraction in fractions]
     return list(dict.fromkeys(targets)) if best > start else []
 
 

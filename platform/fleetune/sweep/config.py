@@ -20,23 +20,23 @@ Whole = Annotated[int, Field(ge=-(2**53), le=2**53)]  # Optuna counts in floats,
 
 
 class Distribution(Config):
-    """From what a searched field is drawn; exactly one of these."""
+    """The range or list from which a searched field is drawn. Exactly one of these is set."""
 
     uniform: tuple[Bounded, Bounded] | None = None
-    """Any number between two."""
+    """A number between these two."""
     loguniform: tuple[Bounded, Bounded] | None = None
-    """Any number between two positive ones, its logarithm uniform."""
+    """A number between these two positive ones, with uniform logarithm."""
     randint: tuple[Whole, Whole] | None = None
-    """A whole number between two, both included."""
+    """A whole number between these two, both included."""
     choice: tuple[Any, ...] | None = Field(None, min_length=1)
     """One of these values."""
 
     @model_validator(mode="after")
     def _one(self) -> Distribution:
-        given = {name: value for name, value in self if value is not None}
-        if len(given) != 1:
+        set_fields = {name: value for name, value in self if value is not None}
+        if len(set_fields) != 1:
             raise ValueError("needs exactly one of uniform, loguniform, randint, choice")
-        name, value = next(iter(given.items()))
+        name, value = next(iter(set_fields.items()))
         if name != "choice" and not value[0] < value[1]:
             raise ValueError(f"{name} needs a smaller and a larger number")
         if name == "loguniform" and value[0] <= 0:
@@ -45,57 +45,57 @@ class Distribution(Config):
 
     @property
     def kind(self) -> str:
-        """Which one it is."""
+        """The name of the field that is set."""
         return next(name for name, value in self if value is not None)
 
     def ends(self) -> list[Any]:
-        """Values that have to be valid if all are: both ends, or every choice."""
+        """Values to check instead of all: both ends of a range, or every choice."""
         return list(getattr(self, self.kind))
 
 
 class SearchConfig(Config):
-    """Trials drawn from a space."""
+    """A search: trials drawn from a space."""
 
     kind: Literal["random", "optuna"] = "random"
-    """random: drawn independently, all known beforehand; optuna: each from the results so far (TPE)."""
+    """random: drawn independently, all before the first starts; optuna: each proposed from the results so far (TPE)."""
     num_trials: int = Field(ge=1, le=MAX_TRIALS)
     """Trials, before they are repeated for every seed of ``seeds``."""
     space: dict[str, Distribution] = Field(min_length=1)
     """Dotted field -> distribution, e.g. ``{local.learning_rate: {loguniform: [1.0e-4, 1.0e-2]}}``."""
     seed: int = Field(0, ge=0, le=MAX_INTEGER)
-    """What is drawn follows from it."""
+    """Seed of the draws."""
 
 
 class EarlyStopping(Config):
     """Asynchronous successive halving (ASHA): trials that fall behind at a rung are stopped."""
 
     kind: Literal["asha"] = "asha"
-    """The rule."""
+    """The rule that stops trials."""
     grace_rounds: int = Field(1, ge=1, le=1_000_000)
-    """Rounds that every trial gets; the first rung. Each further rung is ``reduction_factor`` times as far."""
+    """Rounds that every trial gets: the first rung. Each further rung is ``reduction_factor`` times as far."""
     reduction_factor: float = Field(3.0, gt=1.0, le=1e6)
-    """One of so many trials goes on after a rung."""
+    """At each rung, one in this many trials continues."""
 
 
 class SweepSpec(Config):
     """Everything that determines a sweep. Give a grid, a search, or seeds alone."""
 
     name: str | None = Field(None, min_length=1, max_length=100)
-    """Name of the sweep and of its MLflow experiment; null: the file's."""
+    """Name of the sweep and of its MLflow experiment; null: the file's name."""
     base: dict[str, Any]
-    """The job that is varied: a job file, seen from the sweep file's folder or from here, or the job itself."""
+    """The job to vary: the path of a job file, relative to the sweep file or the current folder, or the job's fields."""
     grid: dict[str, tuple[Any, ...]] | None = None
-    """Dotted field -> values; every combination is a trial."""
+    """Dotted field -> values. Every combination is a trial."""
     search: SearchConfig | None = None
     """Trials drawn from a space, instead of a grid."""
     seeds: tuple[int, ...] | None = None
     """Every trial is repeated with each of these seeds."""
     metric: Metric = "eval_accuracy"
-    """What the best trial is best in, and what search and early stopping go by. Accuracy should be high, the others low."""
+    """The metric that ranks trials, for the best trial, search and early stopping. Accuracy is maximised, others minimised."""
     early_stopping: EarlyStopping | None = None
     """Stop trials that fall behind; null: every trial runs to its end."""
     max_concurrent: int | None = Field(None, ge=1, le=MAX_TRIALS)
-    """Trials at a time; null: as many as the cores hold."""
+    """Trials that run at the same time; null: as many as the cores hold."""
 
     @field_validator("base", mode="before")
     @classmethod
@@ -124,18 +124,18 @@ class SweepSpec(Config):
 
     @property
     def sign(self) -> int:
-        """1 where the metric should be high, -1 where it should be low."""
+        """1 if a higher metric is better, -1 if a lower one is."""
         return 1 if self.metric == "eval_accuracy" else -1
 
 
 def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> SweepSpec:
-    """Read a sweep file. ``overrides`` are those of its base job."""
+    """Read a sweep file. ``overrides`` apply to its base job."""
     path = Path(path)
     values = read_yaml(path)
     base = values.get("base")
     if isinstance(base, str):
-        places = [path.parent / base, Path(base)]
-        values["base"] = read_yaml(next((place for place in places if place.is_file()), places[-1]))
+        candidates = [path.parent / base, Path(base)]
+        values["base"] = read_yaml(next((file for file in candidates if file.is_file()), candidates[-1]))
     elif base is None:
         raise UserError("a sweep needs a base", field="base", hint="base: jobs/quickstart.yaml")
     if isinstance(values["base"], dict):

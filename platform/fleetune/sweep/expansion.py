@@ -1,4 +1,4 @@
-"""From a sweep to its trials: each a job with every ``auto`` decided, checked before any of them starts."""
+"""Expands a sweep into trials: each a job with every ``auto`` decided, checked before any of them starts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 from fleetune.engine.launch.directories import slug
 from fleetune.engine.launch.resolve import resolve_execution
 from fleetune.errors import UserError
-from fleetune.records.naming import flatten, shown
+from fleetune.records.naming import filled_fields, shown
 from fleetune.seeds import rng
 from fleetune.spec import RunSpec, from_dict
 from fleetune.sweep.config import MAX_TRIALS, Distribution, SweepSpec
@@ -31,26 +31,26 @@ class Trial:
 
 
 def sweep_id(sweep: SweepSpec) -> str:
-    """Name of the sweep's directory: the same for the same content, so that a further launch finds it."""
+    """Name of the sweep's directory: the same for the same content, so that a second launch finds it."""
     content = sweep.model_dump(mode="json", exclude={"name", "max_concurrent"})
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
     return f"{slug(str(sweep.name))}-{digest}"
 
 
 def trials_of(sweep: SweepSpec) -> list[Trial]:
-    """All trials that are known beforehand. A combination that gives the same results as an earlier one is left out."""
+    """All trials of a grid or random search. A combination that gives the same results as an earlier one is left out."""
     trials: list[Trial] = []
-    known: set[str] = set()
+    hashes: set[str] = set()
     for overrides in _combinations(sweep):
         spec = checked(sweep, overrides, number=len(trials))
-        if spec.spec_hash not in known:
-            known.add(spec.spec_hash)
+        if spec.spec_hash not in hashes:
+            hashes.add(spec.spec_hash)
             trials.append(Trial(len(trials), overrides, spec))
     return trials
 
 
 def checked(sweep: SweepSpec, overrides: Mapping[str, Any], *, number: int) -> RunSpec:
-    """The job of a trial. UserError names the field, and what the trial changes."""
+    """The job of a trial. Raises UserError with the field and the trial's overrides if it is not valid."""
     try:
         return decided(from_dict(sweep.base, overrides))
     except UserError as error:
@@ -58,32 +58,36 @@ def checked(sweep: SweepSpec, overrides: Mapping[str, Any], *, number: int) -> R
 
 
 def decided(spec: RunSpec) -> RunSpec:
-    """Every ``auto`` decided, on every machine alike: one process with one thread, on the CPU, unless the trial asks for more."""
+    """The spec with every ``auto`` decided: one process of one thread on the CPU, unless the trial asks for more.
+
+    The decision must not depend on the machine: cohorts and threads are part of a run's identity.
+    """
     execution = spec.execution
     workers = 1 if execution.workers == "auto" else int(execution.workers)
     threads = 1 if execution.threads == "auto" else int(execution.threads)
-    asked = execution.model_copy(update={"workers": workers, "threads": threads})
+    sized = execution.model_copy(update={"workers": workers, "threads": threads})
     gpus = [workers] if execution.device == "cuda" else None
     spec = resolve_execution(
-        spec.model_copy(update={"execution": asked}), node_cores=[workers * threads], node_gpus=gpus
+        spec.model_copy(update={"execution": sized}), node_cores=[workers * threads], node_gpus=gpus
     )
     kind = "ray" if spec.execution.kind == "ray" and workers > 1 else "serial"
     return spec.model_copy(update={"execution": spec.execution.model_copy(update={"kind": kind})})
 
 
 def in_trial(error: UserError, number: int, overrides: Mapping[str, Any]) -> UserError:
-    """The error with the trial in which it shows."""
-    told = label(overrides)
-    rule = f"{error.rule} [trial {number}: {told}]" if told else error.rule
+    """The error with the trial in which it occurred."""
+    changes = label(overrides)
+    rule = f"{error.rule} [trial {number}: {changes}]" if changes else error.rule
     return UserError(rule, field=error.field, value=error.value, hint=error.hint)
 
 
 def label(overrides: Mapping[str, Any]) -> str:
-    """What a trial changes, in a line."""
-    return ", ".join(f"{field}={shown(value)}" for field, value in flatten(overrides).items())
+    """A trial's overrides in a line."""
+    return ", ".join(f"{field}={shown(value)}" for field, value in filled_fields(overrides).items())
 
 
 def _combinations(sweep: SweepSpec) -> Iterator[dict[str, Any]]:
+    """Overrides of every trial; the seeds vary fastest."""
     seeds: list[dict[str, Any]] = [{"seed": seed} for seed in sweep.seeds] if sweep.seeds else [{}]
     if sweep.search is not None:
         if sweep.search.num_trials * len(seeds) > MAX_TRIALS:

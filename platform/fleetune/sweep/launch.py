@@ -1,4 +1,4 @@
-"""From a sweep file to its table: checks, Ray Tune for what is missing, figures, MLflow, and going on after a kill."""
+"""Launches a sweep: checks it, runs the missing trials on Ray Tune, writes the report, and sends all to MLflow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from fleetune.errors import Stopped, UserError
 from fleetune.problem import Inputs, build_problem, load_inputs
 from fleetune.records.sweep_directory import SweepDirectory
 from fleetune.sweep.config import SweepSpec
-from fleetune.sweep.driver import Driver, Report, take_stock
+from fleetune.sweep.driver import Driver, Report
+from fleetune.sweep.existing_runs import add_trials
 from fleetune.sweep.expansion import Trial, checked, in_trial, label, sweep_id, trials_of
 from fleetune.sweep.status import OVER, SweepStatus
 from fleetune.sweep.trial_runner import inputs_key
@@ -28,23 +29,23 @@ MAX_SHARED = 32  # assumed: further seeds and data sets are read by the trials t
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep came to."""
+    """The result of a sweep."""
 
     sweep_dir: Path
     status: str
     trials: dict[str, int]
-    """Trials by state."""
+    """Number of trials by state."""
     best: dict[str, Any] | None
     failures: list[dict[str, Any]]
     synced: bool | None = None
-    """Whether MLflow holds all of it; None where that was not asked."""
+    """True if MLflow holds all of it; None if tracking is off."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As ``--json`` prints it; ``synced`` only where it is false."""
-        return {**launch.told(vars(self)), "sweep_dir": str(self.sweep_dir)}
+        """The document of ``--json``; with ``synced`` only if it is false."""
+        return {**launch.without_synced(vars(self)), "sweep_dir": str(self.sweep_dir)}
 
     def lines(self) -> list[str]:
-        """As a person reads it."""
+        """The lines that the terminal shows."""
         lines = [f"trials     {', '.join(f'{number} {state}' for state, number in self.trials.items())}"]
         lines += [f"failed     trial {f['trial']} {f['sets']}: {f['error']}" for f in self.failures]
         if self.best:
@@ -64,9 +65,9 @@ def run(
     report: Report | None = None,
     warn: Warn,
 ) -> SweepResult:
-    """Run what is missing of a sweep. UserError before any trial starts; a trial that fails is a row of the table.
+    """Run the missing trials of a sweep. Raises UserError before any trial starts; a trial that fails is a row of the table.
 
-    ``text``: the sweep file's, which MLflow shows with the sweep and its trials.
+    ``text``: the sweep file's text, which MLflow shows with the sweep and its trials.
     """
     path = workspace.absolute() / "sweeps" / sweep_id(sweep)
     if (path / SweepDirectory.SPEC).is_file():
@@ -76,14 +77,13 @@ def run(
     if example.tracking.enabled:
         check_access(example.tracking.uri)
     sweep_status = SweepStatus(sweep, num_trials=sweep.search.num_trials if search and sweep.search else len(trials))
-    stock = take_stock(sweep_status, trials, path)
-    if stock.of_other_code:
-        told = "trial(s) were finished by another version of the code; their results are taken as they are"
-        warn(f"{stock.of_other_code} {told}")
-    if stock.outdated:
-        warn(
-            f"{stock.outdated} trial(s) read data or a model that has changed since; they run again, in runs of their own"
-        )
+    existing = add_trials(sweep_status, trials, path)
+    if existing.num_of_other_code:
+        rest = "trial(s) were finished by another version of the code; their results are taken as they are"
+        warn(f"{existing.num_of_other_code} {rest}")
+    if existing.num_outdated:
+        rest = "trial(s) read data or a model that has changed since; they run again, in runs of their own"
+        warn(f"{existing.num_outdated} {rest}")
     missing = [entry.trial for entry in sweep_status.entries.values() if entry.status not in OVER]
     is_complete = not missing and len(trials) == sweep_status.num_trials
     shared = {} if is_complete else _prepare([*missing, *probes], workspace, address)
@@ -91,7 +91,7 @@ def run(
 
     def watch(run_path: Path) -> None:
         if example.tracking.enabled:
-            launch.follower(warn).watch(run_path)
+            launch.record_stream(warn).watch(run_path)
 
     with locked(directory, field="SWEEP", patience_seconds=5.0):
         driver = Driver(
@@ -100,14 +100,15 @@ def run(
         (directory.path / "result.json").unlink(missing_ok=True)
         driver.save()
         watch(directory.path)
-        for entry in sweep_status.entries.values():  # those of an earlier launch that MLflow may not have got whole
+        for entry in sweep_status.entries.values():  # earlier launches may have been killed before MLflow got all
             if entry.has_begun and entry.run.path.name.startswith(directory.path.name):
                 watch(entry.run.path)
         if not is_complete:
             from fleetune.sweep import tune as tuning
 
             try:
-                tuning.run(sweep, driver, shared=shared, num_trials=driver.num_left, known=_known(sweep, sweep_status))
+                earlier = _earlier(sweep, sweep_status)
+                tuning.run(sweep, driver, shared=shared, num_trials=driver.num_left, earlier=earlier)
             except KeyboardInterrupt:
                 raise Stopped("the same command again") from None
         driver.save()
@@ -116,19 +117,22 @@ def run(
 
 
 def _plan(sweep: SweepSpec, path: Path) -> tuple[list[Trial], list[Trial], Any]:
-    """(trials that are known, trials that stand for those to come, the search that proposes them)."""
+    """(trials so far, trials to check in place of those to come, the search that proposes these or None)."""
     if sweep.search is None or sweep.search.kind != "optuna":
         return trials_of(sweep), [], None
     from fleetune.sweep.optuna_search import OptunaSearch, probes
 
     search = OptunaSearch(sweep)
-    known = SweepDirectory(path).meta.get("proposed", []) if (path / SweepDirectory.SPEC).is_file() else []
-    trials = [Trial(n, overrides, checked(sweep, overrides, number=n)) for n, overrides in enumerate(known)]
+    proposed = SweepDirectory(path).meta.get("proposed", []) if (path / SweepDirectory.SPEC).is_file() else []
+    trials = [Trial(n, overrides, checked(sweep, overrides, number=n)) for n, overrides in enumerate(proposed)]
     return trials, probes(sweep), search
 
 
 def _prepare(trials: Sequence[Trial], workspace: Path, address: str | None) -> dict[str, Any]:
-    """Join the cluster; meanwhile read model and data, and check every trial with them. Inputs in the object store, by key."""
+    """Join the cluster; meanwhile read models and data, and check every trial with them.
+
+    Returns the inputs in the object store, by key.
+    """
     backend = ray_backend(address)
     inputs: dict[str, Inputs] = {}
     bases: dict[str, Any] = {}
@@ -142,17 +146,18 @@ def _prepare(trials: Sequence[Trial], workspace: Path, address: str | None) -> d
         bases[base] = loaded.base
         if len(inputs) < MAX_SHARED:
             inputs[key] = loaded
+    from fleetune.sweep import resources
     from fleetune.sweep import tune as tuning
 
     specs = [trial.spec for trial in trials]
     if address is None:
-        tuning.check_fits(specs, [num_cores()], [num_gpus()])
+        resources.check_fits(specs, [num_cores()], [num_gpus()])
     backend.cluster.wait()
     if address is not None:
-        tuning.check_fits(specs, tuning.node_cores(), tuning.node_gpus())
+        resources.check_fits(specs, resources.node_cores(), resources.node_gpus())
     with writable(workspace):
         workspace.mkdir(parents=True, exist_ok=True)
-        tuning.check_shared(workspace.absolute())
+        resources.check_shared(workspace.absolute())
     return tuning.put(inputs)
 
 
@@ -165,8 +170,8 @@ def _open(sweep: SweepSpec, path: Path, text: str | None) -> SweepDirectory:
         return SweepDirectory.create(path.parent.parent, path.name, values, meta=meta, directory=path.parent)
 
 
-def _known(sweep: SweepSpec, sweep_status: SweepStatus) -> list[tuple[str, list[dict[str, Any]]]]:
-    """What trials of earlier launches reached, by which early stopping goes too."""
+def _earlier(sweep: SweepSpec, sweep_status: SweepStatus) -> list[tuple[str, list[dict[str, Any]]]]:
+    """(id, rows of rounds) of the trials that are over, which early stopping compares with; none without it."""
     if sweep.early_stopping is None:
         return []
     over = [entry.run for entry in sweep_status.entries.values() if entry.status in OVER]
@@ -174,7 +179,7 @@ def _known(sweep: SweepSpec, sweep_status: SweepStatus) -> list[tuple[str, list[
 
 
 def _summarise(sweep: SweepSpec, directory: SweepDirectory, sweep_status: SweepStatus) -> SweepResult:
-    """The report, and ``result.json``, whose presence means that the sweep is over."""
+    """Write the report, and then ``result.json``, whose presence means that the sweep is over."""
     from fleetune.reports.sweep_report import sweep_report
 
     entries = [entry for _, entry in sorted(sweep_status.entries.items())]
@@ -183,9 +188,9 @@ def _summarise(sweep: SweepSpec, directory: SweepDirectory, sweep_status: SweepS
         sweep_report(directory.path)
     directory.write_csv()
     best = sweep_status.best()
-    told = None
+    best_row = None
     if best is not None:
-        told = {
+        best_row = {
             "trial": best.trial.number,
             "run_id": best.run.path.name,
             "overrides": best.trial.overrides,
@@ -198,15 +203,17 @@ def _summarise(sweep: SweepSpec, directory: SweepDirectory, sweep_status: SweepS
     ]
     counts = sweep_status.counts()
     metrics: dict[str, Any] = {f"trials/{state}": number for state, number in counts.items()}
-    if told is not None:
-        metrics[f"best/{sweep.metric}"] = told[sweep.metric]
+    if best_row is not None:
+        metrics[f"best/{sweep.metric}"] = best_row[sweep.metric]
     status = "finished" if has_finished or not failures else "failed"
-    directory.write_result({"status": status, "metrics": metrics, "trials": counts, "best": told, "failures": failures})
-    return SweepResult(directory.path, status, counts, told, failures)
+    directory.write_result(
+        {"status": status, "metrics": metrics, "trials": counts, "best": best_row, "failures": failures}
+    )
+    return SweepResult(directory.path, status, counts, best_row, failures)
 
 
 def _in_mlflow(directory: SweepDirectory, sweep_status: SweepStatus, warn: Warn) -> bool:
-    """Whether MLflow has all trials that this sweep ran, and then the sweep itself with those that it reused."""
+    """True if MLflow has all trials that this sweep ran, and then the sweep itself with those that it reused."""
     own = f"{directory.path.name}-"
     paths = [e.run.path for e in sweep_status.entries.values() if e.has_begun and e.run.path.name.startswith(own)]
     return launch.in_mlflow([*paths, directory.path], warn)

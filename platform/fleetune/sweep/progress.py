@@ -1,4 +1,4 @@
-"""What a person sees while a sweep goes on: a live table on a terminal, a line per trial elsewhere."""
+"""Progress of a sweep on stderr: a live table on a terminal, a line per trial elsewhere."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SECONDS_BETWEEN = 0.25
 
 
 class Progress(Protocol):
-    """Takes the sweep_status whenever it has changed; used as a context."""
+    """Shows the sweep's status whenever it has changed; used as a context."""
 
     def __enter__(self) -> Progress: ...
 
     def __exit__(self, *error: object) -> None: ...
 
     def __call__(self, sweep_status: SweepStatus) -> None:
-        """Show it."""
+        """Show the status."""
         ...
 
 
@@ -40,7 +40,7 @@ def make_progress(sweep: SweepSpec) -> Progress:
 def headline(sweep_status: SweepStatus) -> str:
     """Trials by state, the best so far, and how long it will take."""
     parts = [" · ".join(f"{number} {state}" for state, number in sweep_status.counts().items())]
-    best, eta = sweep_status.best_told(), sweep_status.eta_seconds()
+    best, eta = sweep_status.best_line(), sweep_status.eta_seconds()
     parts += [f"best {best}"] if best else []
     parts += [f"eta {duration(eta)}"] if eta else []
     return " · ".join(parts)
@@ -51,7 +51,8 @@ class Lines:
 
     def __init__(self, sweep: SweepSpec):
         self.sweep = sweep
-        self.told: set[int] = set()
+        self.printed: set[int] = set()
+        """Numbers of the trials whose end has been printed; -1 stands for the headline alone."""
 
     def __enter__(self) -> Lines:
         return self
@@ -59,21 +60,21 @@ class Lines:
     def __exit__(self, *error: object) -> None: ...
 
     def __call__(self, sweep_status: SweepStatus) -> None:
-        """Print the trials that have ended since."""
+        """Print the trials that have ended since the last call; at the first one the headline."""
         over = {n for n, e in sweep_status.entries.items() if e.status not in ("missing", "running")}
-        if not self.told:
+        if not self.printed:
             print(printable(f"{self.sweep.name}: {headline(sweep_status)}"), file=sys.stderr, flush=True)
-            self.told = over if sweep_status.num_rounds_done == 0 else {-1}
-        for number in sorted(over - self.told):
+            self.printed = over if sweep_status.num_rounds_done == 0 else {-1}
+        for number in sorted(over - self.printed):
             entry = sweep_status.entries[number]
             how = f"failed: {entry.error}" if entry.status == "failed" else f"{entry.status} · {_metrics(entry)}"
-            told = f"trial {number} {label(entry.trial.overrides)} · {how} · {headline(sweep_status)}"
-            print(told, file=sys.stderr, flush=True)
-        self.told |= over
+            line = f"trial {number} {label(entry.trial.overrides)} · {how} · {headline(sweep_status)}"
+            print(line, file=sys.stderr, flush=True)
+        self.printed |= over
 
 
 class LiveTable:
-    """A table that is drawn anew in its place."""
+    """A table that is redrawn in place."""
 
     def __init__(self, sweep: SweepSpec):
         self.sweep = sweep
@@ -88,7 +89,7 @@ class LiveTable:
         self.live.stop()
 
     def __call__(self, sweep_status: SweepStatus) -> None:
-        """Draw it, a few times a second at most."""
+        """Redraw the table, a few times a second at most."""
         now = time.monotonic()
         if now - self.drawn > SECONDS_BETWEEN or sweep_status.counts().get("running", 0) == 0:
             self.drawn = now
@@ -96,7 +97,7 @@ class LiveTable:
 
 
 def draw(sweep_status: SweepStatus) -> Any:
-    """The table: trials that run, then those that are over, the best first."""
+    """The table: running trials, then those that are over, the best first."""
     entries = list(sweep_status.entries.values())
     running = [e for e in entries if e.status == "running"]
     over = [e for e in entries if e.status not in ("running", "missing")]

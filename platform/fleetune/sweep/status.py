@@ -1,4 +1,4 @@
-"""What is known of a sweep's trials while it goes on, and the table made from it."""
+"""The status of a sweep's trials while it runs: how far each is, the best so far, and the time that is left."""
 
 from __future__ import annotations
 
@@ -8,28 +8,19 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from fleetune.columns import TRIAL_COLUMNS, names
 from fleetune.records.run_directory import RunDirectory
 from fleetune.sweep.config import SweepSpec
 from fleetune.sweep.expansion import Trial, label
 
 OVER = ("finished", "stopped")  # a trial that failed is tried again by the next launch
 STATES = ("finished", "stopped", "failed", "running", "missing")
-METRICS = ("train_loss", "eval_loss", "eval_accuracy", "baseline_eval_loss", "baseline_eval_accuracy")
-TOTALS = (
-    "sim_seconds",
-    "uplink_bytes",
-    "downlink_bytes",
-    "energy_joules",
-    "num_oom",
-    "num_dropped",
-    "num_late",
-    "num_failed",
-)
+METRICS, TOTALS = names(TRIAL_COLUMNS, "metric"), names(TRIAL_COLUMNS, "total")
 
 
 @dataclass
 class Entry:
-    """A trial and how far it is."""
+    """A trial and how far its run is."""
 
     trial: Trial
     run: RunDirectory
@@ -41,11 +32,11 @@ class Entry:
 
     @property
     def has_begun(self) -> bool:
-        """Whether there is a run directory."""
+        """True if the trial has a run directory."""
         return (self.run.path / RunDirectory.SPEC).is_file()
 
     def take_result(self) -> None:
-        """What the run's result says, which is the truth about a trial that is over."""
+        """Replace what was reported on the way by the run's ``result.json``: the truth about a trial that is over."""
         result = self.run.result() or {}
         self.status = str(result.get("status", "missing"))
         self.error = result.get("error")
@@ -53,10 +44,10 @@ class Entry:
         self.num_rounds = int(self.totals.get("num_rounds", 0))
 
     def row(self) -> dict[str, Any]:
-        """The trial's row in ``trials.parquet``. Of a trial that is not over it tells no results: they would depend on when."""
+        """The trial's row in ``trials.parquet``, with results only if it is over: before, they would depend on when one looks."""
         spec = self.trial.spec
         is_over = self.status in OVER
-        known = {**{k: self.metrics.get(k) for k in METRICS}, **{k: self.totals.get(k) for k in TOTALS}}
+        results = {**{k: self.metrics.get(k) for k in METRICS}, **{k: self.totals.get(k) for k in TOTALS}}
         return {
             "trial": self.trial.number,
             "run_id": self.run.path.name,
@@ -67,19 +58,19 @@ class Entry:
             "method": spec.method.name,
             "seed": spec.seed,
             "overrides": self.trial.overrides,
-            **({**known, "num_rounds": self.num_rounds} if is_over else {}),
+            **({**results, "num_rounds": self.num_rounds} if is_over else {}),
         }
 
 
 class SweepStatus:
-    """All trials of a sweep."""
+    """All trials of a sweep, by number. A search that goes by results adds them as it proposes them."""
 
     def __init__(self, sweep: SweepSpec, *, num_trials: int):
         self.sweep, self.num_trials = sweep, num_trials
         self.entries: dict[int, Entry] = {}
         self.started = time.monotonic()
         self.num_rounds_done = 0
-        """Rounds of this launch."""
+        """Rounds that trials have done in this launch."""
 
     def counts(self) -> dict[str, int]:
         """Trials by state; those that a search has not proposed yet are missing."""
@@ -88,18 +79,18 @@ class SweepStatus:
         return {state: found[state] for state in STATES if found[state]}
 
     def value(self, entry: Entry) -> float | None:
-        """The trial's metric so far; None where it has none, or no finite one."""
+        """The trial's value of the sweep's metric so far; None if it has none, or no finite one."""
         value = {**entry.totals, **entry.metrics}.get(self.sweep.metric)
         return float(value) if value is not None and math.isfinite(value) else None
 
     def best(self) -> Entry | None:
-        """The best trial so far: the first of equals; one that failed is none."""
+        """The best trial so far, the first of equals; a trial that failed does not count."""
         scored = [(entry, self.value(entry)) for _, entry in sorted(self.entries.items())]
-        known = [(entry, value) for entry, value in scored if value is not None and entry.status != "failed"]
-        return max(known, key=lambda pair: self.sweep.sign * pair[1])[0] if known else None
+        candidates = [(entry, value) for entry, value in scored if value is not None and entry.status != "failed"]
+        return max(candidates, key=lambda pair: self.sweep.sign * pair[1])[0] if candidates else None
 
-    def best_told(self) -> str | None:
-        """The best trial in a line."""
+    def best_line(self) -> str | None:
+        """The best trial in a line; None if there is none yet."""
         best = self.best()
         if best is None:
             return None
@@ -108,12 +99,12 @@ class SweepStatus:
         return f"{self.sweep.metric} {shown} ({label(best.trial.overrides) or best.run.path.name})"
 
     def rounds_left(self) -> int:
-        """Rounds that are still to be run, if nothing is stopped early."""
+        """Rounds that are still to be run if no trial is stopped early."""
         over = {*OVER, "failed"}
         specs = [(e.trial.spec.rounds.num_rounds, e) for e in self.entries.values() if e.status not in over]
         typical = max((e.trial.spec.rounds.num_rounds for e in self.entries.values()), default=0)
-        unknown = (self.num_trials - len(self.entries)) * typical
-        return sum(rounds - entry.num_rounds for rounds, entry in specs) + unknown
+        to_be_proposed = (self.num_trials - len(self.entries)) * typical
+        return sum(rounds - entry.num_rounds for rounds, entry in specs) + to_be_proposed
 
     def eta_seconds(self) -> float | None:
         """Real time to the end at the pace of this launch; None before its first round."""

@@ -1,4 +1,4 @@
-"""A process that runs one trial after the other: base model, data, networks and untrained quality stay for the next one."""
+"""Runs one trial after the other in a process, which keeps base model, data, networks and baseline for the next one."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fleetune.content import check_content
-from fleetune.engine.coordinator import Baselines, Coordinator, Event
+from fleetune.engine.coordinator import Coordinator, Event
+from fleetune.engine.evaluation import Baselines
 from fleetune.engine.execution.executor import Executor, SerialExecutor
 from fleetune.engine.execution.worker_process import placed_base
 from fleetune.engine.launch.backends import base_key
@@ -17,6 +17,7 @@ from fleetune.engine.launch.directories import locked, run_meta
 from fleetune.engine.launch.run import conclude, finish
 from fleetune.models.base import BaseModel
 from fleetune.problem import Inputs, Problem, build_problem, load_inputs, set_threads
+from fleetune.problem.content import check_content
 from fleetune.records.run_directory import RunDirectory
 from fleetune.spec import RunSpec, from_dict
 
@@ -27,7 +28,7 @@ LOCK_PATIENCE_SECONDS = 60.0  # a process that was killed with its sweep is gone
 
 @dataclass(frozen=True)
 class TrialOrder:
-    """What a process needs to know of a trial."""
+    """Everything a process needs to run a trial."""
 
     number: int
     spec: dict[str, Any]
@@ -41,12 +42,15 @@ class TrialOrder:
         return Path(self.workspace) / "runs" / self.run_id
 
     def to_json(self) -> str:
-        """As text, which Ray Tune passes on as it is."""
+        """The order as JSON text, which Ray Tune passes on unchanged."""
         return json.dumps(vars(self))
 
 
 def inputs_key(spec: RunSpec) -> str:
-    """Runs with the same key share model and data; how data are dealt matters only as far as columns are concerned."""
+    """The key of a run's inputs: runs with the same key share model and data.
+
+    How the data are partitioned is no part of it, except for the columns that partitioning reads.
+    """
     data = spec.data.model_dump(exclude={"partition": {"alpha", "shards_per_client", "min_examples"}}, mode="json")
     targets = spec.model.lora.model_dump(mode="json")["targets"]
     fleet = spec.fleet.model_dump(include={"availability", "device_files", "devices", "num_clients"}, mode="json")
@@ -59,20 +63,20 @@ MakeWorkers = Callable[[Problem], Executor]
 
 
 class TrialRunner:
-    """What stays in a process between trials."""
+    """Runs trials, and keeps between them what the next one can use again."""
 
     def __init__(self, *, fetch: Fetch | None = None, make_workers: MakeWorkers | None = None):
-        """``fetch``: inputs by key where somebody has loaded them already; ``make_workers``: the executor of a gang."""
+        """``fetch``: inputs by key if they are loaded already, else None; ``make_workers``: the executor of a gang."""
         self._fetch, self._make_workers = fetch, make_workers
         self._inputs: dict[str, Inputs] = {}
         self._placed: dict[Any, tuple[BaseModel, dict[Any, Any]]] = {}
-        """Base models where they are computed with, and the networks over each."""
+        """Base models on the device that computes with them, each with the networks over it."""
         self._baselines: Baselines = {}
 
     def run(self, order: TrialOrder) -> Iterator[Event]:
-        """The trial's rounds, from where its directory stands; a failure is tried once more from the last whole round.
+        """Run the trial's remaining rounds. After a failure, they are tried once more from the last complete round.
 
-        Events are the coordinator's, with ``over`` at the end: finished, or failed with its ``error``.
+        Events are the coordinator's, the last one with ``over``: finished, or failed with its ``error``.
         """
         run_dir: RunDirectory | None = None
         try:
@@ -88,7 +92,7 @@ class TrialRunner:
             yield {"kind": "end", "over": "failed", "error": text}
 
     def _rounds(self, problem: Problem, run_dir: RunDirectory) -> Iterator[Event]:
-        """The rounds that are left; none where the one who should have been told of the end was killed."""
+        """The remaining rounds; none if the run had finished but the process waiting for its result was killed."""
         if (run_dir.result() or {}).get("status") == "finished":
             yield {"kind": "end", "over": "finished"}
             return
@@ -96,49 +100,49 @@ class TrialRunner:
         try:
             yield from self._attempt(problem, run_dir)
         except Exception:
-            self._placed.clear()  # whatever state the failure left the networks in
+            self._placed.clear()  # the failure may have left the networks in any state
             yield from self._attempt(problem, run_dir)
 
     def _attempt(self, problem: Problem, run_dir: RunDirectory) -> Iterator[Event]:
         event: Event = {}
         for event in Coordinator(problem, self._executor(problem), run_dir, baselines=self._baselines).run():
-            if event["kind"] == "round" and event["round"] < event["num_rounds"]:  # the last one is told with the end
+            if event["kind"] == "round" and event["round"] < event["num_rounds"]:  # the last round comes with the end
                 yield event
         finish(run_dir, event)
         yield {**event, "over": "finished"}
 
     def inputs(self, spec: RunSpec) -> Inputs:
-        """Model and data of a run."""
+        """Model and data of a run: kept, fetched or loaded, in this order."""
         key = inputs_key(spec)
         found = self._inputs.pop(key, None) or (self._fetch(key) if self._fetch else None)
         found = found or load_inputs(spec, base=self._base(spec))
         while len(self._inputs) >= MAX_INPUTS:
             del self._inputs[next(iter(self._inputs))]
-        self._inputs[key] = found  # the last used stands last
+        self._inputs[key] = found  # the last used stands last, and the first is dropped first
         return found
 
     def _base(self, spec: RunSpec) -> BaseModel | None:
-        """The base model, where one of the inputs that are kept has it."""
-        mine = json.dumps(base_key(spec))
-        return next((inputs.base for key, inputs in self._inputs.items() if key.startswith(f"[{mine},")), None)
+        """The base model of other inputs of this process, if it is the same; `inputs_key` begins with the base's key."""
+        key_of_base = json.dumps(base_key(spec))
+        return next((inputs.base for key, inputs in self._inputs.items() if key.startswith(f"[{key_of_base},")), None)
 
     def _executor(self, problem: Problem) -> Executor:
         if problem.spec.execution.kind == "ray" and self._make_workers is not None:
             return self._make_workers(problem)
         spec = problem.spec
         key = (problem.inputs.base.key, spec.execution.device, spec.execution.precision)
-        kept = self._placed.pop(key) if key in self._placed else (placed_base(spec, problem.inputs.base), {})
+        base, networks = self._placed.pop(key) if key in self._placed else (placed_base(spec, problem.inputs.base), {})
         while len(self._placed) >= MAX_PLACED:
             del self._placed[next(iter(self._placed))]
-        self._placed[key] = kept  # the last used stands last
-        executor = SerialExecutor(problem, base=kept[0])
-        executor.side.worker.adopt(kept[1].setdefault(spec.model.lora, {}))
+        self._placed[key] = base, networks  # the last used stands last, and the first is dropped first
+        executor = SerialExecutor(problem, base=base)
+        executor.process.worker.adopt(networks.setdefault(spec.model.lora, {}))
         return executor
 
     def _directory(self, order: TrialOrder, problem: Problem) -> RunDirectory:
         if (order.run_path / RunDirectory.SPEC).is_file():
-            begun = RunDirectory.open(order.run_path)
-            check_content(problem.spec, begun.meta.get("content"), problem.inputs.content, run=str(order.run_path))
-            return begun
+            run_dir = RunDirectory.open(order.run_path)
+            check_content(problem.spec, run_dir.meta.get("content"), problem.inputs.content, run=str(order.run_path))
+            return run_dir
         meta = {**run_meta(problem), **order.meta}
         return RunDirectory.create(order.workspace, order.run_id, problem.spec.to_dict(), meta=meta)

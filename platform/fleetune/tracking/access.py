@@ -1,4 +1,4 @@
-"""Whether an MLflow server lets us in, asked before any work starts. Without importing mlflow, which takes seconds."""
+"""Asks an MLflow server, before any work starts, if it lets us in. Does not import mlflow, which takes seconds."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ USERNAME, PASSWORD, TOKEN = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWOR
 
 
 def check_access(uri: str | None) -> None:
-    """UserError where an MLflow server refuses our user, or wants one and we have none.
+    """Raises UserError if an MLflow server refuses our user, or wants one and we have none.
 
-    Silent where the store is no server, and where nobody answers: a server that is away does not keep a run from
+    Silent if the store is no server, and if nobody answers: a server that is away does not keep a run from
     starting, since the records are sent once it is back.
     """
     if not (uri or "").startswith(("http://", "https://")) or any(os.environ.get(name) for name in OTHER_WAYS):
@@ -38,13 +38,13 @@ def check_access(uri: str | None) -> None:
         urllib.request.build_opener(_StayHere).open(request, timeout=TIMEOUT_SECONDS).close()
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
-            raise _refused(where, known=proof is not None) from None
+            raise _refused(where, has_sent_proof=proof is not None) from None
     except (OSError, ValueError):
         return
 
 
 def check_no_secret(uri: str | None, *, field: str = "tracking.uri") -> None:
-    """UserError where an address holds a password or a token: it would be noted with the run, and shown to whoever sees it."""
+    """Raises UserError if an address holds a password or a token: it would be noted with the run, and shown to all who see it."""
     shown = without_secrets(uri or "")
     if shown != re.sub(r"\s", "%20", uri or ""):
         servers = f"export {USERNAME} and {PASSWORD}, or {TOKEN}"
@@ -69,9 +69,9 @@ class _StayHere(urllib.request.HTTPRedirectHandler):
 def _authorization(uri: str) -> str | None:
     """The header that MLflow's client sends: from the URI, the environment, or ~/.mlflow/credentials."""
     parts = urlsplit(uri)
-    kept = _credentials_file()
-    user = unquote(parts.username or "") or os.environ.get(USERNAME) or kept.get(USERNAME.lower())
-    password = unquote(parts.password or "") or os.environ.get(PASSWORD) or kept.get(PASSWORD.lower())
+    stored = _credentials_file()
+    user = unquote(parts.username or "") or os.environ.get(USERNAME) or stored.get(USERNAME.lower())
+    password = unquote(parts.password or "") or os.environ.get(PASSWORD) or stored.get(PASSWORD.lower())
     if user and password:
         return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
     token = os.environ.get(TOKEN)
@@ -87,7 +87,11 @@ def _credentials_file() -> dict[str, str]:
     return dict(config["mlflow"]) if "mlflow" in config else {}
 
 
-def _refused(where: str, *, known: bool) -> UserError:
-    rule = "the MLflow server refuses this user or password" if known else "the MLflow server wants a user and password"
+def _refused(where: str, *, has_sent_proof: bool) -> UserError:
+    rule = (
+        "the MLflow server refuses this user or password"
+        if has_sent_proof
+        else "the MLflow server wants a user and password"
+    )
     hint = f"export {USERNAME} and {PASSWORD}, or run with tracking.enabled=false and send the records later"
     return UserError(rule, field="tracking.uri", value=where, hint=f"{hint}: fleetune sync RUN_DIR")

@@ -1,4 +1,4 @@
-"""Which files of a run are sent: those that are whole, and lie in its directory."""
+"""The files of a run that are sent: those that lie in its directory and are not half written."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ TRIES = 2
 
 
 def make_client(uri: str) -> Any:
-    """A client of a store, which is whole if it is an SQLite file."""
+    """A client of a store. An SQLite store is made or repaired first."""
     for name, value in {**QUIET, **IMPATIENT}.items():
         os.environ.setdefault(name, value)
     import logging
@@ -55,7 +55,7 @@ def make_client(uri: str) -> Any:
 
 
 def made_once(make: Callable[[], T], find: Callable[[], T | None]) -> T:
-    """What ``make`` creates. Where the answer is lost, ``find`` looks for what it may have made before it is asked again."""
+    """Returns what ``make`` creates. If its answer is lost, ``find`` looks for it before ``make`` is called again."""
     from mlflow.exceptions import MlflowException
 
     for is_last in (False,) * (TRIES - 1) + (True,):
@@ -74,7 +74,7 @@ def made_once(make: Callable[[], T], find: Callable[[], T | None]) -> T:
 
 
 def is_of_the_store(error: BaseException) -> bool:
-    """Whether the store has failed, and not what was to be sent."""
+    """True if the store has failed, and not the run's own files."""
     if isinstance(error, (ConnectionError, TimeoutError)):
         return True
     return any(kind.__module__.partition(".")[0] in OF_A_STORE for kind in type(error).__mro__)

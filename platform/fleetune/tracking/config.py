@@ -1,4 +1,4 @@
-"""What a job file says of MLflow."""
+"""The part of a job file that is about MLflow."""
 
 from __future__ import annotations
 

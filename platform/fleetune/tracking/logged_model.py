@@ -1,14 +1,14 @@
-"""What came out of a run, in MLflow's terms: the adapter as a logged model, which names its run, base model and data."""
+"""A run's adapter as MLflow's logged model, which names its run, base model and data."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from fleetune.records.naming import flatten, method_of, run_name, shown
+from fleetune.records.naming import filled_fields, method_of, run_name, shown
 from fleetune.records.run_directory import RunDirectory
 from fleetune.tracking.client import made_once
 
-TOLD = (
+LOGGED_FIELDS = (
     "model.base",
     "model.quantization",
     "model.lora.rank",
@@ -20,13 +20,13 @@ TOLD = (
 
 
 def log_adapter(client: Any, run: RunDirectory, experiment_id: str, mlflow_run_id: str) -> None:
-    """Enter the run's adapter among the experiment's models, once. Its files are the run's artifact ``adapter/``."""
+    """Enters the run's adapter among the experiment's models, once. Its files are the run's artifact ``adapter/``."""
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
     stored = client.get_run(mlflow_run_id)
     if stored.outputs is not None and stored.outputs.model_outputs:
         return
-    flat = flatten(run.spec)
+    flat = filled_fields(run.spec)
 
     def find() -> Any:
         query = f"tags.fleetune_run_id = '{run.run_id}'"
@@ -39,13 +39,13 @@ def log_adapter(client: Any, run: RunDirectory, experiment_id: str, mlflow_run_i
             name=_name(run),
             source_run_id=mlflow_run_id,
             tags={"files": f"runs:/{mlflow_run_id}/adapter", "method": method_of(run), "fleetune_run_id": run.run_id},
-            params={field: shown(flat[field]) for field in TOLD if field in flat},
+            params={field: shown(flat[field]) for field in LOGGED_FIELDS if field in flat},
             model_type="peft-adapter",
         )
 
     def outputs() -> Any:
-        told = client.get_run(mlflow_run_id).outputs
-        return told.model_outputs or None if told is not None else None
+        logged = client.get_run(mlflow_run_id).outputs
+        return logged.model_outputs or None if logged is not None else None
 
     model = find() or made_once(make, find)  # found where an earlier pass was cut off between this and what follows
     client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)

@@ -12,7 +12,7 @@ from fleetune.columns import ROUND_COLUMNS
 METRICS = {column.name: column.metric for column in ROUND_COLUMNS if column.metric}
 # Sums since the first round: what a run's row in MLflow's table should show, and an x-axis for its charts.
 TOTALS = {column.name: f"total/{column.name}" for column in ROUND_COLUMNS if column.has_total}
-OWN = {column.name for column in ROUND_COLUMNS}
+COMMON = {column.name for column in ROUND_COLUMNS}
 
 
 class RoundMetrics:
@@ -23,15 +23,13 @@ class RoundMetrics:
         self._totals = dict.fromkeys(TOTALS, 0.0)
 
     def of(self, row: Mapping[str, Any]) -> dict[str, float]:
-        """The metrics of one round. Values that are missing or not finite are left out; a method's columns
-        are ``method/…``.
-        """
+        """The metrics of one round. Values that are missing or not finite are left out; a method's columns are ``method/…``."""
         self.next_round = int(row["round"]) + 1
         metrics: dict[str, float | None] = {key: number(row.get(name)) for name, key in METRICS.items()}
         for name, key in TOTALS.items():
             self._totals[name] += number(row.get(name)) or 0.0
             metrics[key] = self._totals[name]
-        metrics |= {f"method/{name}": number(value) for name, value in row.items() if name not in OWN}
+        metrics |= {f"method/{name}": number(value) for name, value in row.items() if name not in COMMON}
         return {key: value for key, value in metrics.items() if value is not None}
 
 

@@ -7,16 +7,15 @@ process at a time, and renamed. What an interrupted maker of an earlier version 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import os
 import shutil
 import sqlite3
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from fleetune.errors import UserError
+from fleetune.locks import locked
 
 LEFTOVER = "_alembic_tmp_"  # the table in which a migration prepares a new form of another one (alembic, batch mode)
 
@@ -56,6 +55,11 @@ def ensure_store(uri: str) -> None:
             else:  # half made, and nothing in it yet
                 os.replace(path, path.with_name(f"{path.name}.half-made"))
                 _make(path)
+
+
+def default_uri(workspace: str | Path) -> str:
+    """The store in a workspace: an SQLite file."""
+    return f"sqlite:///{Path(workspace).absolute() / 'mlflow.db'}"
 
 
 def file_of(uri: str) -> Path | None:
@@ -169,12 +173,3 @@ def _broken(path: Path, reason: str) -> UserError:
     return UserError(
         f"the MLflow store is damaged: {reason}", field="tracking.uri", value=f"sqlite:///{path}", hint=hint
     )
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with it."""
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -1,5 +1,4 @@
-"""Streams run directories into MLflow from a process of its own, so that MLflow can neither delay nor break a
-run.
+"""Streams run directories into MLflow from a process of its own, so that MLflow can neither delay nor break a run.
 
 The parent writes JSON lines to the child's stdin (``watch``, ``finished``), the child answers on its stdout
 (``synced``, ``unreachable``). The child polls the directories it watches; when the store is away it tries
@@ -45,9 +44,7 @@ class RecordStream:
 
     @classmethod
     def start(cls, *, warn: Callable[[str], None] | None = None) -> RecordStream:
-        """Starts the child, which imports MLflow in the background. ``warn`` gets each warning once (default:
-        stderr).
-        """
+        """Starts the child, which imports MLflow in the background. ``warn`` gets each warning once (default: stderr)."""
         process = subprocess.Popen(
             [sys.executable, "-m", "fleetune.tracking.stream"],
             stdin=subprocess.PIPE,
@@ -136,9 +133,7 @@ class _Watched:
         return tuple(stamps)
 
     def push(self, *, interrupted: bool = False) -> bool:
-        """One pass; True once the run is over and all of it is in the store. Raises where the store cannot be
-        used.
-        """
+        """One pass; True once the run is over and all of it is in the store. Raises if the store cannot be used."""
         from fleetune.tracking.sync import tracker_of
 
         state = self.state()

@@ -10,10 +10,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+from fleetune.locks import locked
 from fleetune.records.run_directory import RunDirectory, parent_of
 from fleetune.records.sweep_directory import SweepDirectory
-from fleetune.tracking.store import locked
-from fleetune.tracking.tracker import REUSED_FROM, SyncReport, Tracker
+from fleetune.tracking.stored_run import REUSED_FROM
+from fleetune.tracking.tracker import SyncReport, Tracker
 
 BEST = "best"
 OVER = ("finished", "stopped")
@@ -26,12 +27,12 @@ class ReusedRun(RunDirectory):
 
     def __init__(self, path: Path, sweep: SweepDirectory, overrides: dict[str, Any]):
         super().__init__(path)
-        self._seen = {"overrides": overrides, **{name: sweep.meta.get(name) for name in ("sweep", "text")}}
+        self._of_sweep = {"overrides": overrides, **{name: sweep.meta.get(name) for name in ("sweep", "text")}}
 
     @property
     def meta(self) -> dict[str, Any]:
-        """The run's, but for what the sweep says."""
-        return {**super().meta, **self._seen}
+        """The run's own, with the sweep's values on top."""
+        return {**super().meta, **self._of_sweep}
 
 
 class ReusedTracker(Tracker):
@@ -49,7 +50,7 @@ class ReusedTracker(Tracker):
     def _parent_tags(self) -> dict[str, str]:
         return {"mlflow.parentRunId": self._parent[1], REUSED_FROM: self.run.run_id}
 
-    def _is_mine(self, stored: Any) -> bool:
+    def _is_this_run(self, stored: Any) -> bool:
         return REUSED_FROM in stored.data.tags and stored.data.tags.get("mlflow.parentRunId") == self._parent[1]
 
     def _push_files(self, result: dict[str, Any] | None) -> int:
@@ -83,13 +84,13 @@ class SweepTracker(Tracker):
         return sent
 
     def _is_reused(self, row: dict[str, Any]) -> bool:
-        """Whether another sweep, or a run by itself, was taken for a trial."""
+        """True if this trial is a run that the sweep found, of another sweep or by itself, and did not run."""
         if row["run_id"] not in self._reused:
             self._reused[row["run_id"]] = parent_of(RunDirectory(Path(row["run_dir"]))) != self.run.path
         return self._reused[row["run_id"]]
 
     def _is_in_workspace(self, run_dir: str | None) -> bool:
-        """Whether a trial has a run, and it lies where a sweep's runs do: the table of a stranger's sweep leads nowhere else."""
+        """True if a trial has a run within the workspace: the table of a stranger's sweep leads nowhere else."""
         inside = run_dir is not None and Path(run_dir).is_relative_to(self.run.workspace)
         return inside and (Path(str(run_dir)) / RunDirectory.SPEC).is_file()
 
@@ -107,9 +108,8 @@ class SweepTracker(Tracker):
             before = state.get(BEST, []) if state.get("best_of") == self._ids[1] else []
             if before == [mlflow_id]:
                 return
-            self._write_state(
-                best=[*before, mlflow_id], best_of=self._ids[1]
-            )  # all that may have the tag, should a kill come
+            # A kill may come between the next calls: note first all that may have the tag.
+            self._write_state(best=[*before, mlflow_id], best_of=self._ids[1])
             for other in before:
                 if other != mlflow_id:
                     self._delete_tag(other, BEST)

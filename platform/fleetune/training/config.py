@@ -1,4 +1,4 @@
-"""What a job file says of a client's local work."""
+"""The fields of a job file for a client's local work."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class LocalConfig(Config):
         return low + 0.5 * (self.learning_rate - low) * (1 + math.cos(math.pi * round_idx / num_rounds))
 
     def batches(self, num_examples: int) -> list[tuple[int, int]]:
-        """(examples of a batch, how many batches of so many) in the round of a client that holds so many; a step each."""
+        """(examples of a batch, number of such batches) in the round of a client that holds ``num_examples``; a step each."""
         if self.epochs is None:
             return [(self.batch_size, self.steps)]
         out = []
@@ -62,7 +62,8 @@ class LocalConfig(Config):
         return [(size, times) for size, times in out if size and times]
 
     def passes(self, num_examples: int) -> list[tuple[int, int]]:
-        """(examples of a pass, how many passes of so many) over a client's own: the whole ones, and the one in part."""
-        whole, part = divmod(self.epochs or 0.0, 1.0)
-        rest = min(max(round(part * num_examples), 0 if whole else 1), num_examples)
-        return [(size, times) for size, times in ((num_examples, int(whole)), (rest, 1)) if size and times]
+        """(examples of a pass, number of such passes) over a client's own examples: full passes, and one in part."""
+        num_full, fraction = divmod(self.epochs or 0.0, 1.0)
+        # A client trains on one example at least, also if the fraction of its examples rounds to none.
+        rest = min(max(round(fraction * num_examples), 0 if num_full else 1), num_examples)
+        return [(size, times) for size, times in ((num_examples, int(num_full)), (rest, 1)) if size and times]

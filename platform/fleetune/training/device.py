@@ -19,10 +19,10 @@ log = logging.getLogger(__name__)
 
 
 def set_up(device: str, kernels: str = "torch") -> None:
-    """Make sums on a GPU come out in one order each time, as they do on the CPU, and refuse what cannot.
+    """Make a GPU add in the same order each time, as the CPU does, and refuse operations that cannot.
 
     Attention's gradient and sums by index would otherwise add in the order in which threads happen to finish. ``kernels``:
-    ``compiled`` or ``torch``; UserError where they cannot be compiled here.
+    ``compiled`` or ``torch``. Raises UserError if kernels cannot be compiled here.
     """
     if device == "cuda":
         # cuBLAS is deterministic only with a workspace of fixed size: docs.nvidia.com/cuda/cublas, "Results reproducibility".
@@ -41,7 +41,7 @@ def set_up(device: str, kernels: str = "torch") -> None:
 
 
 def can_compile() -> bool:
-    """Whether this machine compiles kernels, or has done so before."""
+    """True if this machine can compile the kernels, or has done so before."""
     try:
         load(_kernels_dir())
     except KernelsUnavailable as error:
@@ -55,7 +55,7 @@ def _kernels_dir() -> Path:
 
 
 def on_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """The array as a tensor there. To a GPU it goes through pinned memory, beside what the GPU is doing."""
+    """The array as a tensor on the device. To a GPU it goes through pinned memory, so that the GPU's work goes on meanwhile."""
     tensor = torch.from_numpy(array)
     if device.type != "cuda":
         return tensor.to(device)

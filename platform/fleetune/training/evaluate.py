@@ -25,8 +25,11 @@ class EvalSums:
     """Sums over some examples; adding them up in a fixed order makes the result independent of who computed which."""
 
     loss: float
+    """Sum over counted tokens, in nats."""
     num_tokens: int
+    """Counted tokens."""
     num_correct: int | None
+    """Examples whose generated answer is right; None if nothing was generated."""
     num_examples: int
 
 
@@ -42,7 +45,10 @@ def evaluate_rows(
     max_new_tokens: int | None,
     answer_pattern: str,
 ) -> EvalSums:
-    """Sums over examples ``rows (n,)``; without ``max_new_tokens`` or ``reader`` nothing is generated."""
+    """Sums over the examples ``rows (n,)`` of ``data``, for one adapter {name: shape of one client}.
+
+    ``responses``: the reference text of every example of ``data``. Nothing is generated without ``max_new_tokens`` or ``reader``.
+    """
     from fleetune.data.batches import collate
 
     network.set_adapter(Stack.of([adapter]).to(network.device).views())
@@ -64,7 +70,7 @@ def _generate(
     from fleetune.data.batches import eval_prompts
 
     ids, mask = (on_device(a, network.device) for a in eval_prompts(data, rows))
-    # After an answer's end stands more of the end: a padding token need not be one that is left out of texts.
+    # After an answer's end the end token is repeated: a padding token might not be one that is left out of texts.
     padding = reader.end if reader.end >= 0 else data.pad_token_id
     out = generate(network, ids, mask, max_new_tokens=max_new, end=reader.end, padding=padding)
     return reader.texts(out.cpu().numpy())
@@ -77,7 +83,7 @@ def _count_correct(predictions: list[str], references: list[str], pattern: str) 
 
 
 def totals(parts: Iterable[EvalSums]) -> dict[str, float]:
-    """Mean loss per token and the fraction right, from sums in order."""
+    """Mean loss per token (nats) and the fraction of right answers, from sums that are added up in their order."""
     parts = list(parts)
     num_tokens = sum(p.num_tokens for p in parts)
     out = {"eval_loss": sum(p.loss for p in parts) / max(1, num_tokens)}

@@ -14,21 +14,23 @@ from fleetune.models.network import Network
 
 
 class Cache:
-    """Keys and values of every block for the running prompts, (B, kv heads, T, d) each, and which positions are real."""
+    """Keys and values of every block for the running prompts, and which of their positions are no padding."""
 
     def __init__(self, mask: Tensor, *, room: int, num_blocks: int):
         self.length, self.num_blocks = 0, num_blocks
         self.real = nn.functional.pad(mask.bool(), (0, room - mask.shape[1]), value=True)  # (B, T)
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self.keys: list[
+            Tensor
+        ] = []  # of each block: (B, kv heads, T, d), of which the first `length` positions are filled
+        self.values: list[Tensor] = []  # likewise
 
     def attends(self, num_new: int, dtype: torch.dtype) -> list[Attend]:
-        """Attention of ``num_new`` new tokens over the cache, which takes them up; one function per block."""
+        """Attention of ``num_new`` new tokens over the cache, to which it adds them; one function per block."""
         stop, device = self.length + num_new, self.real.device
-        visible = self.real[:, None, None, :stop]
+        visible = self.real[:, None, None, :stop]  # (B, 1, 1, stop), and (B, 1, num_new, stop) for a prompt
         if num_new > 1:
             visible = visible & torch.ones(num_new, stop, dtype=torch.bool, device=device).tril(stop - num_new)
-            # A padded row sees itself: no empty softmax.
+            # A padded position sees itself: a softmax over nothing would be NaN.
             visible = visible | torch.eye(num_new, stop, dtype=torch.bool, device=device)
         bias = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))
         return [self._attention(block, bias, stop) for block in range(self.num_blocks)]
@@ -51,7 +53,7 @@ class Cache:
         return attention
 
     def keep(self, rows: Tensor) -> None:
-        """Let go of prompts whose answers have ended."""
+        """Keep only the prompts ``rows (n,)``; the answers of the others have ended."""
         self.real = self.real[rows]
         self.keys = [k[rows] for k in self.keys]
         self.values = [v[rows] for v in self.values]

@@ -1,4 +1,7 @@
-"""One optimizer step for a whole stack of clients: a few operations over one buffer (K, P), each row by itself."""
+"""One optimizer step for a full stack of clients: a few operations over one buffer (K, P), each row by itself.
+
+Shape legend: K clients, P trained parameters of each, n clients that still train: the first n rows.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from fleetune.training.config import LocalConfig
 
 
 def clip_rows(grads: Tensor, max_norm: float) -> None:
-    """Scale every client's gradient (a row of (K, P)) down to ``max_norm`` where it is longer, in place."""
+    """Scale every client's gradient, a row of ``grads (n, P)``, down to norm ``max_norm`` if it is longer; in place."""
     norms = torch.linalg.vector_norm(grads, dim=1, keepdim=True)
     grads.mul_((max_norm / (norms + 1e-6)).clamp_(max=1.0))
 
@@ -21,10 +24,11 @@ class StackedSGD:
     """theta_k <- theta_k - lr_k g_k."""
 
     def __init__(self, params: Tensor, learning_rates: Tensor):
+        """``params (K, P)`` are changed in place by every step; ``learning_rates (K, 1)``."""
         self.params, self.learning_rates = params, learning_rates
 
     def step(self, grads: Tensor) -> None:
-        """Update the first len(grads) rows; the other clients are done. ``grads`` is used up."""
+        """Update the first n rows with ``grads (n, P)``; the other clients are done. ``grads`` is overwritten."""
         num_active = len(grads)
         self.params[:num_active].sub_(grads.mul_(self.learning_rates[:num_active]))
 
@@ -35,14 +39,18 @@ class StackedAdamW:
     beta1, beta2, eps = 0.9, 0.999, 1e-8
 
     def __init__(self, params: Tensor, learning_rates: Tensor, weight_decay: float):
+        """``params (K, P)`` are changed in place by every step; ``learning_rates (K, 1)``."""
         self.params, self.learning_rates, self.weight_decay = params, learning_rates, weight_decay
         with part(OPTIMIZER):
-            self.mean = torch.zeros_like(params)
-            self.square = torch.zeros_like(params)
+            self.mean = torch.zeros_like(params)  # (K, P) running mean of the gradients
+            self.square = torch.zeros_like(params)  # (K, P) and of their squares
         self.num_steps = 0
 
     def step(self, grads: Tensor) -> None:
-        """Update the first len(grads) rows; the other clients are done. ``grads`` is used up."""
+        """Update the first n rows with ``grads (n, P)``; the other clients are done. ``grads`` is overwritten.
+
+        All rows have taken the same number of steps, as those that are done come last and never return: one count is enough.
+        """
         n = len(grads)
         params, rates = self.params[:n], self.learning_rates[:n]
         mean, square = self.mean[:n], self.square[:n]
@@ -52,6 +60,7 @@ class StackedAdamW:
         mean.lerp_(grads, 1.0 - self.beta1)
         square.mul_(self.beta2).addcmul_(grads, grads, value=1.0 - self.beta2)
         correction = math.sqrt(1.0 - self.beta2**self.num_steps)
+        # From here on the buffer of the gradients takes the results in between: no further (K, P) is allocated.
         denominator = torch.sqrt(square, out=grads).div_(correction).add_(self.eps)
         step_size = 1.0 / (1.0 - self.beta1**self.num_steps)
         params.sub_(torch.div(mean, denominator, out=denominator).mul_(rates * step_size))

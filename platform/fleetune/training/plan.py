@@ -1,4 +1,4 @@
-"""The local plan: what a method says of a client's work, as a value. The trainer carries it out."""
+"""The local plan: a method's description of a client's work, as a value, and what the trainer takes and gives back for it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fleetune.tensors import Stack, Tensors, weighted_sum
 
 
 def every(name: str) -> bool:
-    """All names."""
+    """True for every name."""
     return True
 
 
 def none(name: str) -> bool:
-    """No name."""
+    """False for every name."""
     return False
 
 
@@ -31,17 +31,17 @@ class LocalPlan:
     submodel: Submodel
     """The blocks that the client holds."""
     trainable: Callable[[str], bool] = every
-    """Which adapter tensors receive gradients."""
+    """True for the names of the adapter tensors that receive gradients."""
     uploads: Callable[[str], bool] = every
-    """Which adapter tensors go to the server afterwards."""
+    """True for the names of the adapter tensors that go to the server afterwards."""
     keeps: Callable[[str], bool] = none
-    """Which adapter tensors stay with the client as its private state until its next round."""
+    """True for the names of those that stay with the client as its private state until its next round."""
     penalty: Callable[[Tensors, Tensors], Tensor] | None = None
     """Added to each client's loss: (parameters {name: (K, …)}, their values at the start) -> (K,)."""
     split: int | None = None
-    """Blocks on the client, where the model is cut; the server holds the rest."""
+    """Number of blocks on the client if the model is cut (split learning); the server holds the rest. None: no cut."""
     pipelined: bool = False
-    """Whether client, links and server work on different micro-batches at once: the same result, in less virtual time."""
+    """True if client, links and server work on different micro-batches at once: the same result in less virtual time."""
 
 
 @dataclass(frozen=True)
@@ -52,34 +52,35 @@ class ClientTask:
     weight: float
     """p_k = n_k / sum n over the clients whose updates count; 0 for one whose update comes too late."""
     rows: np.ndarray
-    """Examples of each step, (steps, batch), rows of the tokenised dataset."""
+    """(steps, batch) int64: the examples of each step, as rows of the tokenised dataset; NO_EXAMPLE fills up a batch."""
     learning_rate: float
+    """Of all steps of this round."""
     address: tuple[int, int]
     """Run seed and round: with the client's id, the address of its own random draws."""
     private: Tensors | None = None
-    """What the client kept from its last round."""
+    """The tensors that stayed with the client after its last round, {name: shape of one client}; None: there are none."""
 
     @property
     def seed(self) -> int:
-        """Of the client's own draws in this round (dropout, directions)."""
+        """Seed of the client's own draws in this round (dropout, directions)."""
         run_seed, round_idx = self.address
         return seed_of(run_seed, "client", round_idx, self.client_id)
 
 
 @dataclass
 class CohortUpdate:
-    """What K clients bring back: stacked tensors and one number each, in the order of their tasks."""
+    """The results of K clients, in the order of their tasks."""
 
     upload: Stack | None
-    """The tensors that each client sends to the server, stacked over the K clients."""
+    """data (K, P): the tensors that each client sends to the server; None if the method sends none."""
     losses: np.ndarray
     """(K,) float: mean training loss over the client's steps, in nats per token."""
     num_tokens: np.ndarray
     """(K,) int: tokens that the client trained on, in all steps."""
     private: Stack | None = None
-    """The tensors that stay with each client until its next round, stacked over the K clients."""
+    """data (K, P'): the tensors that stay with each client until its next round; None if there are none."""
     server: Tensors = field(default_factory=dict)
-    """State of the server that its own half trained meanwhile (split learning); crosses no link."""
+    """The server's own tensors, trained meanwhile by its half of the model (split learning); they cross no link."""
     cut_bytes: np.ndarray | None = None
     """(2, K) int: bytes that each client sent over the cut and received over it (split learning)."""
     diverged_at: np.ndarray | None = None
@@ -88,7 +89,7 @@ class CohortUpdate:
 
     @classmethod
     def joined(cls, updates: Sequence[CohortUpdate]) -> CohortUpdate:
-        """Clients that worked one by one, as a cohort."""
+        """One update for clients that worked one by one, in that order."""
 
         def stacked(parts: list[Stack | None]) -> Stack | None:
             there = [part for part in parts if part is not None]

@@ -23,19 +23,31 @@ if TYPE_CHECKING:
 
 
 class StackedAdapters:
-    """The adapters of K clients: a trained part in one buffer beside that of its gradient, and a frozen part."""
+    """The adapters of K clients: the trained tensors in one buffer, their gradients in another, and the frozen tensors.
+
+    Rows are ordered by falling number of steps, so that the clients that still train are always the first rows.
+    """
+
+    trained: Stack
+    """data (K, P): P trained parameters of each client; the optimizer changes it in place."""
+    frozen: Stack
+    """data (K, Q): the adapter tensors that the plan does not train."""
+    grads: Tensor
+    """(K, P): gradients of ``trained.data``."""
 
     def __init__(self, starts: Sequence[Tensors], plan: LocalPlan, device: torch.device):
+        """``starts``: the adapter that each of the K clients begins with, {name: shape of one client}."""
         with part(ADAPTERS):
             self.trained = Stack.of([select(start, plan.trainable) for start in starts]).to(device)
             self.frozen = Stack.of([select(start, lambda name: not plan.trainable(name)) for start in starts]).to(
                 device
             )
-        with part(SIMULATION):  # a device's optimizer reads the leaves' own gradients: it holds one of each
+        # No device is charged for this second buffer of gradients: its optimizer reads those of the leaves themselves.
+        with part(SIMULATION):
             self.grads = torch.zeros_like(self.trained.data)
 
     def parameters(self, num_active: int) -> Tensors:
-        """Leaves {name: (num_active, …)} over the buffer's rows of the first clients."""
+        """Leaves {name: (num_active, …)}: views of the first clients' rows, which the optimizer changes in place."""
         views = self.trained.views(self.trained.data[:num_active])
         return {name: view.detach().requires_grad_() for name, view in views.items()}
 
@@ -47,11 +59,11 @@ class StackedAdapters:
             return torch.cat([grad.view(num_active, -1) for grad in grads], dim=1, out=out)
 
     def all_tensors(self, leaves: Tensors, num_active: int) -> Tensors:
-        """Trained leaves and frozen tensors together, as the network takes them."""
+        """Trained leaves and frozen tensors together, {name: (num_active, …)}, as the network takes them."""
         return {**leaves, **self.frozen.views(self.frozen.data[:num_active])}
 
     def merged(self) -> Stack:
-        """Everything in one stack, as it stands now."""
+        """Trained and frozen tensors in one stack (K, P + Q), as they are now."""
         if not self.frozen.shapes:
             return self.trained
         data = torch.cat([self.trained.data, self.frozen.data], dim=1)
@@ -67,10 +79,10 @@ def train_cohort(
     data: TokenizedDataset,
     local: LocalConfig,
 ) -> CohortUpdate:
-    """Train every client of the cohort from ``start`` (its own private tensors laid over it).
+    """Train every client of the cohort from ``start``, {name: shape of one client}, overlaid with its own private tensors.
 
-    Clients with more steps come first inside the stack and the others leave it when they are done, so that no work is
-    spent on them. Results are in the order of ``tasks``.
+    Inside the stack the clients with more steps come first. Those that are done are always its last rows and are left out of
+    the next step, so that no work is spent on them. Results are in the order of ``tasks``.
     """
     order = sorted(range(len(tasks)), key=lambda i: -len(tasks[i].rows))
     ranked = [tasks[i] for i in order]
@@ -78,13 +90,14 @@ def train_cohort(
     rates = torch.tensor([[task.learning_rate] for task in ranked]).to(network.device)
     optimizer = make_optimizer(local, adapters.trained.data, rates)
     initial = Stack(adapters.trained.shapes, adapters.trained.data.clone()) if plan.penalty else None
-    losses = np.zeros(len(tasks))
-    num_tokens = np.zeros(len(tasks), np.int64)
+    losses = np.zeros(len(tasks))  # (K,) sums over steps, in the stack's order
+    num_tokens = np.zeros(len(tasks), np.int64)  # (K,)
 
     begin_training(network, ranked, local)
     for step in range(len(ranked[0].rows) if ranked else 0):
         active = [task for task in ranked if len(task.rows) > step]
         n = len(active)
+        # New leaves each step, so that no gradient is left from the last one and the rows of finished clients are gone.
         leaves = adapters.parameters(n)
         network.set_adapter(adapters.all_tensors(leaves, n))
         ids, labels = collate_step(data, active, step, network.device)
@@ -92,7 +105,7 @@ def train_cohort(
         total = loss
         if plan.penalty and initial:
             total = loss + plan.penalty(leaves, initial.views(initial.data[:n]))
-        total.sum().backward()
+        total.sum().backward()  # a client's loss depends on its own rows alone: the gradient of the sum is each one's own
         grads = adapters.gather_gradients(leaves, n)
         if local.max_grad_norm is not None:
             clip_rows(grads, local.max_grad_norm)
@@ -104,7 +117,10 @@ def train_cohort(
 
 
 def begin_training(network: Network, tasks: Sequence[ClientTask], local: LocalConfig) -> None:
-    """Checkpointing as the job file says. Dropout on, where the adapter has any; it draws at the first client's address."""
+    """Switch on checkpointing if the job file says so, and dropout if the adapter has any.
+
+    Dropout draws from the first client's seed. Clients with dropout train one by one, so the first is the only one.
+    """
     network.checkpointing = local.checkpointing
     uses_dropout = bool(tasks) and any(site.dropout for site in network.sites.values())
     network.model.train(uses_dropout)
@@ -113,21 +129,21 @@ def begin_training(network: Network, tasks: Sequence[ClientTask], local: LocalCo
 
 
 def end_training(network: Network) -> None:
-    """Leave the scratch network as it was found."""
+    """Leave the scratch network without adapters, dropout and checkpointing, as `begin_training` found it."""
     network.checkpointing = False
     network.set_adapter(None)
     network.model.eval()
 
 
 def row_lengths(data: TokenizedDataset, rows: np.ndarray) -> np.ndarray:
-    """Tokens of each example; none where a batch is filled up."""
+    """Tokens of each example, of the shape of ``rows``; 0 for the entries that fill up a batch."""
     from fleetune.data.batches import num_tokens
 
     return num_tokens(data, rows)
 
 
 def step_rows(tasks: Sequence[ClientTask], step: int) -> np.ndarray:
-    """Examples of one step of all clients, (K, b): as wide as the largest batch of them, smaller ones filled up."""
+    """Examples of one step of all clients, (K, b), b the largest batch among them; smaller ones are filled up with NO_EXAMPLE."""
     from fleetune.data.batches import NO_EXAMPLE
 
     rows = np.stack([np.asarray(task.rows[step]) for task in tasks])
@@ -137,7 +153,7 @@ def step_rows(tasks: Sequence[ClientTask], step: int) -> np.ndarray:
 def collate_step(
     data: TokenizedDataset, tasks: Sequence[ClientTask], step: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Token ids and labels (K b, S) of one step of all clients, padded on the right to the longest of them."""
+    """Token ids and labels, (K b, S) each, of one step of all clients, padded on the right to the longest example."""
     from fleetune.data.batches import collate
 
     ids, labels = collate(data, step_rows(tasks, step).reshape(-1))
@@ -152,7 +168,8 @@ def _in_task_order(
     losses: np.ndarray,
     num_tokens: np.ndarray,
 ) -> CohortUpdate:
-    back = np.argsort(order)
+    """The cohort's update from stack, losses and tokens (K,) in the stack's order, brought back into the order of the tasks."""
+    back = np.argsort(order)  # the inverse permutation: row of the stack for each task
     merged = merged.to("cpu")
     merged = Stack(merged.shapes, merged.data[torch.from_numpy(back)] if len(order) > 1 else merged.data)
     steps = np.array([max(1, len(task.rows)) for task in ranked])

@@ -1,4 +1,4 @@
-"""What one worker process holds: the shared base model and data, and scratch networks through which clients pass."""
+"""The state of one worker process: the shared base model and data, and scratch networks through which clients pass."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Worker:
         data: TokenizedDataset,
         precision: str = "fp32",
     ):
-        """``base`` lies where the worker computes, in the type of its products (`models.base.placed`)."""
+        """``base`` is on the worker's device, in the type of its products (`models.base.placed`)."""
         self.base, self.lora, self.local, self.data, self.precision = base, lora, local, data, precision
         self._networks: dict[Submodel, Network] = {}
 
     def adopt(self, networks: dict[Submodel, Network]) -> None:
-        """Use (and fill) networks that were assembled for the same base model and adapter form."""
+        """Use, and add to, networks that were assembled for the same base model and adapter form."""
         self._networks = networks
 
     def network(self, submodel: Submodel) -> Network:
@@ -43,5 +43,5 @@ class Worker:
             while len(self._networks) >= self.max_networks:
                 del self._networks[next(iter(self._networks))]
             network = Network(self.base, submodel, self.lora, precision=self.precision)
-        self._networks[submodel] = network  # the last used stands last
+        self._networks[submodel] = network  # last in the dict: the first one is the longest unused
         return network

@@ -1,1 +1,1 @@
-"""What a run needs to go on: the server's state, and what clients keep."""
+"""What a killed run goes on from: the server's state, and clients' private tensors."""

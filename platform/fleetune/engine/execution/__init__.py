@@ -1,1 +1,1 @@
-"""Where work is carried out: in this process, or by a pool of workers on Ray."""
+"""Carries out the work of a round: in this process, or by a pool of workers on Ray."""

@@ -1,4 +1,4 @@
-"""The interface to where work runs: an executor carries out units and evaluations; replies come in the order of the units."""
+"""Executors carry out work units and evaluations; replies come in the order of the units. The serial one, and the interface."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from fleetune.training.evaluate import EvalSums
 
 
 class Executor(Protocol):
-    """Where local updates and evaluations run."""
+    """Carries out local updates and evaluations: here one after the other, or on workers at the same time."""
 
     def run(self, units: Sequence[WorkUnit], payloads: Mapping[int, Payload]) -> Iterator[WorkUnitReply]:
         """Begin the units; replies come in their order. A real failure is retried once, then raised as RunFailed."""
         ...
 
     def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> Evaluation:
-        """Begin an evaluation over chunks of held-out examples, (n,) rows each. It may go on beside units that come later."""
+        """Begin an evaluation. It may go on beside units that come later.
+
+        ``chunks``: row numbers among the held-out examples, (n,) int each; how they are cut decides the order of the sums.
+        """
         ...
 
 
@@ -42,10 +45,11 @@ class Evaluation(Protocol):
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class CompletedEvaluation:
     """An evaluation that was carried out at once."""
 
     parts: list[EvalSums]
+    """One per chunk, in order."""
 
     def is_done(self) -> bool:
         """True."""
@@ -61,7 +65,7 @@ class SerialExecutor:
 
     def __init__(self, problem: Problem, *, debug: bool = False, base: BaseModel | None = None):
         """``base``: as for `WorkerProcess`."""
-        self.side = WorkerProcess(problem.spec, problem.inputs, problem.method, base=base)
+        self.process = WorkerProcess(problem.spec, problem.inputs, problem.method, base=base)
         self.debug = debug
 
     def run(self, units: Sequence[WorkUnit], payloads: Mapping[int, Payload]) -> Iterator[WorkUnitReply]:
@@ -71,19 +75,20 @@ class SerialExecutor:
 
     def _run_one(self, unit: WorkUnit, payloads: Mapping[int, Payload]) -> WorkUnitReply:
         try:
-            return self.side.run(unit, payloads)
+            return self.process.run(unit, payloads)
         except Exception:
             if self.debug:
                 raise
-            return self.side.run(unit, payloads, locate=True)
+            # The second try cures a failure that passes; with `locate`, one that stays names its client.
+            return self.process.run(unit, payloads, locate=True)
 
-    def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> Evaluated:
+    def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> CompletedEvaluation:
         """One chunk after the other."""
-        return Evaluated([self._evaluate_one(model, rows) for rows in chunks])
+        return CompletedEvaluation([self._evaluate_one(model, rows) for rows in chunks])
 
     def _evaluate_one(self, model: GlobalModel, rows: np.ndarray) -> EvalSums:
         try:
-            return self.side.evaluate(model, rows)
+            return self.process.evaluate(model, rows)
         except Exception as error:
             if self.debug:
                 raise

@@ -31,7 +31,9 @@ class SharedInputs:
     """Inputs in the object store: the base by itself, so that runs over other data share it."""
 
     base: Any
+    """Reference of the base model's arrays."""
     rest: Any
+    """Reference of the inputs without it."""
 
     @classmethod
     def put(cls, inputs: Inputs, *, base: Any = None) -> SharedInputs:
@@ -69,16 +71,20 @@ class PackedPayload:
 
 @ray.remote(num_cpus=1, max_restarts=0)
 class RayWorker:
-    """A worker process that becomes one cohort of clients after the other."""
+    """A worker process that becomes one cohort of clients after the other.
+
+    Ray does not restart it (``max_restarts=0``): a restarted actor would begin without the run, so the pool makes a fresh one and
+    prepares it.
+    """
 
     def __init__(self, threads: int):
         set_threads(threads)
-        self.side: WorkerProcess | None = None
+        self.process: WorkerProcess | None = None
         self.run_number = 0
-        self._payloads: dict[Any, Payload] = {}
+        self._payloads: dict[Any, Payload] = {}  # reference -> payload, of the round below
         self._round_idx = -1
-        self._base: tuple[Any, BaseModel] | None = None
-        self._networks: dict[LoRAConfig, dict[Submodel, Network]] = {}
+        self._base: tuple[Any, BaseModel] | None = None  # its key, and the base model as it was placed last
+        self._networks: dict[LoRAConfig, dict[Submodel, Network]] = {}  # over that base model
 
     def prepare(
         self,
@@ -89,37 +95,43 @@ class RayWorker:
         base: Mapping[str, Any],
         rest: Inputs,
     ) -> None:
-        """Take up a run. The placed base model and the networks over it stay for the next run."""
+        """Take up a run. The placed base model and the networks over it stay for the next run.
+
+        ``base`` and ``rest`` were passed as references, which Ray has fetched: their arrays are views into the object store.
+        """
         inputs = _inputs(base, rest)
         key = (base_key, spec.execution.device, spec.execution.precision)
         if self._base is None or self._base[0] != key:
             self._base, self._networks = (key, placed_base(spec, inputs.base)), {}
         context = Context(inputs.base, spec.model.lora, inputs.sites, spec.rounds.num_rounds, spec.seed)
-        self.side = WorkerProcess(spec, inputs, method(spec.method, context), base=self._base[1])
-        self.side.worker.adopt(self._networks.setdefault(spec.model.lora, {}))
+        self.process = WorkerProcess(spec, inputs, method(spec.method, context), base=self._base[1])
+        self.process.worker.adopt(self._networks.setdefault(spec.model.lora, {}))
         self._payloads = {}
-        self.side.worker.network(Submodel.prefix(inputs.base.num_layers))
+        self.process.worker.network(
+            Submodel.prefix(inputs.base.num_layers)
+        )  # built now, while the coordinator prepares a round
+        # Last: if anything above failed, `_process` refuses the run's calls instead of doing them with half of it.
         self.run_number = run_number
 
     def run(self, run_number: int, unit: WorkUnit, payload_refs: dict[int, Any], locate: bool) -> WorkUnitReply:
         """Carry out a unit; payloads are fetched once per round."""
         if unit.round_idx != self._round_idx:
-            # The payloads of earlier rounds would keep their place in the object store.
+            # Payloads are views into the object store, which can free an earlier round's memory only when nobody has any.
             self._round_idx = unit.round_idx
             self._payloads = {}
         payloads = {key: self._payload(ref) for key, ref in payload_refs.items()}
-        return self._side(run_number).run(unit, payloads, locate=locate)
+        return self._process(run_number).run(unit, payloads, locate=locate)
 
     def evaluate(self, run_number: int, model: dict[str, Any], rows: np.ndarray) -> EvalSums:
-        """Evaluate on some held-out examples."""
+        """Evaluate on held-out examples. ``rows``: their numbers, (n,) int; ``model``: as `RayExecutor.evaluate` packs it."""
         adapter = model["adapter"].unpack()
-        return self._side(run_number).evaluate(GlobalModel(Submodel.from_values(model["submodel"]), adapter), rows)
+        return self._process(run_number).evaluate(GlobalModel(Submodel.from_values(model["submodel"]), adapter), rows)
 
-    def _side(self, run_number: int) -> WorkerProcess:
+    def _process(self, run_number: int) -> WorkerProcess:
         """The worker process of a run. If the run could not be taken up, the former run's must not do its work."""
-        if self.side is None or self.run_number != run_number:
+        if self.process is None or self.run_number != run_number:
             raise RuntimeError(f"this worker has not taken up run {run_number}")
-        return self.side
+        return self.process
 
     def _payload(self, ref: Any) -> Payload:
         if ref not in self._payloads:

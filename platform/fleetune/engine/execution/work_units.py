@@ -1,4 +1,4 @@
-"""Units of work as values: the clients that one call to a worker carries out, as columns, and the worker's reply.
+"""Work units, the values that cross between coordinator and workers: the clients of one call, as columns, and the reply.
 
 The make-up of cohorts (which train stacked) and units (which travel together) follows from the spec and the round alone, never
 from how many workers there are; each unit's updates are summed in its own order, and the units in theirs. So the result is the
@@ -18,9 +18,9 @@ from fleetune.engine.round.ranks import cut
 from fleetune.tensors import Packed, Tensors
 from fleetune.training.plan import ClientTask
 
-# There are at most MAX_UNITS calls per round, so that a round of 10,000 clients costs no more calls than one of a thousand;
-# fewer where clients do not train, because a call costs as much as a hundred of them (benchmarks/engine.py: 2.4 ms) and there
-# is little to balance.
+# There are at most MAX_UNITS calls per round, so that a round of 10,000 clients costs no more calls than one of a thousand. If
+# clients do not train there are fewer still: a call costs as much as a hundred such clients (benchmarks/engine.py: 2.4 ms), and
+# there is little to balance.
 CLIENTS_PER_UNIT_WITHOUT_STEPS = 256
 MIN_UNITS_WITHOUT_STEPS, MAX_UNITS_WITHOUT_STEPS = 2, 8
 
@@ -32,14 +32,14 @@ class Cohort:
     start: int
     stop: int
     payload: int
-    """Index of the payload among those of the round."""
+    """Key of their payload among those of the round."""
     batch_size: int
     """Examples in each step of its clients."""
 
 
 @dataclass(frozen=True)
 class WorkUnit:
-    """A unit of n clients: what a worker has to know of them, as columns, cohort after cohort."""
+    """A unit of n clients: all that a worker needs to know of them, as columns, cohort after cohort."""
 
     index: int
     """Number of the unit among those of its round."""
@@ -70,21 +70,22 @@ class WorkUnit:
         """The unit together with its clients' private tensors."""
         return replace(self, private=dict(self.store.read(self.slots))) if self.slots else self
 
-    def before(self, cohort: Cohort) -> dict[int, Tensors]:
-        """Client id -> its private tensors, for those clients of the cohort that have some."""
+    def read_private(self, cohort: Cohort) -> dict[int, Tensors]:
+        """Client id -> its private tensors at full rank, for those clients of the cohort that have some."""
         ids = self.client_ids[cohort.start : cohort.stop].tolist()
-        missing = {client: self.slots[client] for client in ids if client in self.slots and client not in self.private}
-        found = {client: self.private[client] for client in ids if client in self.private}
-        found.update(self.store.read(missing))
-        return {client: packed.unpack() for client, packed in found.items()}
+        packed = {client: self.private[client] for client in ids if client in self.private}
+        # What did not travel with the unit is in the store; `with_private` sends all or nothing.
+        in_store = {client: self.slots[client] for client in ids if client in self.slots and client not in packed}
+        packed.update(self.store.read(in_store))
+        return {client: row.unpack() for client, row in packed.items()}
 
-    def tasks(self, cohort: Cohort, before: Mapping[int, Tensors] = MappingProxyType({})) -> list[ClientTask]:
-        """The cohort's tasks. ``before``: its clients' private tensors, cut to the rank that each of them trains."""
-        out = []
+    def tasks(self, cohort: Cohort, private_tensors: Mapping[int, Tensors] = MappingProxyType({})) -> list[ClientTask]:
+        """The cohort's tasks. ``private_tensors``: as `read_private` returns them; each is cut to the rank its client trains."""
+        tasks = []
         for i in range(cohort.start, cohort.stop):
             client_id = int(self.client_ids[i])
-            private = before.get(client_id)
-            out.append(
+            private = private_tensors.get(client_id)
+            tasks.append(
                 ClientTask(
                     client_id=client_id,
                     weight=float(self.weights[i]),
@@ -94,12 +95,15 @@ class WorkUnit:
                     private=None if private is None else cut(private, int(self.ranks[i])),
                 )
             )
-        return out
+        return tasks
 
 
 @dataclass
 class WorkUnitReply:
-    """What comes back of a unit of n clients: columns in the order of the unit, and tensors, summed or client by client."""
+    """The answer to a unit of n clients: columns in the order of the unit, and tensors, summed or client by client.
+
+    A method reads either ``partial_sums`` or ``each``: a sum is as large as one upload however many clients it holds.
+    """
 
     index: int
     """Number of the unit among those of its round."""
@@ -133,17 +137,9 @@ class WorkUnitReply:
     def let_go(self) -> None:
         """Drop the tensors, which have been used. The columns are copied, as they are views into the same buffer."""
         self.partial_sums, self.server, self.each, self.private = {}, None, {}, {}
-        for name in (
-            "client_ids",
-            "losses",
-            "num_tokens",
-            "upload_bytes",
-            "cut_bytes",
-            "wall_seconds",
-            "keeps",
-            "diverged",
-        ):
-            setattr(self, name, getattr(self, name).copy())
+        for name, column in list(vars(self).items()):
+            if isinstance(column, np.ndarray):
+                setattr(self, name, column.copy())
 
 
 def make_work_units(
@@ -164,21 +160,14 @@ def make_work_units(
 ) -> list[WorkUnit]:
     """Cohorts of at most ``cohort_size`` clients of one payload (all of them, if coupled), dealt to a bounded number of units.
 
-    ``client_ids``, ``weights``, ``payloads`` and ``ranks`` are (n,); ``rows`` holds (steps, batch) for each of the n clients.
-    Clients with equally many steps stand together, because a cohort takes as long as its longest client. The longest cohorts
-    come first, and so do their units: whichever worker ends last then ends with a short unit.
+    ``client_ids``, ``weights``, ``payloads`` (keys) and ``ranks`` are (n,); ``rows`` holds (steps, batch) of each client. The
+    units with the longest cohorts come first: whichever worker ends last then ends with a short one.
     """
     if not len(client_ids):
         return []
     steps = np.array([len(r) for r in rows])
-    order = np.lexsort((client_ids, -steps, payloads))
-    cohorts: list[np.ndarray] = []
-    for key in np.unique(payloads):
-        members = order[payloads[order] == key]
-        size = len(members) if coupled else cohort_size
-        num_cohorts = -(-len(members) // size)
-        cohorts += np.array_split(members, num_cohorts)
-    cohorts.sort(key=lambda members: (-int(steps[members].sum()), int(client_ids[members[0]])))
+    cohorts = _cohorts(client_ids, payloads, steps, size=None if coupled else cohort_size)
+    # Neither number depends on the workers: units are summed one by one, so another division would give other bits.
     units = []
     num_units = min(MAX_UNITS if steps.any() else _units_without_steps(len(client_ids)), len(cohorts))
     for index, part in enumerate(np.array_split(np.arange(len(cohorts)), num_units)):
@@ -209,13 +198,31 @@ def make_work_units(
     return units
 
 
+def _cohorts(client_ids: np.ndarray, payloads: np.ndarray, steps: np.ndarray, *, size: int | None) -> list[np.ndarray]:
+    """The clients of each cohort, as indices into the three columns, (n,) each; the cohorts with most steps come first.
+
+    ``size``: clients of a cohort at most; None: all clients of a payload make one cohort.
+    """
+    # Clients with equally many steps stand together, because a cohort takes as long as its longest client. The id comes last, so
+    # that the order in which clients were sampled decides nothing.
+    order = np.lexsort((client_ids, -steps, payloads))
+    cohorts: list[np.ndarray] = []
+    for key in np.unique(payloads):
+        members = order[payloads[order] == key]
+        num_cohorts = -(-len(members) // (size or len(members)))
+        # Sizes differ by one at most: of 9 clients in cohorts of 8, the ninth would else train alone, unstacked.
+        cohorts += np.array_split(members, num_cohorts)
+    cohorts.sort(key=lambda members: (-int(steps[members].sum()), int(client_ids[members[0]])))
+    return cohorts
+
+
 def _units_without_steps(num_clients: int) -> int:
     wanted = -(-num_clients // CLIENTS_PER_UNIT_WITHOUT_STEPS)
     return min(max(wanted, MIN_UNITS_WITHOUT_STEPS), MAX_UNITS_WITHOUT_STEPS)
 
 
 def _as_one(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """The steps of all clients below each other, as wide as the largest batch."""
+    """The (steps, batch) of all clients below each other, as wide as the largest batch; -1 fills up smaller ones."""
     width = max(r.shape[1] for r in rows)
     if all(r.shape[1] == width for r in rows):
         return np.concatenate(rows)

@@ -1,4 +1,4 @@
-"""What a worker does: it carries out units of work and evaluates, in whichever process it lives.
+"""The worker's half: it carries out work units and evaluates, in whichever process it lives.
 
 The coordinator plans the units (`work_units`); the serial executor and the workers on Ray carry them out by `WorkerProcess`.
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 from fleetune.engine.checkpoint.client_store import slot_of
 from fleetune.engine.execution.work_units import WorkUnit, WorkUnitReply
-from fleetune.engine.round.ranks import laid_over
+from fleetune.engine.round.ranks import overlay
 from fleetune.errors import RunFailed
 from fleetune.methods.base import GlobalModel, Method, Payload
 from fleetune.models.base import BaseModel, placed
@@ -45,7 +45,7 @@ class WorkerProcess:
         return run_work_unit(self.worker, self.method, payloads, unit, locate=locate)
 
     def evaluate(self, model: GlobalModel, rows: np.ndarray) -> EvalSums:
-        """Evaluate on held-out examples ``rows``."""
+        """Evaluate on held-out examples; ``rows`` has their numbers, (n,) int."""
         config = self.spec.evaluation
         return evaluate_rows(
             self.worker.network(model.submodel),
@@ -85,8 +85,8 @@ def run_work_unit(
     server: Tensors = {}
     new_private: dict[int, Packed] = {}
     for cohort in unit.cohorts:
-        before = unit.before(cohort)
-        tasks = unit.tasks(cohort, before)
+        old_private = unit.read_private(cohort)
+        tasks = unit.tasks(cohort, old_private)
         started = time.perf_counter()
         try:
             update = _update(worker, method, payloads[cohort.payload], tasks)
@@ -99,43 +99,47 @@ def run_work_unit(
         reply.losses[span], reply.num_tokens[span] = update.losses, update.num_tokens
         if update.cut_bytes is not None:
             reply.cut_bytes[:, span] = update.cut_bytes
-        reply.diverged[span] = _diverged(update, coupled=method.coupled)
+        reply.diverged[span] = _diverged(update, coupled=method.config.coupled)
         _collect(reply, span, method, update, tasks, totals.setdefault(cohort.payload, RunningSum()))
         if update.private is not None:
             reply.keeps[span] = ~reply.diverged[span]  # a client that diverged stays with its former private tensors
-            private = _private_of(update.private, unit.ranks[span], tasks, before, worker.lora.rank)
+            private = _private_of(update.private, unit.ranks[span], tasks, old_private, worker.lora.rank)
             new_private.update({c: private[c] for c in unit.client_ids[span][reply.keeps[span]].tolist()})
         add_weighted(server, update.server, 1.0)
+    # Cohorts were added in the unit's order, whoever carries it out, so the sums are the same bits on any worker.
     reply.partial_sums = {key: total.packed() for key, total in totals.items() if total}
     reply.server = pack(server) if server else None
     if not reply.has_store:
         reply.private = new_private
     elif new_private:
+        # Written before the reply is sent, so whatever a reply points to is there. If this worker dies in between, the unit runs
+        # again and writes the same file: its slot is that of the round and the unit, not of the attempt.
         unit.store.write(slot_of(unit.round_idx, unit.index), new_private)
     return reply
 
 
 def _update(worker: Worker, method: Method, payload: Payload, tasks: list[ClientTask]) -> CohortUpdate:
-    """One update for the cohort; methods that cannot stack (dropout) work one by one, by themselves."""
-    if len(tasks) == 1 or method.coupled or not worker.lora.dropout:
+    """One update for the cohort. With dropout its clients train one by one, as each draws masks of its own."""
+    if len(tasks) == 1 or method.config.coupled or not worker.lora.dropout:
         return method.local_update(worker, payload, tasks)
     return CohortUpdate.joined([method.local_update(worker, payload, [task]) for task in tasks])
 
 
 def _diverged(update: CohortUpdate, *, coupled: bool) -> np.ndarray:
-    """True for each client whose work is not finite, (K,) bool.
+    """True for each client of the cohort whose work is not finite, (K,) bool.
 
-    If clients share a server's half, only those that made it so; all, if that cannot be found out.
+    If clients share a server's half, one client's numbers spoil those of all. Then it is true only for the clients that came
+    first; for all, if it cannot be found out who that was.
     """
-    out = ~np.isfinite(update.losses)
+    diverged = ~np.isfinite(update.losses)
     for stack in (update.upload, update.private):
         if stack is not None:
-            out |= ~finite_rows(stack.data)
+            diverged |= ~finite_rows(stack.data)
     if coupled and update.diverged_at is not None and np.isfinite(update.diverged_at).any():
         return update.diverged_at == update.diverged_at.min()
-    if not out.any() and not all_finite(update.server.values()):
-        return np.ones(len(out), bool)
-    return out
+    if not diverged.any() and not all_finite(update.server.values()):
+        return np.ones(len(diverged), bool)
+    return diverged
 
 
 def _collect(
@@ -147,6 +151,7 @@ def _collect(
     total: RunningSum,
 ) -> None:
     """Add the cohort's uploads to the unit's sum, or put each into the reply; those of late clients (weight 0) are left out."""
+    # The sum is made here and not by the coordinator: what travels is one upload per unit, however many clients it has.
     counted = [k for k, task in enumerate(tasks) if task.weight > 0]
     if update.upload is not None and update.upload.shapes:
         reply.upload_bytes[span] = update.upload.data[0].nbytes
@@ -158,16 +163,16 @@ def _collect(
 
 
 def _private_of(
-    private: Stack, ranks: np.ndarray, tasks: list[ClientTask], before: Mapping[int, Tensors], full_rank: int
+    private: Stack, ranks: np.ndarray, tasks: list[ClientTask], old_private: Mapping[int, Tensors], full_rank: int
 ) -> dict[int, Packed]:
-    """Client id -> its private tensors at full rank; what a smaller rank left out stays as it was. ``ranks`` (K,)."""
-    out = {}
+    """Client id -> its private tensors at full rank; what a smaller rank left out stays as it was. ``ranks``: (K,) int."""
+    packed = {}
     for k, (task, rank) in enumerate(zip(tasks, ranks.tolist(), strict=True)):
         tensors = private.client(k)
         if rank < full_rank:
-            tensors = laid_over(tensors, before.get(task.client_id, {}), full_rank)
-        out[task.client_id] = pack(tensors)
-    return out
+            tensors = overlay(tensors, old_private.get(task.client_id, {}), full_rank)
+        packed[task.client_id] = pack(tensors)
+    return packed
 
 
 def _located(
@@ -180,5 +185,7 @@ def _located(
             method.local_update(worker, payload, [task])
         except Exception:
             guilty.append(task.client_id)
-    who = guilty or [task.client_id for task in tasks]
-    return RunFailed(f"{type(error).__name__}: {error}", round_idx=unit.round_idx, stage=unit.stage, client_ids=who)
+    client_ids = guilty or [task.client_id for task in tasks]
+    return RunFailed(
+        f"{type(error).__name__}: {error}", round_idx=unit.round_idx, stage=unit.stage, client_ids=client_ids
+    )

@@ -1,4 +1,4 @@
-"""Where a run's work is done: in this process, or on a Ray cluster that stays for further runs of the process."""
+"""Backends: a run's work is done in this process, or on a Ray cluster that stays for further runs of the process."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from fleetune.engine.coordinator import Coordinator, Event
 from fleetune.engine.execution.executor import SerialExecutor
 from fleetune.engine.launch import cluster
 from fleetune.engine.launch.cluster import num_cores
-from fleetune.engine.launch.resolve import gpu_share, num_gpus, resolve_execution
+from fleetune.engine.launch.resolve import gpu_fraction, num_gpus, resolve_execution
 from fleetune.errors import RunFailed, UserError
 from fleetune.models.load import base_content
 from fleetune.problem import Inputs, Problem, load_inputs, set_threads
 from fleetune.records.run_directory import RunDirectory
-from fleetune.run_config import ExecutionConfig
 from fleetune.spec import RunSpec
+from fleetune.spec.run_config import ExecutionConfig
 
-STOP_SECONDS = 3.0  # assumed: writing a state takes hundredths, and whoever stops a run wants it gone within ten
+STOP_SECONDS = 3.0  # assumed: writing a state takes hundredths of a second, and whoever stops a run waits ten at most
 
 
 class LocalBackend:
@@ -35,7 +35,7 @@ class LocalBackend:
         self.debug = debug
 
     def placed(self, spec: RunSpec) -> RunSpec:
-        """The spec with where this backend runs it, which may be elsewhere than it says (``--debug``, ``--address``)."""
+        """The spec with the kind of this backend, which is another than it asks for with ``--debug`` or ``--address``."""
         return spec.model_copy(update={"execution": spec.execution.model_copy(update={"kind": self.kind})})
 
     def resolve(self, spec: RunSpec) -> RunSpec:
@@ -47,7 +47,7 @@ class LocalBackend:
         return load_inputs(spec)
 
     def events(self, problem: Problem, run_dir: RunDirectory) -> Generator[Event, None, None]:
-        """Run it."""
+        """Run the problem; yields the coordinator's events."""
         set_threads(int(problem.spec.execution.threads))
         yield from Coordinator(problem, SerialExecutor(problem, debug=self.debug), run_dir).run()
 
@@ -61,13 +61,15 @@ class RayBackend(LocalBackend):
         super().__init__()
         self.address = address
         self.cluster = cluster.join(address)  # meanwhile model and data are read and checked
+        # (workers, threads, GPUs of a worker) -> actor; at most one, as two would want the same cores.
         self._coordinators: dict[tuple[int, int, float], Any] = {}
-        self._starting = threading.Lock()
+        self._starting = threading.Lock()  # `inputs` starts workers in a thread, and `events` must not start them again
+        # `base_key` -> (base model, reference of its arrays). The object store has them as long as a reference is here.
         self._bases: dict[str, tuple[Any, Any]] = {}
 
     def resolve(self, spec: RunSpec) -> RunSpec:
-        """Workers are chosen from the cluster's cores and GPUs."""
-        if self.address is None:
+        """The spec with every ``auto`` decided, by the cores and GPUs of the cluster's nodes."""
+        if self.address is None:  # its only node is this machine, so the answer need not wait for Ray to start
             return super().resolve(spec)
         self.cluster.wait()
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and int(node["Resources"].get("CPU", 0))]
@@ -82,23 +84,27 @@ class RayBackend(LocalBackend):
         if not self._coordinators:
             threading.Thread(target=self._start_workers, args=(spec.execution,), daemon=True).start()
         base, _ = self._bases.get(base_key(spec), (None, None))
-        if base is not None and base.content != base_content(base.folder):
+        if base is not None and base.content != base_content(base.folder):  # its files have changed since the last run
             base = None
         return load_inputs(spec, base=base)
 
     def events(self, problem: Problem, run_dir: RunDirectory) -> Generator[Event, None, None]:
-        """Hand the run to the coordinator actor and pass on its events."""
+        """Hand the run to the coordinator actor and pass on its events.
+
+        What can go wrong: this process is stopped (`_stop`), the run fails (its own error is raised), the coordinator dies.
+        """
         from fleetune.engine.execution.ray_worker import SharedInputs
 
         self.cluster.wait()
         execution = problem.spec.execution
         base = problem.inputs.base
         former, former_ref = self._bases.get(base_key(problem.spec), (None, None))
-        is_there = former is not None and former.key == base.key
-        shared = SharedInputs.put(problem.inputs, base=former_ref if is_there else None)
+        is_stored = former is not None and former.key == base.key
+        shared = SharedInputs.put(problem.inputs, base=former_ref if is_stored else None)
         self._bases[base_key(problem.spec)] = (base, shared.base)
         call = (base.key, problem.spec, shared, str(run_dir.path))
-        # A coordinator that dies is replaced once; the new one goes on after the last round whose state is written.
+        # A coordinator that dies is replaced once; the new one goes on after the last round whose state is written. So the events
+        # of rounds in between come twice, and begin with a second start event.
         for is_last in (False, True):
             coordinator = self._coordinator(execution)
             stream = coordinator.run.options(num_returns="streaming").remote(*call)
@@ -115,12 +121,16 @@ class RayBackend(LocalBackend):
             except ray.exceptions.RayTaskError as error:
                 raise error.cause if isinstance(error.cause, Exception) else error from None
             except ray.exceptions.RayActorError as error:
-                self._coordinators.clear()
+                self._coordinators.clear()  # the handle of a dead actor; its workers, which it owned, end with it
                 if is_last:
                     raise RunFailed(f"the coordinator died: {' '.join(str(error).split())}") from error
 
     def _stop(self, coordinator: Any, run_dir: RunDirectory, num_rounds: int) -> None:
-        """End a run that nobody waits for, once the state after so many rounds is written: that goes on beside the next round."""
+        """End a run that nobody waits for, once the state after the rounds that were reported is written.
+
+        A state is written beside the next round. If the coordinator were killed at once, the last round that the user saw might
+        have to be worked out again.
+        """
         deadline = time.monotonic() + STOP_SECONDS
         while saved_rounds(run_dir.path / "checkpoint") < num_rounds and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -128,12 +138,13 @@ class RayBackend(LocalBackend):
         ray.kill(coordinator)
 
     def _start_workers(self, execution: ExecutionConfig) -> None:
+        """If the cluster cannot be joined, nothing is said here: `events` raises it in the main thread."""
         if self.cluster.is_up():
             self._coordinator(execution)
 
     def _coordinator(self, execution: ExecutionConfig) -> Any:
         with self._starting:
-            return self._find_coordinator(int(execution.workers), int(execution.threads), gpu_share(execution))
+            return self._find_coordinator(int(execution.workers), int(execution.threads), gpu_fraction(execution))
 
     def _find_coordinator(self, num_workers: int, threads: int, gpus_per_worker: float) -> Any:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -145,6 +156,8 @@ class RayBackend(LocalBackend):
             for other in self._coordinators.values():  # its workers' cores and GPUs are needed
                 ray.kill(other)
             self._coordinators.clear()
+            # On this node, because it writes the run directory, which this process made. Soft: if this node takes no actors,
+            # Ray may choose another that shares the folder.
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
             options = RayCoordinator.options(scheduling_strategy=here)  # type: ignore[attr-defined]
             self._coordinators[key] = options.remote(*key)
@@ -164,6 +177,7 @@ def backend_for(spec: RunSpec, *, address: str | None, debug: bool) -> Iterator[
     try:
         yield ray_backend(address)
     except UserError:
+        # A mistake in the job leaves the cluster as it is. A cluster that could not be joined is tried anew by the next run.
         if not _backends[address].cluster.is_up():
             del _backends[address]
             cluster.forget(address)
@@ -185,5 +199,5 @@ def shutdown() -> None:
 
 
 def base_key(spec: RunSpec) -> str:
-    """Runs with the same key name the same base model. What it holds is `BaseModel.key`."""
+    """The base model as a spec names it. Two of one name may differ in content, which `BaseModel.key` tells apart."""
     return f"{spec.model.base}/{spec.model.quantization}"

@@ -19,17 +19,16 @@ import yaml
 
 from fleetune.errors import UserError
 
-# Set in what Ray's job server starts (ray._private.runtime_env.constants, 2.60).
+# The job server sets it in the processes that it starts (ray._private.runtime_env.constants, 2.60).
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 TOKEN = "RAY_AUTH_TOKEN"
 NO_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
-# Hosts keep the pages of large stacks instead of giving them back and faulting them in again for every cohort.
+# For glibc, in bytes: workers keep the pages of large stacks instead of giving them back and faulting them in for every cohort.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(2 << 30)}
 
-
-LEAVE_SECONDS = 3.0  # assumed: it takes less than one where nothing hangs
+LEAVE_SECONDS = 3.0  # assumed: it takes less than one if nothing hangs
 
 
 class Cluster:
@@ -44,18 +43,18 @@ class Cluster:
     def _connect(self) -> None:
         try:
             connect(self.address)
-        except BaseException as error:
+        except BaseException as error:  # raised by `wait`, in the thread that needs the cluster
             self._error = error
         self._ready.set()
         threading.Event().wait()  # Ray's processes end with the thread that started them, so this one stays
 
     def is_up(self) -> bool:
-        """Whether it answers; waits until that is known."""
+        """True if it answers, False if it could not be joined; waits until one of both is certain."""
         self._ready.wait()
         return self._error is None
 
     def wait(self) -> None:
-        """Until it answers. UserError where nothing does."""
+        """Return once it answers. Raises UserError if nothing does."""
         if not self.is_up():
             raise UserError(
                 f"no Ray cluster answers: {(str(self._error).splitlines() or [type(self._error).__name__])[0]}",
@@ -81,27 +80,27 @@ def forget(address: str | None) -> None:
 
 
 def forget_all() -> None:
-    """The next `join` tries anew, at whatever address."""
+    """The next `join` tries anew, at any address."""
     _clusters.clear()
 
 
 def leave() -> None:
-    """Leave every cluster; of one that runs on this machine for this process alone, no process is left.
+    """Leave every cluster. Of one that this process started on this machine, no process is left.
 
-    Ray ends its own, but its agents look for their parent only now and then and were there 25 seconds later.
+    Ray ends its own, but its agents look for their parent only now and then, and some were there 25 seconds later.
     """
     import psutil
 
     family = []
     for one in _clusters.values():
-        one._ready.wait(LEAVE_SECONDS)  # what is still being started would be missed
+        one._ready.wait(LEAVE_SECONDS)  # processes that are still being started would be missed below
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error, OSError):
             if os.getsid(child.pid) == os.getsid(0):  # the process that feeds MLflow has a session of its own
                 family.append(child)
-    done = threading.Thread(target=ray.shutdown, daemon=True)
-    done.start()
-    done.join(LEAVE_SECONDS)
+    ending = threading.Thread(target=ray.shutdown, daemon=True)  # in a thread, because it hangs if the cluster is gone
+    ending.start()
+    ending.join(LEAVE_SECONDS)
     _, left = psutil.wait_procs(family, timeout=1.0)
     for child in left:
         with contextlib.suppress(psutil.Error):
@@ -109,7 +108,7 @@ def leave() -> None:
 
 
 def names_ray(job: Path, assignments: Iterable[str]) -> bool:
-    """Whether a job says by itself that it runs on Ray. Whether it is right in all else shows when it is loaded."""
+    """True if the job file or an assignment sets ``execution.kind`` to ``ray``. The job is checked later, when it is loaded."""
     named = [value for name, _, value in (text.partition("=") for text in assignments) if name == "execution.kind"]
     if named:
         return named[-1] == "ray"
@@ -121,6 +120,7 @@ def names_ray(job: Path, assignments: Iterable[str]) -> bool:
 def connect(address: str | None) -> None:
     """Join the cluster at ``address``, or start one on this machine."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Actors that ask for no GPU see them all the same. It will be Ray's default, and says so unless it is set.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 lets anything else go first
     os.environ.setdefault("RAY_free_objects_period_milliseconds", "0")  # default 1000: replies of many rounds pile up
@@ -141,11 +141,11 @@ def connect(address: str | None) -> None:
 
 @contextlib.contextmanager
 def _on_loopback() -> Iterator[None]:
-    """A Ray that starts meanwhile listens on 127.0.0.1 alone, and asks for a token.
+    """A Ray that is started in the block listens on 127.0.0.1 alone, and wants a token.
 
-    Ray has no option for the first: it takes the address that others reach this machine by, and binds its ports on all
-    interfaces, but where its clusters are switched off (ray._private.services.get_node_ip_address, 2.60). The token is one that
-    was given, or one of this process alone: in the environment, which other users cannot read, and in no file.
+    Ray has no option for the first: it takes the address by which others reach this machine, and binds its ports on all
+    interfaces, unless its clusters are switched off (ray._private.services.get_node_ip_address, 2.60). The token is the user's if
+    there is one, else one of this process alone: in the environment, which other users cannot read, and in no file.
     """
     from ray import _raylet
     from ray._private import ray_constants
@@ -171,7 +171,7 @@ def num_cores() -> int:
 
 
 def _knock(address: str) -> None:
-    """OSError where nobody listens at HOST:PORT: Ray itself tries for minutes before it says so."""
+    """Raises OSError if nobody listens at HOST:PORT. Ray itself would try for minutes before it says so."""
     host, colon, port = address.rpartition(":")
     if colon and "://" not in address:
         if not port.isdecimal() or int(port) > 65535:

@@ -1,4 +1,4 @@
-"""Around a run's directory: its name, what is known of the run besides its spec, and that one process at a time has it."""
+"""A run's directory from outside: its name, its ``meta.json``, and the lock by which one process at a time runs it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fleetune.content import identity
+from filelock import Timeout
+
+from fleetune import locks
 from fleetune.errors import UserError
 from fleetune.problem import Problem
+from fleetune.problem.content import identity
 from fleetune.records.run_directory import RunDirectory
 from fleetune.spec import RunSpec
 
 
 def run_meta(problem: Problem) -> dict[str, Any]:
-    """What is known of a run besides its spec: identity, data, version of the code."""
+    """The content of ``meta.json``: identity, data, models, and the version of the code."""
     spec, content = problem.spec, problem.inputs.content
     dataset = {
         "name": problem.inputs.dataset_name,
@@ -38,15 +41,15 @@ def run_meta(problem: Problem) -> dict[str, Any]:
 
 
 def new_run_directory(spec: RunSpec, problem: Problem, workspace: Path, meta: dict[str, Any]) -> RunDirectory:
-    """A directory of a new name. UserError where the workspace cannot be written to."""
-    known = {**run_meta(problem), **meta}
-    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{slug(spec.name)}-{known['identity'][:6]}"
+    """A directory with a new name. Raises UserError if the workspace cannot be written to."""
+    meta = {**run_meta(problem), **meta}
+    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{slug(spec.name)}-{meta['identity'][:6]}"
     number = 1
     while (workspace / "runs" / run_id).exists():
         number += 1
         run_id = f"{run_id.removesuffix(f'-{number - 1}')}-{number}"
     with writable(workspace):
-        return RunDirectory.create(workspace, run_id, spec.to_dict(), meta=known)
+        return RunDirectory.create(workspace, run_id, spec.to_dict(), meta=meta)
 
 
 @contextlib.contextmanager
@@ -64,12 +67,12 @@ def writable(workspace: Path) -> Iterator[None]:
 
 
 def slug(name: str) -> str:
-    """A name as part of a folder's."""
+    """A run's name in a form that may be part of a folder's name."""
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in name.lower())[:40]
 
 
 def git_commit() -> str | None:
-    """The commit of the working directory's repository, where there is one."""
+    """The commit of the repository that the working directory is in; None if it is in none."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         out = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
         return out.stdout.strip() or None
@@ -78,22 +81,18 @@ def git_commit() -> str | None:
 
 @contextlib.contextmanager
 def locked(run_dir: RunDirectory, *, field: str = "RUN_DIR", patience_seconds: float = 0.0) -> Iterator[None]:
-    """Nobody else runs this directory meanwhile; the lock goes with the process, which may take a moment to die."""
-    import fcntl
+    """Holds the directory's lock in the block, so that nobody else runs it. Raises UserError if another process does.
 
-    deadline = time.monotonic() + patience_seconds
-    with (run_dir.path / "checkpoint" / "lock").open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        "another process is running it",
-                        field=field,
-                        value=str(run_dir.path),
-                        hint="wait for it, or end it",
-                    ) from None
-                time.sleep(0.2)
+    ``patience_seconds``: how long to wait for it; a process that was killed may take a moment to die.
+    """
+    held = locks.locked(run_dir.path / "checkpoint" / "lock", patience_seconds=patience_seconds)
+    try:
+        held.acquire()
+    except Timeout:
+        raise UserError(
+            "another process is running it", field=field, value=str(run_dir.path), hint="wait for it, or end it"
+        ) from None
+    try:
         yield
+    finally:
+        held.release()

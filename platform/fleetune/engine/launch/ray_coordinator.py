@@ -7,7 +7,8 @@ from typing import Any
 
 import ray
 
-from fleetune.engine.coordinator import Baselines, Coordinator, Event
+from fleetune.engine.coordinator import Coordinator, Event
+from fleetune.engine.evaluation import Baselines
 from fleetune.engine.execution.ray_pool import RayExecutor
 from fleetune.engine.execution.ray_worker import SharedInputs
 from fleetune.problem import build_problem, set_threads
@@ -17,7 +18,10 @@ from fleetune.spec import RunSpec
 
 @ray.remote(num_cpus=0, max_restarts=0)
 class RayCoordinator:
-    """The coordinator of runs on this cluster, with its workers; it stays for further runs."""
+    """The coordinator of runs on this cluster, with its workers. It takes no core: it waits while workers compute.
+
+    Ray does not restart it (``max_restarts=0``), because only `RayBackend` knows which run it was at and has to go on with.
+    """
 
     def __init__(self, num_workers: int, threads: int, gpus_per_worker: float):
         set_threads(threads)
@@ -29,7 +33,7 @@ class RayCoordinator:
         return self.executor.workers
 
     def run(self, base_key: str, spec: RunSpec, shared: SharedInputs, run_path: str) -> Iterator[Event]:
-        """Run (or go on with) a run directory; yields the coordinator's events."""
+        """Run a run directory, or go on with it; yields the coordinator's events."""
         problem = build_problem(spec, shared.get())
         self.executor.prepare(base_key, spec, type(problem.method), shared)
         run_dir = RunDirectory.open(run_path)

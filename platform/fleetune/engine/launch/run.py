@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from fleetune import files
-from fleetune.content import check_content
 from fleetune.engine.coordinator import Event
 from fleetune.engine.divergence import Notices
 from fleetune.engine.launch.backends import LocalBackend, backend_for
 from fleetune.engine.launch.directories import locked, new_run_directory
 from fleetune.errors import RunFailed, Stopped, UserError
 from fleetune.problem import Problem, build_problem
+from fleetune.problem.content import check_content
 from fleetune.records.run_directory import RunDirectory
 from fleetune.records.timeline import write_timeline
 from fleetune.spec import RunSpec, from_dict
@@ -27,12 +27,12 @@ from fleetune.tracking.stream import RecordStream
 
 Report = Callable[[Event], None]
 SYNC_SECONDS = 60.0  # how long to wait for a run's last records to arrive in MLflow
-QUIET_SECONDS = 3.0  # before it is said that something is waited for
+QUIET_SECONDS = 3.0  # a shorter wait is not mentioned
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to."""
+    """The outcome of a run."""
 
     run_id: str
     run_dir: Path
@@ -40,15 +40,15 @@ class Result:
     metrics: dict[str, Any] = field(default_factory=dict)
     totals: dict[str, Any] = field(default_factory=dict)
     synced: bool | None = None
-    """Whether MLflow holds all of it; None where that was not asked."""
+    """True if MLflow holds all of it; None if it was not to be sent there."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As ``--json`` prints it; ``synced`` only where it is false."""
-        return {**told(vars(self)), "run_dir": str(self.run_dir)}
+        """As ``--json`` prints it; ``synced`` only if it is false."""
+        return {**without_synced(vars(self)), "run_dir": str(self.run_dir)}
 
 
-def told(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A result's fields, without ``synced`` where there is nothing to be done about it."""
+def without_synced(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A result's fields, without ``synced`` unless it is false: only then has the user something to do."""
     return {name: value for name, value in fields.items() if name != "synced" or value is False}
 
 
@@ -62,7 +62,7 @@ def run(
     warn: Callable[[str], None] | None = None,
     meta: dict[str, Any] | None = None,
 ) -> Result:
-    """Check everything, then run. UserError before any actor starts; RunFailed leaves a directory that can be resumed."""
+    """Check everything, then run. Raises UserError before any client trains; RunFailed leaves a directory that can be resumed."""
     _check_tracking(spec)
     with backend_for(spec, address=address, debug=debug) as backend:
         spec = backend.placed(backend.resolve(spec))
@@ -82,7 +82,7 @@ def resume(
     report: Report | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> Result:
-    """Go on after the last finished round, bit for bit as if nothing had happened."""
+    """Go on after the last finished round, with the same bits as a run that was never stopped."""
     run_dir = RunDirectory.open(path)
     try:
         spec = from_dict(run_dir.spec)
@@ -93,7 +93,8 @@ def resume(
     meta, result = run_dir.meta, run_dir.result()
     recorded = meta.get("spec_hash")
     if meta.get("content") is None:
-        recorded = None  # a version that made another hash: what is finished is shown, what is not is refused below
+        # Written by a version that hashed other things. A finished run is shown all the same; `check_content` refuses others.
+        recorded = None
     if recorded is not None and recorded != spec.spec_hash:
         raise UserError(
             f"its spec.yaml is not the one it was started with (hash {spec.spec_hash}, started with {recorded})",
@@ -124,7 +125,7 @@ def _execute(
     tracked = problem.spec.tracking.enabled
     with locked(run_dir):
         if tracked:
-            follower(warn).watch(run_dir.path)
+            record_stream(warn).watch(run_dir.path)
         event: Event = {}
         notices = Notices()
         try:
@@ -138,7 +139,7 @@ def _execute(
             finished = finish(run_dir, event)
         except KeyboardInterrupt:
             raise Stopped(f"fleetune resume {run_dir.path}") from None
-        except files.Damaged:  # as it was found
+        except files.Damaged:  # nothing is written to a directory that is damaged: it stays as it was found
             raise
         except files.WriteFailed as error:
             conclude(run_dir, error)
@@ -151,14 +152,14 @@ def _execute(
 
 
 def conclude(run_dir: RunDirectory, error: BaseException | str) -> None:
-    """Write the result of a run that failed, as far as the disk has room: its parts are whole where they are, too."""
+    """Write the tables and the result of a run that failed. If the disk has no room for them, the records are there in parts."""
     with contextlib.suppress(files.WriteFailed, files.Damaged):
         run_dir.consolidate()
         run_dir.write_result({"status": "failed", "error": str(error), "metrics": {}, "totals": {}})
 
 
 def finish(run_dir: RunDirectory, event: Event, *, status: str = "finished") -> Result:
-    """Write the timeline and the result of a run whose last event this is; ``stopped``: before its last round."""
+    """Write the timeline and the result of a run whose last event this is. ``status``: ``stopped`` if rounds were left out."""
     row = event["row"]
     metrics = {name: row.get(name) for name in ("train_loss", "eval_loss", "eval_accuracy")}
     metrics.update({f"baseline_{name}": value for name, value in event["baseline"].items()})
@@ -172,35 +173,36 @@ def finish(run_dir: RunDirectory, event: Event, *, status: str = "finished") -> 
     return Result(run_dir.run_id, run_dir.path, status, metrics, totals)
 
 
-_follower: RecordStream | None = None
+_record_stream: RecordStream | None = None
 
 
-def follower(warn: Callable[[str], None] | None = None) -> RecordStream:
-    """This process's MLflow follower."""
-    global _follower
-    if _follower is None:
-        _follower = RecordStream.start(warn=warn or (lambda text: print(text, file=sys.stderr)))
-    return _follower
+def record_stream(warn: Callable[[str], None] | None = None) -> RecordStream:
+    """This process's record stream to MLflow, which the first call starts."""
+    global _record_stream
+    if _record_stream is None:
+        _record_stream = RecordStream.start(warn=warn or (lambda text: print(text, file=sys.stderr)))
+    return _record_stream
 
 
 def in_mlflow(run_dirs: Sequence[Path], warn: Callable[[str], None] | None = None) -> bool:
-    """Wait until MLflow holds all of these, the last of which stands for them; ``SYNC_SECONDS`` for each at most.
+    """Wait until MLflow holds all of these directories, for each `SYNC_SECONDS` at most; returns True if it does.
 
-    What is missing then is told with the way to send it: the records themselves are whole.
+    If not, the user is shown the command that sends the rest, for the last directory: a run, or the sweep of all the others. The
+    directories themselves have all their records.
     """
     say = warn or (lambda text: print(text, file=sys.stderr))
-    feeder = follower(warn)
-    is_late = threading.Timer(
+    stream = record_stream(warn)
+    notice = threading.Timer(
         QUIET_SECONDS, say, [f"waiting for MLflow to take the last records, {SYNC_SECONDS:.0f} s at most"]
     )
-    is_late.daemon = True
-    is_late.start()
+    notice.daemon = True
+    notice.start()
     try:
-        synced = all(feeder.finished(path, timeout_seconds=SYNC_SECONDS) for path in run_dirs)
+        synced = all(stream.finished(path, timeout_seconds=SYNC_SECONDS) for path in run_dirs)
     except KeyboardInterrupt:  # the work is done; only the wait is over
         synced = False
     finally:
-        is_late.cancel()
+        notice.cancel()
     if not synced:
         say(f"MLflow does not hold all records yet; send the rest with: fleetune sync {run_dirs[-1]}")
     return synced

@@ -1,12 +1,14 @@
-"""What is known of a round before anything is computed: who takes part, what they are given, what it costs, how it ends.
+"""The round planner: who takes part in a round, with what work, at what cost, and how the round ends, before any training.
 
-Pure functions of the spec, the method's state and the round's number, so that a plan and a run get the same answers.
+The answers follow from the spec, the method's state, the clock and the round's number alone, so a plan and a run get the same
+ones. Nothing is drawn from a generator that lives on from round to round: every draw has an address (`fleetune.seeds`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, MutableMapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -15,7 +17,7 @@ from fleetune.data.batches import draw_batches, draw_epochs
 from fleetune.engine.round.fitting import BudgetFitting, Costs
 from fleetune.engine.round.rules import Opening, Outcome, close_round, open_round, sample_clients
 from fleetune.engine.round.work import Work
-from fleetune.engine.round.workload import Share
+from fleetune.engine.round.workload import Workload
 from fleetune.methods.base import ClientInfo, Method, Payload, State
 from fleetune.pricing.pricing import Pricing, batch_load
 from fleetune.problem import Problem
@@ -48,14 +50,22 @@ class RoundPlan:
     """(n,) float: virtual seconds that each client is at work, to the end of its turn or until it leaves."""
 
 
-class RoundPlanner:
-    """Answers for every round of one problem."""
+Hints = Literal["all", "once_per_stage", "none"]
 
-    def __init__(self, problem: Problem):
+
+class RoundPlanner:
+    """Plans the rounds of one problem, one after the other.
+
+    ``hints``: when it finds out what would fit refused clients: in every round, in the first of each stage alone (the same fits
+    the same devices in the others), or in none. Each way that is tried takes a trace of its own.
+    """
+
+    def __init__(self, problem: Problem, *, hints: Hints = "all"):
         self.problem, self.spec, self.method = problem, problem.spec, problem.method
         self.pricing = Pricing(problem)
-        self.sizes = np.diff(problem.partition.offsets)
-        self._ahead: dict[int, list[np.ndarray]] = {}
+        self.hints = hints
+        self.sizes = np.diff(problem.partition.offsets)  # (num_clients,) int: n_k
+        self._ahead: dict[int, list[np.ndarray]] = {}  # round -> its batches, if they have been drawn already
 
     def round(
         self,
@@ -66,10 +76,11 @@ class RoundPlanner:
         *,
         sim_seconds: float,
     ) -> RoundPlan:
-        """The round that starts from ``state``, the one before having ended at virtual time ``sim_seconds``.
+        """The round that starts from ``state``; the one before ended at virtual time ``sim_seconds``.
 
-        ``provisioned``, what each client was sent along last, and ``busy_until (num_clients,)``, the virtual time at which
-        the last turn of each ends, are brought up to date.
+        Two values live from round to round and are brought up to date in place: ``provisioned``, client id -> key of the
+        weights that it was sent last, and ``busy_until``, (num_clients,) float, the virtual time at which each client's
+        last turn ends. Both are written after the close is known, because a refused client neither receives nor does anything.
         """
         fleet = self.problem.fleet
         opening = self._opening(round_idx, busy_until, sim_seconds)
@@ -79,7 +90,7 @@ class RoundPlanner:
             self.spec.fleet.adapt,
             price=lambda work, ids: self._price(work, ids, provisioned),
             broken=lambda ids, costs: fleet.budgets.broken(fleet.device_index[ids], costs),
-            hints=self.tells_what_fits(round_idx),
+            hints=self.hints == "all" or (self.hints == "once_per_stage" and self._begins_stage(round_idx)),
         )
         fitted = fitting.fit(self._work(state, round_idx, client_ids), client_ids)
         work, costs = fitted.work, fitted.costs
@@ -91,10 +102,10 @@ class RoundPlanner:
             dropped=dropped,
         )
         for i in np.flatnonzero(outcome.started).tolist():
-            provision = work.payloads[work.group_of[i]].provision
+            provision = work.payloads[work.payload_of[i]].provision
             if provision is not None:
                 provisioned[int(client_ids[i])] = provision.key
-        # Where a round does not wait for everybody, some are still at work when the next one begins.
+        # A round that does not wait for everybody ends while some are still at work; they are not sampled until they are done.
         busy_until[client_ids[outcome.started]] = opening.start_seconds + busy_seconds[outcome.started]
         return RoundPlan(
             client_ids=client_ids,
@@ -114,7 +125,7 @@ class RoundPlanner:
         return open_round(availability, eligible, busy_until, round_idx=round_idx, sim_seconds=sim_seconds)
 
     def clients(self, round_idx: int, available: np.ndarray) -> np.ndarray:
-        """Who is sampled of those that are there, in ascending order."""
+        """Ids of the sampled clients, ascending, out of those that are ``available``."""
         return sample_clients(
             available,
             self.spec.rounds.clients_per_round,
@@ -123,17 +134,23 @@ class RoundPlanner:
         )
 
     def draw_ahead(self, round_idx: int, busy_until: np.ndarray, *, sim_seconds: float) -> None:
-        """Draw the batches of a round to come, while workers work: they depend on nothing that is still being worked out."""
+        """Draw the batches of the next round while workers are busy with this one.
+
+        They depend on who is sampled, and so on the clock and on who is still at work. Both are settled once this round is
+        planned; the state, which is still being worked out, has no say in them.
+        """
         if round_idx < self.spec.rounds.num_rounds:
             available = self._opening(round_idx, busy_until, sim_seconds).available
             self._ahead = {round_idx: self.batches(round_idx, self.clients(round_idx, available))}
 
-    def tells_what_fits(self, round_idx: int) -> bool:
-        """Whether refused clients of this round are told what would fit."""
-        return True
+    def _begins_stage(self, round_idx: int) -> bool:
+        return round_idx == 0 or self.method.stage(round_idx) != self.method.stage(round_idx - 1)
 
     def batches(self, round_idx: int, client_ids: np.ndarray) -> list[np.ndarray]:
-        """Each client's examples, (steps, batch), drawn at the address (seed, round, client); short batches are filled up."""
+        """Each client's examples, (steps, batch) int, drawn at the address (seed, round, client).
+
+        Rows of the tokenised dataset; a batch that is short of examples is filled up with -1.
+        """
         local, part = self.spec.local, self.problem.partition
         if not self.method.draws_batches:
             return [np.zeros((0, local.batch_size), np.int64)] * len(client_ids)
@@ -147,47 +164,49 @@ class RoundPlanner:
         return out
 
     def load(self, work: Work, client_ids: np.ndarray) -> Load:
-        """Steps and lengths of the batches that everybody is given."""
+        """Steps and lengths of the clients' batches, as the cost model takes them."""
         return batch_load(self.problem.inputs.train, work.rows)
 
     def _work(self, state: State, round_idx: int, client_ids: np.ndarray) -> Work:
         """One payload per group of clients, each client's group, and its batches."""
         rows = self._ahead.pop(round_idx, None) or self.batches(round_idx, client_ids)
         if type(self.method).group is Method.group:
-            mine: list[Hashable] = [None] * len(client_ids)
+            # The method has one group. Nobody is asked, so that a plan of a million clients makes no million `ClientInfo`.
+            client_groups: list[Hashable] = [None] * len(client_ids)
             groups: list[Hashable] = [None]
         else:
-            mine = [self.method.group(self._info(client_id)) for client_id in client_ids.tolist()]
-            groups = list(dict.fromkeys(mine))
+            client_groups = [self.method.group(self._info(client_id)) for client_id in client_ids.tolist()]
+            groups = list(dict.fromkeys(client_groups))  # in the order of their first client, and not of a hash
         payloads = [self.method.broadcast(state, round_idx, group) for group in groups]
         return Work(
             round_idx,
-            groups,
-            payloads,
-            np.array([groups.index(group) for group in mine], np.int64),
-            rows,
-            shares=[self._whole(payload) for payload in payloads],
+            groups=groups,
+            payloads=payloads,
+            workloads=[self._full_workload(payload) for payload in payloads],
             source=list(range(len(payloads))),
+            payload_of=np.array([groups.index(group) for group in client_groups], np.int64),
+            rows=rows,
             checkpointing=np.full(len(client_ids), self.spec.local.checkpointing),
         )
 
-    def _whole(self, payload: Payload) -> Share:
-        """All of a payload's work."""
+    def _full_workload(self, payload: Payload) -> Workload:
+        """All of a payload's work, as the job asks for it."""
         depth = self.method.submodel(payload).num_layers
-        return Share(self.spec.local.batch_size, self.spec.model.lora.rank, depth, self.spec.local.checkpointing)
+        return Workload(self.spec.local.batch_size, self.spec.model.lora.rank, depth, self.spec.local.checkpointing)
 
     def _price(self, work: Work, client_ids: np.ndarray, provisioned: Mapping[int, str]) -> Costs:
-        """What the work costs these clients, beside what they have."""
+        """What the work costs these clients, and the memory that they have for it (``budget_bytes``)."""
         fleet = self.problem.fleet
         costs = self.pricing.columns(
             work.round_idx,
             client_ids,
             work.payloads,
-            work.group_of,
+            work.payload_of,
             self.load(work, client_ids),
             provision_bytes(work, client_ids, provisioned),
             checkpointing=work.checkpointing,
         )
+        # The limit that the job sets for the client, which may be less than its device has (`fleet.budgets`).
         costs["budget_bytes"] = fleet.budgets.memory_bytes[fleet.device_index[client_ids]]
         return costs
 
@@ -200,7 +219,11 @@ class RoundPlanner:
     def _departures(
         self, round_idx: int, client_ids: np.ndarray, costs: dict[str, np.ndarray], start_seconds: float
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Who leaves before the end of its turn, bool (n,), and for how long everybody is at work, (n,)."""
+        """Who leaves before the end of its turn, (n,) bool, and the virtual seconds that each is at work, (n,) float.
+
+        A client leaves if its availability ends before its turn does, or by chance (``fleet.dropout``); the latter has computed
+        everything and leaves before it sends.
+        """
         fleet = self.problem.fleet
         stays = fleet.availability.until(start_seconds)[client_ids] - start_seconds
         leaves = fleet.dropped(self.spec.seed, round_idx, client_ids)
@@ -209,12 +232,12 @@ class RoundPlanner:
 
 
 def provision_bytes(work: Work, client_ids: np.ndarray, provisioned: Mapping[int, str]) -> np.ndarray:
-    """Bytes of weights that clients must be sent along, because they see them for the first time."""
+    """Bytes of the weights that each client must be sent because it does not hold them yet, (n,) float."""
     out = np.zeros(len(client_ids))
     if all(payload.provision is None for payload in work.payloads):
-        return out
+        return out  # so for most methods; spares a loop over all clients
     for i, client_id in enumerate(client_ids.tolist()):
-        provision = work.payloads[work.group_of[i]].provision
+        provision = work.payloads[work.payload_of[i]].provision
         if provision is not None and provisioned.get(client_id) != provision.key:
             out[i] = provision.num_bytes
     return out

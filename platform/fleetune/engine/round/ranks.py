@@ -7,6 +7,8 @@ Row i of A (and column i of B) is averaged over the clients that trained it, by 
 A row that no client of the round trained stays what it was sent as (as sum_k p_k times it, so but for rounding). Where
 ranks are equal, the plain average is taken as it is. Slicing an adapter to its first ranks is that of HetLoRA (Cho et al.
 2024, arXiv 2401.06432); its weighting by the adapters' norms is not used here.
+
+A is (r, in) and B is (out, r) throughout; R is the full rank.
 """
 
 from __future__ import annotations
@@ -19,12 +21,12 @@ from fleetune.tensors import Tensors
 
 
 def rank_axis(name: str) -> int | None:
-    """The dimension of an adapter tensor that counts its ranks: A is (r, in), B is (out, r)."""
+    """The dimension of an adapter tensor that counts its ranks, 0 for A and 1 for B; None for any other tensor."""
     return 0 if name.endswith(".lora_A") else 1 if name.endswith(".lora_B") else None
 
 
 def cut(tensors: Tensors, rank: int) -> Tensors:
-    """The first ranks of every pair; other tensors as they are."""
+    """The first ranks of every pair, A (rank, in) and B (out, rank); other tensors as they are."""
     out: Tensors = {}
     for name, tensor in tensors.items():
         axis = rank_axis(name)
@@ -32,16 +34,20 @@ def cut(tensors: Tensors, rank: int) -> Tensors:
     return out
 
 
-def shares_per_row(ranks: np.ndarray, weights: np.ndarray, full_rank: int) -> np.ndarray:
-    """Sum of p_k over the clients that trained each rank row, (full_rank,), in client order."""
+def weight_per_row(ranks: np.ndarray, weights: np.ndarray, full_rank: int) -> np.ndarray:
+    """Sum of p_k over the clients that trained each rank row, (R,). ``ranks`` and ``weights``: (n,), in client order."""
     return np.array([float(weights[ranks > i].sum()) for i in range(full_rank)])
 
 
-def filled(tensors: Tensors, sent: Tensors, *, share: float, trained: np.ndarray) -> Tensors:
+def filled(tensors: Tensors, sent: Tensors, *, total_weight: float, trained: np.ndarray) -> Tensors:
     """An upload (or a sum of them) at full rank, such that the plain weighted sum over all is the average by rows.
 
-    ``sent``: the payload at full rank. ``share``: sum of p_k that is inside the tensors already (1: none is).
-    ``trained``: what `shares_per_row` gave for the round.
+    ``sent``: the payload at full rank. ``total_weight``: the sum of p_k that is inside the tensors already (1: none is).
+    ``trained``: (R,), what `weight_per_row` gave for the round.
+
+    The rows of the upload are divided by the weight of those that trained them, which is never 0, as the uploader is one of
+    them. A row that nobody trained is the payload's, times the weight that the upload stands for; a row that only others
+    trained is 0 here and comes from them.
     """
     out: Tensors = {}
     rows = torch.from_numpy(trained).float()
@@ -50,31 +56,31 @@ def filled(tensors: Tensors, sent: Tensors, *, share: float, trained: np.ndarray
         if axis is None:
             out[name] = tensor
             continue
-        shape = [-1, 1] if axis == 0 else [1, -1]
-        per_row, there = rows.view(shape), tensor.shape[axis]
-        kept = _kept(sent.get(name), tensor, axis, len(trained)) * ((per_row == 0) * share)
-        kept.narrow(axis, 0, there).add_(tensor / per_row.narrow(axis, 0, there))
-        out[name] = kept
+        per_row, rank = rows.view([-1, 1] if axis == 0 else [1, -1]), tensor.shape[axis]
+        full = _or_zeros(sent.get(name), tensor, axis, len(trained)) * ((per_row == 0) * total_weight)
+        full.narrow(axis, 0, rank).add_(tensor / per_row.narrow(axis, 0, rank))
+        out[name] = full
     return out
 
 
-def laid_over(tensors: Tensors, before: Tensors, full_rank: int) -> Tensors:
-    """What a client keeps, at full rank: the ranks that it trained, over those it had before (none: zero)."""
+def overlay(tensors: Tensors, before: Tensors, full_rank: int) -> Tensors:
+    """A client's private tensors at full rank: the ranks that it trained, over those that it had before (none: zero)."""
     out: Tensors = {}
     for name, tensor in tensors.items():
         axis = rank_axis(name)
         if axis is None or tensor.shape[axis] == full_rank:
             out[name] = tensor
             continue
-        whole = _kept(before.get(name), tensor, axis, full_rank).clone()
-        whole.narrow(axis, 0, tensor.shape[axis]).copy_(tensor)
-        out[name] = whole
+        full = _or_zeros(before.get(name), tensor, axis, full_rank).clone()
+        full.narrow(axis, 0, tensor.shape[axis]).copy_(tensor)
+        out[name] = full
     return out
 
 
-def _kept(before: Tensor | None, like: Tensor, axis: int, full_rank: int) -> Tensor:
-    if before is not None:
-        return before
+def _or_zeros(tensor: Tensor | None, like: Tensor, axis: int, full_rank: int) -> Tensor:
+    """The tensor; if there is none, zeros in the shape of another one at full rank."""
+    if tensor is not None:
+        return tensor
     shape = list(like.shape)
     shape[axis] = full_rank
     return like.new_zeros(shape)

@@ -8,16 +8,16 @@ import numpy as np
 
 from fleetune.fleet.availability import Availability
 from fleetune.fleet.budgets import MEMORY
-from fleetune.run_config import RoundsConfig
 from fleetune.seeds import rng
+from fleetune.spec.run_config import RoundsConfig
 
 OK, OOM, REFUSED, DROPPED, LATE, FAILED = "ok", "oom", "refused", "dropped", "late", "failed"
 
 
 def sample_clients(eligible: np.ndarray, num_clients: int, *, run_seed: int, round_idx: int) -> np.ndarray:
-    """Clients of one round, without replacement, in ascending order; the same for (seed, round) whenever it is asked.
+    """Ids of ``num_clients`` clients out of ``eligible``, without replacement and ascending; of all if there are fewer.
 
-    All of them, where fewer than ``num_clients`` can be asked.
+    The draw has the address (seed, round), so it is the same however often and whenever it is repeated.
     """
     size = min(num_clients, len(eligible))
     chosen = rng(run_seed, "sampling", round_idx).choice(len(eligible), size=size, replace=False)
@@ -29,7 +29,7 @@ class Opening:
     """How a round begins: when, and with whom to choose from."""
 
     available: np.ndarray
-    """Clients that can be sampled, ascending."""
+    """Ids of the clients that can be sampled, ascending."""
     start_seconds: float
     """Virtual time at which it begins: at once, or when the first of them came."""
 
@@ -37,11 +37,11 @@ class Opening:
 def open_round(
     availability: Availability, eligible: np.ndarray, busy_until: np.ndarray, *, round_idx: int, sim_seconds: float
 ) -> Opening:
-    """Who can be sampled at this virtual time: those that are there and are not at work for a round that closed without them.
+    """The clients that can be sampled: those that are available and not at work for a round that closed without them.
 
-    ``busy_until``: the virtual time at which each client's last turn ends, (num_clients,). Where nobody can be sampled, the
-    server waits for the first to come or to be done. Nobody ever comes, or comes by waiting (``bernoulli``): the round is
-    empty.
+    ``eligible``: ids (m,), ascending. ``busy_until``: (num_clients,) float, the virtual time at which each client's last turn
+    ends. If nobody can be sampled at ``sim_seconds``, the server waits for the first client to come or to be done. The round is
+    empty if nobody will ever come, or if waiting helps nobody (``bernoulli``: who is there goes by the round, not by the time).
     """
     start: float | None = sim_seconds
     while start is not None:
@@ -49,27 +49,31 @@ def open_round(
         available = eligible[there & (busy_until[eligible] <= start)]
         if len(available):
             return Opening(available, start)
+        # Who comes may still be at work, and who is done may have left, so the question is asked again at each change. That ends:
+        # each change lies after the one before, and once all turns are over the first client that comes can be sampled.
         start = _next_change(availability, eligible[~there], busy_until[eligible[there]], start)
     return Opening(np.zeros(0, eligible.dtype), sim_seconds)
 
 
 def _next_change(availability: Availability, away: np.ndarray, busy_until: np.ndarray, seconds: float) -> float | None:
-    """The next virtual time at which one of the clients that are away comes, or one of those that are there is done."""
+    """The next virtual time at which a client that is ``away`` (ids) comes, or one that is there and busy is done."""
     comes = availability.next_change(seconds, away) if len(away) else None
-    known = [*([] if comes is None else [comes]), *([float(busy_until.min())] if len(busy_until) else [])]
-    return min(known, default=None)
+    times = [*([] if comes is None else [comes]), *([float(busy_until.min())] if len(busy_until) else [])]
+    return min(times, default=None)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a round ends: each client's status (n,) and the virtual seconds until the close."""
+    """How a round ends."""
 
     status: np.ndarray
+    """(n,) objects: ``ok``, ``oom``, ``refused``, ``dropped``, ``late``, and after the work also ``failed``."""
     sim_seconds: float
+    """Virtual seconds from the round's begin to its close."""
 
     @property
     def started(self) -> np.ndarray:
-        """Who was not refused, bool (n,)."""
+        """True for clients that were not refused, (n,) bool."""
         return (self.status != OOM) & (self.status != REFUSED)
 
     def count(self, status: str) -> int:
@@ -80,10 +84,12 @@ class Outcome:
 def close_round(
     rules: RoundsConfig, *, sim_seconds: np.ndarray, refused_by: np.ndarray, dropped: np.ndarray
 ) -> Outcome:
-    """Who counts: refused clients never start, dropped ones leave, and of the others those that are back in time.
+    """The statuses and the close by the job's rule: refused clients never start, dropped ones leave, others may be late.
 
-    ``refused_by`` names the budget that a client would break, or None, objects (n,): memory makes it ``oom``.
-    Ties at the k-th place go to the smaller client id, because clients are in ascending order and the sort is stable.
+    All (n,), clients ascending: ``sim_seconds`` of each full turn; ``refused_by``, objects: the budget that the client would
+    break, or None (memory makes it ``oom``); ``dropped``, bool. Without a rule the server waits for all that started, dropped
+    ones too: it learns of their leaving only when they do not come. Ties at the k-th place go to the smaller client id, because
+    clients are in ascending order and the sort is stable.
     """
     status = np.full(len(sim_seconds), OK, dtype=object)
     status[dropped] = DROPPED

@@ -1,6 +1,6 @@
-"""What part of a round's work a client does: all of it, or less of one thing, so that it keeps to its budgets.
+"""How much of a round's work a client does: all of it, or less of one thing, so that it keeps to its budgets.
 
-``fleet.adapt`` names the thing. A client whose budget is broken goes down the ladder of smaller shares until one fits:
+``fleet.adapt`` names the thing. A client that would break a budget goes down the ladder of smaller workloads until one fits:
 
 * batch: half the examples of every step, and half again. The steps stay as many, and the client's weight stays n_k.
 * checkpointing: blocks keep only their input and are computed again. The result is the same, so only the costs change.
@@ -23,17 +23,20 @@ FIELDS = {BATCH: "batch_size", CAPACITY: "depth", RANK: "rank"}
 
 
 @dataclass(frozen=True)
-class Share:
-    """How much of the work a client does."""
+class Workload:
+    """How much of a round's work a client does."""
 
     batch_size: int
+    """Examples in each step."""
     rank: int
+    """LoRA rank of the adapter that it trains."""
     depth: int
     """Blocks of its submodel."""
     checkpointing: bool
+    """True if its blocks keep only their input and are computed again in the backward pass."""
 
-    def ladder(self, kind: str) -> Iterator[Share]:
-        """Ever smaller shares of one kind."""
+    def ladder(self, kind: str) -> Iterator[Workload]:
+        """Ever smaller workloads of one kind, which is a value of ``fleet.adapt``; none if it is as small as it gets."""
         if kind == CHECKPOINTING:
             if not self.checkpointing:
                 yield replace(self, checkpointing=True)
@@ -44,26 +47,26 @@ class Share:
             size //= 2
             yield replace(self, **{field: size})
 
-    def told(self, whole: Share) -> str:
-        """In which respect it is less than the whole, in words."""
+    def reduction(self, full: Workload) -> str:
+        """How it differs from the full workload, in words for people: "rank 2", "batch size 1 with checkpointing"."""
         parts = {
             "batch_size": f"batch size {self.batch_size}",
             "checkpointing": "checkpointing",
             "depth": f"a submodel of {self.depth} block{'s' * (self.depth > 1)}",
             "rank": f"rank {self.rank}",
         }
-        return " with ".join(text for field, text in parts.items() if getattr(self, field) != getattr(whole, field))
+        return " with ".join(text for field, text in parts.items() if getattr(self, field) != getattr(full, field))
 
 
-def shrunk_payload(method: Method, payload: Payload, share: Share, whole: Share) -> Payload:
-    """What a client with this share is sent instead."""
-    if share.depth != whole.depth:
-        payload = method.shrunk(payload, share.depth)
-    if share.rank != whole.rank:
-        payload = replace(payload, tensors=cut(payload.tensors, share.rank))
+def shrunk_payload(method: Method, payload: Payload, workload: Workload, full: Workload) -> Payload:
+    """The payload for clients of a smaller workload, made from the one for the full workload."""
+    if workload.depth != full.depth:
+        payload = method.shrunk(payload, workload.depth)
+    if workload.rank != full.rank:
+        payload = replace(payload, tensors=cut(payload.tensors, workload.rank))
     return payload
 
 
-def shrunk_rows(rows: Sequence[np.ndarray], share: Share) -> list[np.ndarray]:
-    """Each client's examples (steps, batch): the first of every step, as many as the share has."""
-    return [r[:, : share.batch_size] for r in rows]
+def shrunk_rows(rows: Sequence[np.ndarray], workload: Workload) -> list[np.ndarray]:
+    """Each client's examples, (steps, batch) ints: of every step the first ones, as many as the workload's batch size."""
+    return [batches[:, : workload.batch_size] for batches in rows]

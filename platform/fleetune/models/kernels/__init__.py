@@ -1,8 +1,8 @@
-"""What lies between a block's linear layers, compiled by this machine's C compiler: each piece is one pass over memory.
+"""The operations between a block's linear layers, compiled by this machine's C compiler: each is one pass over memory.
 
 PyTorch needs two to five passes for the same, and a small model spends more time in those than its products can make up for.
-`use` says for this process which of the two is used; `fleetune.models.fused` asks `takes` for every tensor. They round
-differently, so the choice is part of a run's spec (``execution.kernels``). fp32 on the CPU only.
+`use` chooses for this process; `fleetune.models.fused` asks `takes` for every tensor. The two round differently, so the choice
+is part of a run's spec (``execution.kernels``). fp32 on the CPU only. docs/design/benchmarks.md says when to delete this folder.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ TARGET = "FLEETUNE_KERNELS_TARGET"
 COMPILER_SECONDS = 60
 """A compiler that takes longer hangs; one second is usual."""
 ROWS_PER_THREAD, HEADS_PER_THREAD = 64, 8
-"""Fewer are not worth handing to another thread."""
+"""Rows, and heads of attention, that are worth handing to another thread; with fewer it costs more than it saves."""
 MAX_TOKENS = 512
-"""Of a sequence for the compiled attention; PyTorch works long ones in blocks that stay in the cache."""
+"""Longest sequence for the compiled attention; PyTorch computes longer ones in blocks that stay in the cache."""
 
 _library: ctypes.CDLL | None = None
 
 
 class KernelsUnavailable(RuntimeError):
-    """This machine cannot compile or load them; the message says why."""
+    """This machine cannot compile or load the kernels; the message says why."""
 
 
 def use(folder: Path | None) -> None:
@@ -50,7 +50,7 @@ def use(folder: Path | None) -> None:
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether these are worked on by the compiled kernels."""
+    """True if the compiled kernels work on these tensors."""
     return _library is not None and all(t.dtype is torch.float32 and t.device.type == "cpu" for t in tensors)
 
 
@@ -70,7 +70,7 @@ def load(folder: Path) -> ctypes.CDLL:
 
 @functools.cache
 def _attempt(folder: Path, compiler: str, target: str) -> ctypes.CDLL | str:
-    """The library, or why there is none."""
+    """The library, or the reason why there is none. A failure is remembered too: a compiler is not tried twice."""
     command = (compiler, *FLAGS, f"{_target_flag()}={target}")
     texts = [path.read_text() for path in (*SOURCES, *HEADERS)]
     key = hashlib.sha256("\n".join([*texts, *command, _processor()]).encode()).hexdigest()[:16]
@@ -89,7 +89,7 @@ def _attempt(folder: Path, compiler: str, target: str) -> ctypes.CDLL | str:
 
 
 def _opened(path: Path) -> ctypes.CDLL:
-    """Raises OSError where it cannot be loaded or was damaged, AttributeError where it lacks a function."""
+    """The library in a file. Raises OSError if it cannot be loaded or is damaged, AttributeError if it lacks a function."""
     try:  # a loader does not notice a library that was cut off
         files.read(path, holds="a compiled library", must_be_sealed=True)
     except files.Damaged as error:
@@ -102,7 +102,7 @@ def _opened(path: Path) -> ctypes.CDLL:
 
 
 def _compile(command: tuple[str, ...], path: Path) -> None:
-    """Beside its place first, as several processes may do this at once."""
+    """Compile to a scratch file and rename it, as several processes may do this at once."""
     with files.replacing(path) as scratch:
         subprocess.run(
             [*command, "-o", str(scratch), *map(str, SOURCES), "-lm"],
@@ -122,7 +122,7 @@ def _target_flag() -> str:
 
 
 def _processor() -> str:
-    """What the target ``native`` depends on: a folder may be shared by unequal machines."""
+    """The instructions that ``native`` compiles for: part of the key, as different machines may share a folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))
@@ -155,7 +155,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def rms_norm_backward(g: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, through: Tensor | None) -> Tensor:
-    """The gradient of x (…, D): of its norm from g, and ``through`` beside it."""
+    """The gradient of x (…, D): that of its norm from g (…, D), plus ``through`` (…, D), the gradient of x as the residual."""
     g, x = g.contiguous(), x.contiguous()
     through = None if through is None else through.contiguous()
     dx, beside = torch.empty_like(x), None if through is None else through.data_ptr()
@@ -207,7 +207,7 @@ def attention_backward(
 
 
 def _dense_heads(x: Tensor) -> Tensor:
-    """(B, S, heads, d) whose heads and d lie as one; sequences and tokens may be anywhere."""
+    """(B, S, heads, d) in which a token's heads follow one another; sequences and tokens may have any stride."""
     return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
 
 

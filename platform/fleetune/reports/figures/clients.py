@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fleetune.reports.client_stats import MEMORY_PARTS, PHASES, REFUSED, bounds, memory_parts
-from fleetune.reports.figures.style import GREY, PALETTE, largest, panels
+from fleetune.reports.figures.style import BUDGET, GREY, PALETTE, PHASE_COLORS, largest, panels
 from fleetune.units import scale_of
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-PHASE_COLORS = {"downlink": "#56B4E9", "compute": "#0072B2", "server": "#7F5AA8", "uplink": "#E69F00"}
 PART_COLORS = dict(zip(MEMORY_PARTS, ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), strict=True))
-BUDGET = "#D55E00"
+MEDIAN = "#D55E00"
 MAX_BARS = 60
 
 
@@ -50,7 +49,7 @@ def distributions(clients: pd.DataFrame, *, path: Path) -> Path:
 
 
 def bounding(clients: pd.DataFrame, *, path: Path) -> Path:
-    """Whom each round waits for: its turn by phase, round after round, and how often it was which device class."""
+    """The client that each round waits for: its turn by phase, and how often each device class was it."""
     slowest = bounds(clients)
     devices = sorted(clients["device"].unique())
     with panels(path, columns=2, width=6.4, height=2.0 + 0.3 * len(devices)) as (ax, share):
@@ -81,7 +80,7 @@ def bounding(clients: pd.DataFrame, *, path: Path) -> Path:
 
 
 def memory(clients: pd.DataFrame, *, path: Path) -> Path:
-    """What the largest need of each device class consists of, beside its budget."""
+    """The parts of each device class's largest need, beside its budget."""
     parts = memory_parts(clients)
     with panels(path, columns=1, width=9.0, height=1.5 + 0.45 * len(parts)) as (ax,):
         need = parts["peak_memory_bytes"].to_numpy(dtype=float)
@@ -121,4 +120,4 @@ def _boxes(ax: Axes, values: list[np.ndarray]) -> None:
         low, q1, median, q3, high = np.quantile(v, [0, 0.25, 0.5, 0.75, 1])
         ax.plot([low, high], [i, i], color="#1A1A1A", lw=0.9)
         ax.barh(i, q3 - q1, left=q1, height=0.5, facecolor="none", edgecolor="#1A1A1A", lw=1.0)
-        ax.plot([median] * 2, [i - 0.25, i + 0.25], color=BUDGET, lw=2)
+        ax.plot([median] * 2, [i - 0.25, i + 0.25], color=MEDIAN, lw=2)

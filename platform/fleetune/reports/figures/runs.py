@@ -1,10 +1,7 @@
-"""Figures of one run or several, as PNG files. Runs that differ in their seed only share a line: mean, and
-range as a band.
-"""
+"""Figures of one run or several, as PNG files. Runs that differ in their seed only share a line: mean, and range as a band."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +10,10 @@ import numpy as np
 
 from fleetune.records.naming import group_labels, varied_fields
 from fleetune.records.run_directory import RunDirectory
-from fleetune.records.timeline import PHASES, round_starts
+from fleetune.reports.figures.devices import cost_by_device
 from fleetune.reports.figures.style import PALETTE, largest, legend, panels, percent
-from fleetune.reports.run_stats import device_costs, rounds_from_the_start, run_totals
+from fleetune.reports.figures.timeline import timeline
+from fleetune.reports.run_stats import RUN_COSTS, rounds_from_the_start, run_totals
 from fleetune.units import scale_of
 
 if TYPE_CHECKING:
@@ -24,9 +22,7 @@ if TYPE_CHECKING:
 
     XOf = Callable[[pd.DataFrame], pd.Series]
 
-PHASE_COLORS = {"downlink": "#56B4E9", "compute": "#0072B2", "uplink": "#E69F00"}
-REFUSED, BUDGET = "#D55E00", "#1A1A1A"
-MAX_GROUPS, MAX_GANTT_CLIENTS = 16, 36
+MAX_GROUPS = 16
 
 
 def write_figures(run: RunDirectory) -> list[Path]:
@@ -49,9 +45,11 @@ def learning_curve(runs: Sequence[RunDirectory], *, path: Path) -> Path:
         ("eval_accuracy", "Evaluation accuracy"),
     ]
     groups = _groups(runs)
-    known = [panel for panel in shown if any(f[panel[0]].notna().any() for frames in groups.values() for f in frames)]
-    with panels(path, columns=max(1, len(known))) as axes:
-        for ax, (column, title) in zip(axes, known or shown[:1], strict=False):
+    evaluated = [
+        panel for panel in shown if any(f[panel[0]].notna().any() for frames in groups.values() for f in frames)
+    ]
+    with panels(path, columns=max(1, len(evaluated))) as axes:
+        for ax, (column, title) in zip(axes, evaluated or shown[:1], strict=False):
             ax.set(title=title, xlabel="round")
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             _lines(ax, groups, _over("round"), column)
@@ -64,124 +62,29 @@ def learning_curve(runs: Sequence[RunDirectory], *, path: Path) -> Path:
 
 
 def accuracy_vs_cost(runs: Sequence[RunDirectory], *, path: Path) -> Path:
-    """Accuracy (without evaluation: training loss) against bytes sent, virtual time and energy since the
-    start.
-    """
+    """Accuracy (without evaluation: training loss) against bytes sent, virtual time and energy since the start."""
     groups = _groups(runs)
     evaluated = any(frame["eval_accuracy"].notna().any() for frames in groups.values() for frame in frames)
     column, title = ("eval_accuracy", "Evaluation accuracy") if evaluated else ("train_loss", "Training loss")
     costs = [
-        ("uplink_total", "uplink", "bytes"),
-        ("sim_seconds", "virtual time", "seconds"),
-        ("energy_total", "energy", "joules"),
+        ("uplink_total", RUN_COSTS["uplink_bytes"]),
+        ("sim_seconds", RUN_COSTS["sim_seconds"]),
+        ("energy_total", RUN_COSTS["energy_joules"]),
     ]
     with panels(path, columns=3) as axes:
-        for ax, (cost, name, quantity) in zip(axes, costs, strict=True):
-            most = max((largest(frame[cost]) for frames in groups.values() for frame in frames), default=0.0)
-            divisor, unit = scale_of(most, quantity)
-            ax.set(title=f"{title} against {name}", xlabel=f"{name} ({unit})")
-            _lines(ax, groups, _over(cost, divisor), column)
+        for ax, (name, cost) in zip(axes, costs, strict=True):
+            most = max((largest(frame[name]) for frames in groups.values() for frame in frames), default=0.0)
+            divisor, unit = scale_of(most, cost.unit)
+            ax.set(title=f"{title} against {cost.title}", xlabel=f"{cost.title} ({unit})")
+            _lines(ax, groups, _over(name, divisor), column)
             if evaluated:
                 percent(ax)
         legend(axes[0].figure, axes[0], groups)
     return path
 
 
-def cost_by_device(runs: Sequence[RunDirectory], *, path: Path) -> Path:
-    """Per device class: time, bytes sent and energy of a turn, peak memory against the budget, share refused
-    for memory.
-    """
-    groups = dict(list(group_labels(list(runs)).items())[: len(PALETTE)])
-    return device_bars({label: _mean_costs(members) for label, members in groups.items()}, path=path)
-
-
-def device_bars(costs: dict[str, pd.DataFrame], *, path: Path) -> Path:
-    """The bars of :func:`cost_by_device`: label -> costs per device class, for no more labels than the palette has."""
-    devices = sorted({device for frame in costs.values() for device in frame.index})
-    costs = {label: frame.reindex(devices) for label, frame in costs.items()}
-    outcomes = [
-        ("sim_seconds", "Virtual time of a turn", "seconds"),
-        ("flops", "Computing in a turn", "flops"),
-        ("uplink_bytes", "Bytes sent in a turn", "bytes"),
-        ("energy_joules", "Energy of a turn", "joules"),
-        ("peak_memory_bytes", "Peak memory and budget", "bytes"),
-        ("oom_fraction", "Turns refused for memory", None),
-    ]
-    height = 1.4 + 0.36 * len(devices) * max(1, len(costs)) ** 0.6
-    with panels(path, columns=3, rows=2, width=3.6, height=height) as axes:
-        for i, (ax, (column, title, quantity)) in enumerate(zip(axes, outcomes, strict=True)):
-            _bars(ax, costs, devices, column, quantity)
-            ax.set_title(title)
-            if i % 3:
-                ax.set_yticklabels([])
-        legend(axes[0].figure, axes[0], costs)
-    return path
-
-
-def timeline(run: RunDirectory, *, path: Path, rounds: Sequence[int] | None = None) -> Path:
-    """Who did what when, in virtual time: the given rounds, by default the last three. Refused clients have a
-    cross.
-    """
-    frame, clients = run.rounds(), run.clients()
-    starts = round_starts(frame)
-    chosen = list(rounds) if rounds is not None else frame["round"].tolist()[-3:]
-    clients = clients[clients["round"].isin(chosen)].assign(device=lambda c: c["device"].fillna("-"))
-    order = clients[["device", "client_id"]].drop_duplicates().sort_values(["device", "client_id"])
-    if len(order) > MAX_GANTT_CLIENTS:
-        order = order.iloc[np.linspace(0, len(order) - 1, MAX_GANTT_CLIENTS).astype(int)]
-    place = {client_id: i for i, client_id in enumerate(order["client_id"])}
-    clients = clients[clients["client_id"].isin(place)]
-    y = clients["client_id"].map(place).to_numpy(dtype=float)
-    start = clients["round"].map(starts).to_numpy(dtype=float)
-    end = largest(frame.loc[frame["round"].isin(chosen), "sim_seconds"])
-    divisor, unit = scale_of(end, "seconds")
-    with panels(path, columns=1, width=11, height=1.4 + 0.2 * max(5, len(order))) as (ax,):
-        span = (
-            "no rounds"
-            if not chosen
-            else f"round {chosen[0]}"
-            if len(chosen) == 1
-            else f"rounds {chosen[0]}–{chosen[-1]}"
-        )
-        ax.set(title=f"Timeline, {span}", xlabel=f"virtual time ({unit})")
-        ax.grid(axis="y", visible=False)
-        refused = clients["status"].isin(("oom", "refused")).to_numpy()
-        at = start
-        for phase in PHASES:
-            seconds = np.nan_to_num(clients[f"{phase}_seconds"].to_numpy(dtype=float))
-            ran = ~refused & (seconds > 0)
-            if ran.any():
-                look: Any = {
-                    "color": PHASE_COLORS[phase],
-                    "label": phase,
-                    "edgecolor": "white",
-                    "linewidth": 0.4,
-                }
-                ax.barh(y[ran], seconds[ran] / divisor, left=at[ran] / divisor, **look)
-            at = at + seconds
-        if refused.any():
-            ax.plot(
-                (start / divisor)[refused],
-                y[refused],
-                "x",
-                color=REFUSED,
-                ms=5,
-                mew=1.6,
-                label="refused",
-            )
-        for round_idx in chosen:
-            ax.axvline(starts[round_idx] / divisor, color="#999999", lw=0.8, ls=":")
-        ax.axvline(end / divisor, color="#999999", lw=0.8, ls=":")
-        _device_ticks(ax, order)
-        ax.set_ylim(len(order) - 0.4, -0.6)
-        if ax.get_legend_handles_labels()[1]:
-            ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12 - 0.5 / max(5, len(order))), ncols=4)
-    return path
-
-
 def sweep_effect(runs: Sequence[RunDirectory], *, path: Path) -> Path | None:
-    """What each swept field does to accuracy, virtual time, uplink and energy; None where no number or name
-    was varied.
+    """The effect of each swept field on accuracy, virtual time, uplink and energy; None if no number or name was varied.
 
     A dot is a run, the line the mean of the runs with that value.
     """
@@ -190,11 +93,8 @@ def sweep_effect(runs: Sequence[RunDirectory], *, path: Path) -> Path | None:
     if not fields:
         return None
     totals = [run_totals(run) for run in runs]
-    outcomes = [
-        ("sim_seconds", "virtual time", "seconds"),
-        ("uplink_bytes", "uplink", "bytes"),
-        ("energy_joules", "energy", "joules"),
-    ]
+    costs = [RUN_COSTS[name] for name in ("sim_seconds", "uplink_bytes", "energy_joules")]
+    outcomes = [(cost.name, cost.title, cost.unit) for cost in costs]
     score = "eval_accuracy" if any(t["eval_accuracy"] is not None for t in totals) else "train_loss"
     with panels(path, columns=4, rows=len(fields)) as axes:
         for row, (field, values) in enumerate(fields.items()):
@@ -221,7 +121,7 @@ def _groups(runs: Sequence[RunDirectory]) -> dict[str, list[pd.DataFrame]]:
 
 
 def _over(column: str, divisor: float = 1.0) -> XOf:
-    """What a line is drawn over: a column, in larger units."""
+    """Returns the horizontal values of a line: a column, in larger units."""
     return lambda frame: frame[column] / divisor
 
 
@@ -231,9 +131,9 @@ def _lines(ax: Axes, groups: dict[str, list[pd.DataFrame]], x_of: XOf, column: s
 
     drawn = 0
     for i, (label, frames) in enumerate(groups.items()):
-        known = [frame[frame[column].notna()] for frame in frames]
-        y = pd.concat([f.set_index("round")[column] for f in known], axis=1) if known else pd.DataFrame()
-        x = pd.concat([x_of(f).set_axis(f["round"]) for f in known], axis=1).mean(axis=1)
+        finite = [frame[frame[column].notna()] for frame in frames]
+        y = pd.concat([f.set_index("round")[column] for f in finite], axis=1) if finite else pd.DataFrame()
+        x = pd.concat([x_of(f).set_axis(f["round"]) for f in finite], axis=1).mean(axis=1)
         if y.empty:
             continue
         color, style = PALETTE[i % len(PALETTE)], "-" if i < len(PALETTE) else "--"
@@ -244,36 +144,6 @@ def _lines(ax: Axes, groups: dict[str, list[pd.DataFrame]], x_of: XOf, column: s
         drawn += 1
     if not drawn:
         ax.text(0.5, 0.5, "no client could train", transform=ax.transAxes, ha="center", color="#777777")
-
-
-def _bars(ax: Axes, costs: dict[str, pd.DataFrame], devices: list[str], column: str, quantity: str | None) -> None:
-    """Horizontal bars: a cluster per device class, a bar per group; a tick where the memory budget ends."""
-    values = {label: frame[column].to_numpy(dtype=float) for label, frame in costs.items()}
-    most = max((largest(v) for v in values.values()), default=0.0)
-    divisor, unit = scale_of(most, quantity) if quantity else (0.01, "%")
-    place, thickness = np.arange(len(devices)), 0.8 / max(1, len(costs))
-    for i, (label, v) in enumerate(values.items()):
-        y = place + (i - (len(costs) - 1) / 2) * thickness
-        ax.barh(y, np.nan_to_num(v) / divisor, height=0.9 * thickness, color=PALETTE[i], label=label)
-    if column == "peak_memory_bytes" and costs:
-        budget = next(iter(costs.values()))["budget_bytes"].to_numpy(dtype=float) / divisor
-        limit = 1.35 * most / divisor  # a budget far beyond the need would squeeze the bars
-        for at, b in zip(place.tolist(), budget.tolist(), strict=True):
-            if b <= limit:
-                ax.plot([b, b], [at - 0.45, at + 0.45], color=BUDGET, lw=2)
-            elif math.isfinite(b):
-                ax.text(limit, at, f"{b:.0f} →", va="center", ha="right", fontsize=8, color=BUDGET)
-        ax.set_xlim(0, limit or 1)
-    ax.set_xlim(left=0, right=max(100.0 * most * 1.1, 10.0) if quantity is None else None)
-    ax.set(xlabel=unit, yticks=place, yticklabels=devices)
-    ax.set_ylim(len(devices) - 0.45, -0.55)
-    ax.grid(axis="y", visible=False)
-
-
-def _mean_costs(members: list[RunDirectory]) -> pd.DataFrame:
-    import pandas as pd
-
-    return pd.concat([device_costs(run) for run in members]).groupby(level=0).mean()
 
 
 def _effect(ax: Axes, values: list[Any], y: np.ndarray) -> None:
@@ -299,14 +169,3 @@ def _mark_stages(ax: Axes, frame: pd.DataFrame) -> None:
     stage = frame["stage"].to_numpy(dtype=float)
     for i in np.flatnonzero(stage[1:] != stage[:-1]) if np.isfinite(stage).all() else ():
         ax.axvline(frame["round"].iloc[i + 1] - 0.5, color="#999999", lw=0.9, ls=":")
-
-
-def _device_ticks(ax: Axes, order: pd.DataFrame) -> None:
-    """A device class's name in the middle of its clients, a line between classes."""
-    middles, names, first = [], [], 0
-    for device, members in order.groupby("device", sort=True):
-        middles.append(first + (len(members) - 1) / 2)
-        names.append(f"{device}\n{len(members)} clients")
-        first += len(members)
-        ax.axhline(first - 0.5, color="#DDDDDD", lw=0.8)
-    ax.set_yticks(middles, names)

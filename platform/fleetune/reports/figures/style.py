@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, told apart also by the colour-blind: https://jfly.uni-koeln.de/color/
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F5AA8", "#4D4D4D")
-# What is there, but not what the figure is about.
+PHASE_COLORS = {"downlink": "#56B4E9", "compute": "#0072B2", "server": "#7F5AA8", "uplink": "#E69F00"}
+REFUSED, BUDGET = "#D55E00", "#1A1A1A"
+# For what is in a figure without being its subject.
 GREY = "#C4C4C4"
 STYLE: Any = {
     "font.size": 10,
@@ -64,14 +66,14 @@ def plain_log(ax: Axes) -> None:
 
 
 def legend(figure: Any, ax: Axes, groups: dict[str, Any]) -> None:
-    """The legend of one panel below all of them, where there is more than one group."""
+    """The legend of one panel below all of them, if there is more than one group."""
     handles, labels = ax.get_legend_handles_labels()
     if len(groups) > 1 and handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
 
 
 def largest(values: Any) -> float:
-    """The largest finite value; 0 where there is none."""
+    """The largest finite value; 0 if there is none."""
     finite = np.asarray(values, dtype=float)
     finite = finite[np.isfinite(finite)]
     return float(finite.max()) if len(finite) else 0.0

@@ -51,7 +51,7 @@ def curves(results: SweepResults, *, path: Path) -> Path:
                     ax.fill_between(x, line["low"], line["high"], color=look["color"], alpha=0.15, lw=0)
             if over == "round":
                 ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-            if score.is_share:
+            if score.is_fraction:
                 percent(ax)
         _legend(axes)
     return path
@@ -75,7 +75,7 @@ def pareto(results: SweepResults, *, path: Path) -> Path:
             ax.set(title=f"{score.title.capitalize()} against {cost.title}", xlabel=f"{cost.title} ({unit})")
             ax.margins(x=0.12, y=0.12)
             _spread_out(ax, x)
-            if score.is_share:
+            if score.is_fraction:
                 percent(ax)
         figure: Any = axes[0].figure
         figure.draw_without_rendering()
@@ -110,14 +110,14 @@ def budgets(results: SweepResults, chosen: dict[str, list[float]], *, path: Path
                 ax.axvline(budget / divisor, color="#777777", lw=0.9, ls=":")
             ax.set(title=f"Best {score.title} within a budget", xlabel=f"{cost.title} ({unit})")
             plain_log(ax)
-            if score.is_share:
+            if score.is_fraction:
                 percent(ax)
         _legend(axes)
     return path
 
 
 def targets(results: SweepResults, reached: dict[str, tuple[pd.DataFrame, pd.DataFrame]], *, path: Path) -> Path:
-    """What the best configurations cost at the first evaluation that reached each target (mean over seeds).
+    """The cost of the best configurations at the first evaluation that reached each target (mean over seeds).
 
     ``reached``: cost column -> (means, numbers of trials), index configuration, a column per target. Hollow: not by all.
     """
@@ -129,16 +129,16 @@ def targets(results: SweepResults, reached: dict[str, tuple[pd.DataFrame, pd.Dat
             by_all = counts.to_numpy() == num_trials[:, None]
             divisor, unit = scale_of(largest(means), cost.quantity)
             place = np.arange(len(rows))
-            known = means.to_numpy(dtype=float) / divisor
-            if np.isfinite(known).any():
-                first, last = np.nanmin(known, axis=1, initial=np.inf), np.nanmax(known, axis=1, initial=-np.inf)
+            costs = means.to_numpy(dtype=float) / divisor  # (configurations, targets), NaN: not reached
+            if np.isfinite(costs).any():
+                first, last = np.nanmin(costs, axis=1, initial=np.inf), np.nanmax(costs, axis=1, initial=-np.inf)
                 seen = np.isfinite(first) & np.isfinite(last)
                 ax.hlines(place[seen], first[seen], last[seen], color=GREY, lw=2)
             for j, target in enumerate(means.columns):
                 look: Any = {"color": PALETTE[j % len(PALETTE)], "label": amount(float(str(target)), results.score)}
                 look |= {"marker": MARKERS[j % len(MARKERS)], "ms": 6, "ls": ""}
-                ax.plot(np.where(by_all[:, j], known[:, j], np.nan), place, **look)
-                ax.plot(np.where(by_all[:, j], np.nan, known[:, j]), place, **{**look, "mfc": "white", "label": None})
+                ax.plot(np.where(by_all[:, j], costs[:, j], np.nan), place, **look)
+                ax.plot(np.where(by_all[:, j], np.nan, costs[:, j]), place, **{**look, "mfc": "white", "label": None})
             names = [results.label(c) for c in rows] if i == 0 else [""] * len(rows)
             ax.set(
                 title=f"{cost.title.capitalize()} to a target",
@@ -146,7 +146,7 @@ def targets(results: SweepResults, reached: dict[str, tuple[pd.DataFrame, pd.Dat
                 ylim=(len(rows) - 0.5, -0.5),
             )
             ax.set_yticks(place, names)
-            _spread_out(ax, known[np.isfinite(known)])
+            _spread_out(ax, costs[np.isfinite(costs)])
         _legend(axes, title=results.score.title)
     return path
 
@@ -161,7 +161,7 @@ def robustness(results: SweepResults, means: pd.DataFrame, field: str, *, path: 
             label = str(configuration) if i < len(PALETTE) else None
             ax.plot(means.columns.astype(float), means.loc[configuration], label=label, **look)
         ax.set(title=f"{results.score.title.capitalize()} under {field}", xlabel=field)
-        if results.score.is_share:
+        if results.score.is_fraction:
             percent(ax)
         _legend([ax], reverse=True)
     return path
@@ -235,6 +235,6 @@ def _number(ax: Axes, x: np.ndarray, y: np.ndarray, texts: Sequence[str], *, abo
 
 def _spread_out(ax: Axes, x: np.ndarray) -> None:
     """A logarithmic axis where values differ more than twentyfold."""
-    known = x[np.isfinite(x) & (x > 0)]
-    if len(known) and known.max() > 20 * known.min():
+    positive = x[np.isfinite(x) & (x > 0)]
+    if len(positive) and positive.max() > 20 * positive.min():
         plain_log(ax)

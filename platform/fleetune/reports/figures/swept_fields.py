@@ -17,9 +17,8 @@ from fleetune.units import scale_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLORS = (
-    "cividis"  # ordered in lightness, and the same to the colour-blind: https://doi.org/10.1371/journal.pone.0199239
-)
+# Ordered in lightness, and the same to the colour-blind: https://doi.org/10.1371/journal.pone.0199239
+COLORS = "cividis"
 MAX_FIELDS = 6
 
 
@@ -49,7 +48,7 @@ def effects(results: SweepResults, *, path: Path) -> Path | None:
                 ax.errorbar(x, line["mean"], yerr=line["spread"], **look)
             values.label(ax)
             ax.set(title=f"{score.title.capitalize()} against {field.rpartition('.')[2]}", xlabel=field)
-            if score.is_share:
+            if score.is_fraction:
                 percent(ax)
         for ax in axes[len(fields) :]:
             ax.set_axis_off()
@@ -105,9 +104,8 @@ def parallel(results: SweepResults, *, path: Path) -> Path | None:
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import ListedColormap, Normalize
 
-        shades = ListedColormap(
-            matplotlib.colormaps[COLORS](np.linspace(0.95, 0.0, 256))
-        )  # its lightest are hard to see on white
+        # The lightest shades are hard to see on white, so the scale ends before them.
+        shades = ListedColormap(matplotlib.colormaps[COLORS](np.linspace(0.95, 0.0, 256)))
         scale = ScalarMappable(Normalize(float(order.min()), float(order.max())), shades)
         for i in reversed(range(len(order))):
             line: Any = {"color": scale.to_rgba(order[i]), "lw": 2.4 if i == 0 else 1.4, "alpha": 0.9}
@@ -132,8 +130,8 @@ class _Places:
     def __init__(self, values: pd.Series):
         self.values = values
         self.numeric = not isinstance(values.dtype, pd.CategoricalDtype) and pd.api.types.is_numeric_dtype(values)
-        known = values.dropna()
-        self.ordered: list[Any] = sorted(set(known)) if self.numeric else list(known.cat.categories)
+        present = values.dropna()
+        self.ordered: list[Any] = sorted(set(present)) if self.numeric else list(present.cat.categories)
         self.is_log = bool(
             self.numeric and self.ordered and self.ordered[0] > 0 and self.ordered[-1] / self.ordered[0] >= 8
         )

@@ -1,4 +1,4 @@
-"""A run is its spec and all that it reads: a file that changes makes another run, on resume, in a sweep, in MLflow's data set."""
+"""A run is its spec and all that it reads: a file that changes makes another run, on resume and in MLflow's data set."""
 
 from __future__ import annotations
 
@@ -10,82 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
 
 from fleetune.engine.launch import backends
 from fleetune.engine.launch import run as launch
 from fleetune.errors import UserError
-from fleetune.fleet.fleet import build_fleet
-from fleetune.methods import METHODS
 from fleetune.records.run_directory import RunDirectory
 from fleetune.spec import RunSpec, from_dict
 from support import tiny
-
-# -- the spec's part: every field of it ---------------------------------------------------------------------------------
-NO_RESULT_CHANGES = {
-    "name": "a label",
-    "tracking.enabled": "records are sent, or not",
-    "tracking.uri": "where to",
-    "tracking.experiment": "under which name",
-    "tracking.system_metrics": "with the machine's load beside them",
-    "execution.kind": "serial and Ray give the same bits: tests/engine/test_ray.py",
-    "execution.workers": "as many as there are give the same bits: tests/engine/test_ray.py",
-    "execution.workers_per_gpu": "likewise",
-}
+from support.changed_files import a_blank_more, a_faster_link, flipped, other_answers
 
 
-def fields_of(config: BaseModel, prefix: str = "") -> list[str]:
-    """Dotted fields, whatever their type; a part of the spec is walked, anything else is one field."""
-    found = []
-    for name in type(config).model_fields:
-        value = getattr(config, name)
-        found += fields_of(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else [prefix + name]
-    return found
-
-
-def with_another(config: BaseModel, path: str) -> BaseModel:
-    """A copy in which one field holds something else; what may stand there is not asked."""
-    name, _, rest = path.partition(".")
-    value = getattr(config, name)
-    return config.model_copy(update={name: with_another(value, rest) if rest else f"not {value}"})
-
-
-@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
-@pytest.mark.parametrize("method", METHODS)
-def test_every_field_changes_the_hash_or_is_on_the_list(method: str):
-    """A new field is in the hash without anybody's doing. One that is not stands on the list, with the reason."""
-    spec = from_dict({"method": {"name": method}})
-    walked = fields_of(spec)
-    assert {path.partition(".")[0] for path in walked} == set(RunSpec.model_fields)
-    assert {path for path in walked if path.startswith("method.")} == {
-        f"method.{n}" for n in type(spec.method).model_fields
-    }
-    same = {path for path in walked if with_another(spec, path).spec_hash == spec.spec_hash}  # type: ignore[attr-defined]
-    assert same == NO_RESULT_CHANGES.keys()
-
-
-@pytest.mark.parametrize("field", ["execution.kernels", "execution.cohort", "execution.threads", "execution.precision"])
-def test_what_rounds_differently_is_another_run(field: str):
-    """Compiled kernels and PyTorch's differ in 1e-3 of an adapter; a sweep over both has two trials."""
-    values = {"execution.kernels": ["torch", "compiled"], "execution.precision": ["fp32", "bf16"]}.get(field, [1, 2])
-    one, other = (tiny.spec({field: value}).spec_hash for value in values)
-    assert one != other
-
-
-def test_the_order_of_a_mapping_decides_nothing():
-    """Of three clients on two kinds of devices, one kind gets two: the same one, whichever is written first."""
-    parts: dict[str, Any] = {"devices": {"server-a100": 0.5, "jetson-nano": 0.5}, "network": {"lte": 0.5, "wifi": 0.5}}
-    turned = {name: dict(reversed(part.items())) for name, part in parts.items()}
-    one, other = (
-        from_dict({"fleet": {"num_clients": 3, **p}, "rounds": {"clients_per_round": 3}}) for p in (parts, turned)
-    )
-    assert one.spec_hash == other.spec_hash
-    fleets = [build_fleet(spec.fleet, 0) for spec in (one, other)]
-    names = [([f.profile(c).name for c in range(3)], [f.network(c).name for c in range(3)]) for f in fleets]
-    assert names[0] == names[1]
-
-
-# -- what is read -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class World:
     """A run that was stopped after its first round, and the files that it read, which are its own."""
@@ -136,25 +70,6 @@ def stopped_run(folder: Path, overrides: dict[str, Any]) -> RunDirectory:
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("identity")
     return World(folder, stopped_run(folder, files_in(folder)))
-
-
-def flipped(path: Path) -> None:
-    """Another bit in the last byte: same name, same size."""
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-
-def other_answers(path: Path) -> None:
-    path.write_text(path.read_text().replace("#### 1", "#### 2"))
-
-
-def a_blank_more(path: Path) -> None:
-    path.write_text(path.read_text() + "\n")
-
-
-def a_faster_link(path: Path) -> None:
-    path.write_text(path.read_text().replace("10 Mbit/s", "20 Mbit/s"))
 
 
 def made(path: Path) -> None:
@@ -241,13 +156,13 @@ def test_content_is_part_of_the_identity_and_of_the_name(world: World, tmp_path:
 
 def test_what_a_run_notes_is_what_can_be_asked_of_the_disk(world: World):
     """A sweep asks before it reads, a run notes what it has read; both mean the same."""
-    from fleetune.content import Contents
+    from fleetune.problem.content import Contents
 
     assert Contents().of(world.spec) == world.run_dir.meta["content"]
 
 
 def test_generated_data_are_known_by_what_the_generator_gives():
-    from fleetune.content import Contents
+    from fleetune.problem.content import Contents
 
     asked = {"data": {"num_examples": 20, "num_eval_examples": 5}}
     one, same, other = (
@@ -323,90 +238,6 @@ def test_the_untrained_model_s_quality_is_shared_by_runs_that_read_the_same(
     assert start(2, {"execution.kernels": "compiled"}) == 2
     other_answers(data)
     assert start(3, {}) == 3
-
-
-# -- large files --------------------------------------------------------------------------------------------------------
-def test_a_large_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """By the next process, too; a file that was only just written is read again, for it may be written again unseen."""
-    from fleetune import digests
-
-    reads: list[Path] = []
-    read = digests._read
-    monkeypatch.setattr(digests, "_read", lambda path: reads.append(path) or read(path))
-    monkeypatch.setattr(digests, "KEPT_BYTES", 4)
-    monkeypatch.setenv("FLEETUNE_CACHE", str(tmp_path / "cache"))
-    file = tmp_path / "weights"
-    file.write_bytes(b"12345")
-    fresh = digests.file_digest(file)
-    assert digests.file_digest(file) == fresh
-    assert len(reads) == 2
-    monkeypatch.setattr(digests, "SETTLED_SECONDS", -60.0)
-    assert digests.file_digest(file) == fresh
-    digests._known.clear()  # as in another process
-    assert digests.file_digest(file) == fresh
-    assert len(reads) == 3
-    file.write_bytes(b"12346")
-    assert digests.file_digest(file) != fresh
-
-
-# -- sweeps -------------------------------------------------------------------------------------------------------------
-def test_a_trial_whose_data_changed_is_not_finished(tmp_path: Path):
-    """It runs again beside the former run, which stays; one whose data are as they were is taken as it is."""
-    from fleetune.sweep.config import SweepSpec
-    from fleetune.sweep.driver import take_stock
-    from fleetune.sweep.expansion import sweep_id, trials_of
-    from fleetune.sweep.status import SweepStatus
-    from fleetune.sweep.trial_runner import TrialOrder, TrialRunner
-
-    data = tmp_path / "train.jsonl"
-    shutil.copy(tiny.data_file(), data)
-    base = tiny.spec({"data.dataset": str(data), "rounds.num_rounds": 1, "evaluation.generate": False}).to_dict()
-    sweep = SweepSpec.model_validate({"name": "s", "base": base, "seeds": [0]})
-    trials, place = trials_of(sweep), tmp_path / "sweeps" / sweep_id(sweep)
-
-    def stock() -> tuple[Any, Any]:
-        board = SweepStatus(sweep, num_trials=1)
-        return board, take_stock(board, trials, place)
-
-    def work(board: Any) -> dict[str, Any]:
-        entry = board.entries[0]
-        order = TrialOrder(0, entry.trial.spec.to_dict(), str(tmp_path), entry.run.path.name, {})
-        return list(TrialRunner().run(order))[-1]
-
-    first, _ = stock()
-    assert first.entries[0].status == "missing"
-    assert work(first)["over"] == "finished"
-    again, told = stock()
-    assert (again.entries[0].status, told.outdated) == ("finished", 0)
-
-    other_answers(data)
-    changed, told = stock()
-    assert (changed.entries[0].status, told.outdated) == ("missing", 1)
-    assert changed.entries[0].run.path != first.entries[0].run.path
-    failed = work(first)  # as if the file had changed between the launch and the trial's turn
-    assert (failed["over"], "has changed since the run was started" in failed["error"]) == ("failed", True)
-    assert first.entries[0].run.result()["status"] == "finished"  # type: ignore[index]
-    assert work(changed)["over"] == "finished"
-    losses = [b.entries[0].run.result()["metrics"]["eval_loss"] for b in (first, changed)]
-    assert losses[0] != losses[1]
-    assert stock()[0].entries[0].run.path == changed.entries[0].run.path
-    shutil.copy(tiny.data_file(), data)
-    assert stock()[0].entries[0].run.path == first.entries[0].run.path
-
-
-def test_trials_over_other_traces_share_no_inputs(tmp_path: Path):
-    """A process keeps what it has read for the next trial; intervals are part of that."""
-    from fleetune.sweep.trial_runner import TrialRunner, inputs_key
-
-    specs = []
-    for name, clients in (("one", (0, 1, 2)), ("two", (3, 4, 5))):
-        file = tmp_path / f"{name}.csv"
-        file.write_text("\n".join(["client_id,start_seconds,end_seconds", *(f"{c},0,1e9" for c in clients)]))
-        specs.append(tiny.spec({"fleet.availability": {"kind": "trace", "path": str(file)}}))
-    assert len({inputs_key(spec) for spec in (*specs, tiny.spec(), tiny.spec({"fleet.dropout": 0.5}))}) == 3
-    resident = TrialRunner()
-    traces = [resident.inputs(spec).availability for spec in specs]
-    assert [trace.client_ids.tolist() for trace in traces if trace is not None] == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_a_base_model_that_was_kept_is_read_again_once_its_files_change(tmp_path: Path):

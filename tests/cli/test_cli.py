@@ -16,8 +16,9 @@ import pytest
 import ray
 import yaml
 
-from fleetune import cli
-from fleetune.catalogue import CATALOGUES
+from fleetune.cli.catalogue import CATALOGUES
+from fleetune.cli.entry import exit_status
+from fleetune.cli.stopping import stop_once
 from fleetune.engine.launch import backends
 from fleetune.engine.pending_rounds import FinishedRound, PendingRounds
 from fleetune.methods import METHODS
@@ -247,7 +248,7 @@ def test_sigterm_is_ctrl_c_and_what_comes_after_the_first_is_ignored():
     """Otherwise a second one would break off the ending, and leave Ray's processes behind."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with pytest.raises(KeyboardInterrupt), cli._stopped_once():
+        with pytest.raises(KeyboardInterrupt), stop_once():
             signal.raise_signal(signal.SIGTERM)
         for number in before:
             signal.raise_signal(number)
@@ -258,7 +259,7 @@ def test_sigterm_is_ctrl_c_and_what_comes_after_the_first_is_ignored():
 
 def test_a_command_that_is_not_stopped_leaves_signals_as_they_were():
     before = signal.getsignal(signal.SIGTERM)
-    with cli._stopped_once():
+    with stop_once():
         assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -268,5 +269,5 @@ def test_a_disk_that_takes_nothing_is_one_sentence_whoever_writes(number: int, c
     def command() -> None:
         raise OSError(number, os.strerror(number), "/x/report.html")
 
-    assert cli._guarded(command) == 1
+    assert exit_status(command) == 1
     assert capfd.readouterr().err == f"fleetune: /x/report.html cannot be written: {os.strerror(number)}\n"

@@ -14,12 +14,12 @@ from fleetune.methods import METHODS
 from fleetune.methods.base import Method
 from fleetune.models.base import BaseModel
 from fleetune.models.family import attention_window
-from fleetune.run_config import EvaluationConfig
 from fleetune.spec import RunSpec
+from fleetune.spec.run_config import EvaluationConfig
 
 
 def check_length(max_tokens: int, base: BaseModel) -> None:
-    """UserError where the model allows no examples of this length."""
+    """Raises UserError if the model allows no examples of this length."""
     positions = int(base.config.get("max_position_embeddings", 1 << 30))
     if max_tokens > positions:
         raise UserError(
@@ -39,9 +39,9 @@ def check_length(max_tokens: int, base: BaseModel) -> None:
 
 
 def check_answers(data: TokenizedDataset, config: EvaluationConfig, base: BaseModel) -> None:
-    """UserError where a prompt and its longest answer leave the model's positions or its attention window.
+    """Raises UserError if a prompt and its longest answer exceed the model's positions or its attention window.
 
-    The last new token is never fed back, so that n new ones after a prompt take n - 1 positions more.
+    The last new token is never fed back, so n new tokens after a prompt take n - 1 further positions.
     """
     if not config.generate or len(data) == 0:
         return
@@ -59,9 +59,10 @@ def check_answers(data: TokenizedDataset, config: EvaluationConfig, base: BaseMo
 
 
 def within_vocabulary(data: TokenizedDataset, tokenizer: Any, base: BaseModel, *, what: str) -> TokenizedDataset:
-    """The data with a padding id that the model's embedding has: padding is masked, so that any will do.
+    """The data with a padding id that the model's embedding has: padding is masked, so any id will do.
 
-    UserError names the first example (from 0) with a token that it lacks, in prompt or response. ``what`` the data are.
+    Raises UserError with the first example (from 0) that has a token beyond the embedding, in prompt or response. ``what``: the
+    data's name for people.
     """
     vocabulary = int(base.config["vocab_size"])
     beyond = np.flatnonzero(np.asarray(data.tokens) >= vocabulary)
@@ -79,12 +80,12 @@ def within_vocabulary(data: TokenizedDataset, tokenizer: Any, base: BaseModel, *
 
 
 def can_shrink(method: type[Method]) -> bool:
-    """Whether the method makes submodels of fewer blocks for a client."""
+    """True if the method makes submodels of fewer blocks for a client."""
     return method.shrunk is not Method.shrunk
 
 
 def check_adapt(spec: RunSpec, method: Method) -> None:
-    """UserError where the method cannot do with clients that adapt in this way."""
+    """Raises UserError if the method does not support clients that adapt in the job's way (``fleet.adapt``)."""
     kind = spec.fleet.adapt
     if kind == CAPACITY and not can_shrink(type(method)):
         able = ", ".join(name for name, other in METHODS.items() if can_shrink(other))
@@ -94,7 +95,7 @@ def check_adapt(spec: RunSpec, method: Method) -> None:
             value=kind,
             hint=f"methods that have: {able}; or adapt batch, checkpointing or rank",
         )
-    if kind in (BATCH, RANK) and method.coupled:
+    if kind in (BATCH, RANK) and spec.method.coupled:
         raise UserError(
             f"method {spec.method.name} works on all clients of a round at once, so their batches and ranks are one",
             field="fleet.adapt",

@@ -1,4 +1,4 @@
-"""What a job file says of rounds, evaluation, execution and cost."""
+"""The parts of a job file that belong to no other room: rounds, evaluation, execution and cost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class RoundsConfig(Config):
     """Clients sampled each round, without replacement, among those that hold examples."""
     close: Literal["all", "deadline", "first_k"] = "all"
     """When a round ends on the virtual clock: after all replies, at a deadline, or after the first k replies. Who is still
-    at work then cannot be sampled before it is done; where nobody is free, the next round waits for the first."""
+    at work then cannot be sampled before it is done; if nobody is free, the next round waits for the first."""
     deadline_seconds: float | None = Field(None, gt=0, le=1e9)
     """Virtual seconds after which replies are late (close: deadline)."""
     first_k: int | None = Field(None, ge=1, le=10_000_000)
@@ -44,7 +44,7 @@ class ExecutionConfig(Config):
     """Where the work runs. Only cohort, threads, device, precision and kernels change results: they round differently."""
 
     kind: Literal["auto", "ray", "serial"] = "auto"
-    """ray: a pool of worker actors; serial: in this process; auto: ray where more than one worker can be busy."""
+    """ray: a pool of worker actors; serial: in this process; auto: ray if more than one worker can be busy."""
     workers: int | Literal["auto"] = "auto"
     """Worker actors through which clients pass. auto: one per core, as many as a round can keep busy."""
     cohort: int | Literal["auto"] = "auto"
@@ -53,12 +53,12 @@ class ExecutionConfig(Config):
     threads: int | Literal["auto"] = "auto"
     """CPU threads per worker; workers times threads never exceed the cores. auto: cores / workers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where workers compute. auto: cuda where every node has a GPU and the workers find room there, else cpu."""
+    """Where workers compute. auto: cuda if every node has a GPU and the workers find room there, else cpu."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the products in training and evaluation; bf16: autocast. Adapters, gradients and optimizer are fp32 in both."""
+    """Precision of products in training and evaluation; bf16: autocast. Adapters, gradients and optimizer stay fp32."""
     kernels: Literal["auto", "compiled", "torch"] = "auto"
-    """What norms, rotations, gates and the loss are computed by; compiled: by this machine's C compiler, once, in a
-    quarter of a second, for fp32 on processors. auto: compiled where the machine that starts the run can, else torch."""
+    """How norms, rotations, gates and the loss are computed. compiled: by code that this machine's C compiler makes once, in a
+    quarter of a second, for fp32 on CPUs. auto: compiled if the machine that starts the run can, else torch."""
     workers_per_gpu: int = Field(1, ge=1, le=10_000)
     """Workers that share a GPU (device: cuda); each holds the base model once in the GPU's memory."""
 
@@ -80,7 +80,7 @@ class ExecutionConfig(Config):
 
 
 class CostConfig(Config):
-    """Which architecture and precision the costs are those of."""
+    """The architecture and the precision whose costs are counted."""
 
     model: str | None = None
     """Architecture to cost instead of the one that is trained, e.g. llama2-7b or its hub id; depth is mapped by fraction."""

@@ -21,7 +21,7 @@ import pytest
 import yaml
 from ray.job_submission import JobDetails, JobStatus
 
-from fleetune import submit as jobs
+from fleetune.cli import job_server as jobs
 from fleetune.errors import RunFailed
 from support import commands, services, tiny
 
@@ -46,7 +46,7 @@ def test_the_file_is_checked_here(tmp_path: Path, capfd: pytest.CaptureFixture[s
     monkeypatch.chdir(tmp_path / "elsewhere")
     out = commands.fleetune(capfd, monkeypatch, "submit", job, *there)
     assert (out.status, out.document["field"]) == (2, "FILE")
-    assert "is what is sent" in out.document["rule"]
+    assert "the folder that is sent" in out.document["rule"]
 
 
 @pytest.mark.parametrize(

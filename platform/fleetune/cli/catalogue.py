@@ -1,8 +1,16 @@
-"""What ``fleetune list`` shows: one row per thing, with its source."""
+"""The commands list and schema: what a job file can name, one row each with its source, and the fields it has."""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from fleetune.cli.options import Json
+from fleetune.cli.output import print_json
+from fleetune.errors import unknown_name
 
 
 def methods() -> list[dict[str, Any]]:
@@ -68,3 +76,30 @@ def datasets() -> list[dict[str, Any]]:
 
 
 CATALOGUES = {"methods": methods, "devices": devices, "networks": networks, "models": models, "datasets": datasets}
+
+
+def list_(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="methods, devices, networks, models or datasets.")],
+    as_json: Json = False,
+) -> None:
+    """List the built-in methods, devices, networks, models or datasets, with their sources."""
+    if kind not in CATALOGUES:
+        raise unknown_name("list", kind, CATALOGUES, field="KIND")
+    rows = CATALOGUES[kind]()
+    if as_json:
+        print_json(rows)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*rows[0], box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def schema() -> None:
+    """Print the JSON schema of job files, for completion in editors."""
+    from fleetune.spec import json_schema
+
+    print(json.dumps(json_schema(), indent=2))

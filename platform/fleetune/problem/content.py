@@ -1,4 +1,4 @@
-"""What a run reads from outside, as digests. With the spec's hash they are the run's identity.
+"""Digests of all that a run reads from outside. With the spec's hash they are the run's identity.
 
 A part is named by the field that names it, a model's files by field and file: ``data.dataset``, ``data.eval_dataset``,
 ``model.base/model.safetensors``, ``model.base/tokenizer.json``, ``fleet.availability.path``, ``fleet.device_files/my.yaml``.
@@ -19,8 +19,9 @@ from fleetune.models.load import base_content
 from fleetune.spec import RunSpec
 
 Content = dict[str, str]
-# What of the data's part of a spec has no say in what is read: how much of it, how long, and by whom.
-OF_DEALING: Any = {
+"""Part, named as above -> digest of its content."""
+# Fields of a spec's data that decide how much of them is used, and by which client, but not which files are read.
+NOT_READ: Any = {
     "partition": {"alpha", "shards_per_client", "min_examples"},
     "max_tokens": True,
     "eval_fraction": True,
@@ -28,29 +29,32 @@ OF_DEALING: Any = {
 
 
 def identity(spec: RunSpec, content: Mapping[str, str]) -> str:
-    """Runs of the same identity have the same results: a hash of the spec and of all that is read. 16 hexadecimal digits."""
+    """A hash of the spec and of all that is read, 16 hexadecimal digits. Runs of one identity have the same results."""
     return digest_of([spec.spec_hash, *(part for pair in sorted(content.items()) for part in pair)])[:16]
 
 
 def model_content(files: Mapping[str, str]) -> Content:
-    """A model's files as parts."""
+    """The parts of a model's files, from name -> digest."""
     return {f"model.base/{name}": digest for name, digest in files.items()}
 
 
 def fleet_content(fleet: FleetConfig) -> Content:
-    """The trace file of availability and the files of devices that a job names."""
+    """The parts of a fleet: the availability trace and the device files that the job names."""
     files = {f"fleet.device_files/{name}": Path(name) for name in fleet.outside_device_files()}
     if fleet.availability.path is not None:
         files["fleet.availability.path"] = Path(fleet.availability.path).expanduser()
     content: Content = {}
     for part, path in files.items():
-        with contextlib.suppress(OSError):  # what cannot be read is told by who reads it
+        with contextlib.suppress(OSError):  # the code that reads the file itself has the better message
             content[part] = file_digest(path)
     return content
 
 
 def check_devices(fleet: FleetConfig, content: Mapping[str, str]) -> None:
-    """UserError where a file of devices is no longer what the run noted of it: they are read with each fleet that is built."""
+    """Raises UserError if a file of devices is no longer the one that ``content`` notes.
+
+    They are read again with each fleet that is built, so they may change after the run has noted them.
+    """
     for name in fleet.outside_device_files():
         noted = content.get(f"fleet.device_files/{name}")
         if noted is not None and noted != file_digest(Path(name)):
@@ -58,28 +62,28 @@ def check_devices(fleet: FleetConfig, content: Mapping[str, str]) -> None:
 
 
 class Contents:
-    """What jobs would read now. Jobs that read the same ask the disk once."""
+    """The content that jobs would read now. Jobs that read the same, as a sweep's trials do, share one reading."""
 
     def __init__(self) -> None:
-        self._known: dict[str, Content] = {}
+        self._cache: dict[str, Content] = {}
 
     def of(self, spec: RunSpec) -> Content:
-        """Part -> digest. UserError where something is not there any more."""
+        """The content that this job would read. Raises UserError if some of it is not there any more."""
         data, model = spec.data, spec.model.base
         return {
-            **self._once(f"data {data.model_dump_json(exclude=OF_DEALING)}", lambda: read_content(data)),
+            **self._once(f"data {data.model_dump_json(exclude=NOT_READ)}", lambda: read_content(data)),
             **self._once(f"model {model}", lambda: model_content(base_content(model))),
             **fleet_content(spec.fleet),
         }
 
     def _once(self, key: str, read: Callable[[], Content]) -> Content:
-        if key not in self._known:
-            self._known[key] = read()
-        return self._known[key]
+        if key not in self._cache:
+            self._cache[key] = read()
+        return self._cache[key]
 
 
 def check_content(spec: RunSpec, recorded: Any, content: Mapping[str, str], *, run: str) -> None:
-    """UserError where a run would not go on with what it was started with. ``recorded``: the run's own note of that."""
+    """Raises UserError if a run would go on with other content than it was started with, its ``recorded`` one."""
     if not isinstance(recorded, dict):
         raise UserError(
             "was started by an earlier version of fleetune, which did not note what it read: "
@@ -92,11 +96,11 @@ def check_content(spec: RunSpec, recorded: Any, content: Mapping[str, str], *, r
     if not changed:
         return
     field, _, file = changed[0].partition("/")
-    what = f"its {file}" if file else "its content"
-    how = "is new" if changed[0] not in recorded else "is gone" if changed[0] not in content else "has changed"
+    subject = f"its {file}" if file else "its content"
+    change = "is new" if changed[0] not in recorded else "is gone" if changed[0] not in content else "has changed"
     others = f", and {len(changed) - 1} more" if len(changed) > 1 else ""
     raise UserError(
-        f"{what} {how} since the run was started{others}",
+        f"{subject} {change} since the run was started{others}",
         field=field,
         value=_value(spec, field),
         hint="restore it and resume again, or start a new run from the job file",

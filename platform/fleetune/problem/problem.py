@@ -1,4 +1,4 @@
-"""Everything a run works on, loaded and checked before any actor starts: base model, data, partition, fleet, method."""
+"""All that a run works on, loaded and checked before any work starts: base model, data, partition, fleet, method."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fleetune.content import Content, check_devices, fleet_content, model_content
 from fleetune.data.answers import AnswerReader
 from fleetune.data.dataset import TokenizedDataset
 from fleetune.data.partition import Partition, partition, partition_keys
@@ -19,46 +18,50 @@ from fleetune.data.tokenize import continuations, tokenize
 from fleetune.errors import UserError
 from fleetune.fleet.availability_trace import AvailabilityTrace
 from fleetune.fleet.fleet import Fleet, build_fleet, read_availability
-from fleetune.input_checks import check_adapt, check_answers, check_length, within_vocabulary
 from fleetune.methods import METHODS
 from fleetune.methods.base import Context, Method
 from fleetune.models.architectures import architecture
 from fleetune.models.base import BaseModel
 from fleetune.models.load import check_unchanged, load_base, load_tokenizer
 from fleetune.models.network import linear_sites
+from fleetune.problem.content import Content, check_devices, fleet_content, model_content
+from fleetune.problem.input_checks import check_adapt, check_answers, check_length, within_vocabulary
 from fleetune.spec import RunSpec
 
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Held-out examples as tokens, and the texts that should follow their prompts."""
+    """Held-out examples, as tokens and as text."""
 
     data: TokenizedDataset
     responses: list[str]
+    """For each example the text that should follow its prompt."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is read from disk: the heavy part of a problem, shared by every process of a node."""
+    """All that is read from disk: the heavy part of a problem, shared by every process of a node and by a sweep's trials."""
 
     base: BaseModel
     sites: dict[str, tuple[int, int]]
+    """{site: (in, out)} of all linear layers that get an adapter."""
     train: TokenizedDataset
+    """The n training examples of all clients together."""
     keys: np.ndarray
-    """What the partition goes by, int64 (n,)."""
+    """(n,) int64: what the partition goes by, such as each example's category."""
     evaluation: EvalSet
     dataset_name: str
     availability: AvailabilityTrace | None = None
-    """When clients are available, where the job names a trace file."""
+    """When clients are available, if the job names a trace file."""
     content: Content = field(default_factory=dict)
-    """What was read, part -> digest (`content`)."""
+    """Digests of all that was read (`content`)."""
     reader: AnswerReader | None = None
-    """Reads generated answers as the model's own tokenizer does; nothing else in a worker needs one."""
+    """Decodes generated answers as the model's tokenizer does: workers need nothing else of it, and import no transformers."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One run's inputs and what follows from them by the spec."""
+    """One run's inputs, and what follows from them by the spec."""
 
     spec: RunSpec
     inputs: Inputs
@@ -68,12 +71,16 @@ class Problem:
 
     @property
     def eligible(self) -> np.ndarray:
-        """Clients that hold examples, and so can be sampled."""
+        """Ids of the clients that hold examples, ascending; only these can be sampled."""
         return np.flatnonzero(np.diff(self.partition.offsets) > 0)
 
 
 def load_inputs(spec: RunSpec, *, base: BaseModel | None = None, cache_dir: Path | None = None) -> Inputs:
-    """Read model and data; UserError names the field where something is missing. ``base``: one that is loaded already."""
+    """Read model, data and availability trace. Raises UserError with the field that names what is missing or does not fit.
+
+    ``base``: a model that is loaded already, as between the trials of a sweep. Trace and model files must be the
+    same before and after: a file that changes while it is read would give the run an identity that is not its own.
+    """
     of_fleet = fleet_content(spec.fleet)
     availability = read_availability(spec.fleet, spec.seed)
     if fleet_content(spec.fleet) != of_fleet:
@@ -82,7 +89,7 @@ def load_inputs(spec: RunSpec, *, base: BaseModel | None = None, cache_dir: Path
     records = load_records(spec.data, seed=spec.seed)
     base = base or load_base(spec.model)
     tokenizer = load_tokenizer(base.folder)
-    check_unchanged(base)  # the tokenizer was read after the weights, which may have been here for long
+    check_unchanged(base)  # the tokenizer is read now, the weights perhaps long ago
     config = spec.data
     train = tokenize(records.train, tokenizer=tokenizer, config=config, cache_dir=cache_dir)
     held_out = tokenize(records.eval, tokenizer=tokenizer, config=config, cache_dir=cache_dir)
@@ -104,7 +111,7 @@ def load_inputs(spec: RunSpec, *, base: BaseModel | None = None, cache_dir: Path
 
 
 def build_problem(spec: RunSpec, inputs: Inputs) -> Problem:
-    """Fleet, partition and method, and the checks that need them all."""
+    """Build fleet, partition and method, with the checks that need several of them. Raises UserError if one fails."""
     if not inputs.sites:
         raise UserError("adapts no layer of this model", field="model.lora.targets", value=spec.model.lora.targets)
     widest = max(max(sizes) for sizes in inputs.sites.values())
@@ -124,10 +131,10 @@ def build_problem(spec: RunSpec, inputs: Inputs) -> Problem:
     method = METHODS[spec.method.name](spec.method, context)
     method.check()
     check_adapt(spec, method)
-    dealt = partition(spec.data.partition, num_clients=spec.fleet.num_clients, keys=inputs.keys, seed=spec.seed)
+    shards = partition(spec.data.partition, num_clients=spec.fleet.num_clients, keys=inputs.keys, seed=spec.seed)
     fleet = build_fleet(spec.fleet, spec.seed, trace=inputs.availability)
     check_devices(spec.fleet, inputs.content)
-    problem = Problem(spec, inputs, fleet, dealt, method)
+    problem = Problem(spec, inputs, fleet, shards, method)
     if len(problem.eligible) < spec.rounds.clients_per_round:
         raise UserError(
             f"exceeds the {len(problem.eligible)} clients that hold examples",
@@ -139,12 +146,12 @@ def build_problem(spec: RunSpec, inputs: Inputs) -> Problem:
 
 
 def set_threads(num_threads: int) -> None:
-    """Threads of this process's matrix products: part of the spec, because they decide how sums round."""
+    """Set the threads of this process's matrix products: part of the spec, because they decide how sums round."""
     torch.set_num_threads(num_threads)
 
 
 def base_to_arrays(base: BaseModel) -> dict[str, Any]:
-    """The base model with its weights as NumPy arrays, which the object store maps without a copy."""
+    """The base model with its weights as NumPy arrays, which Ray's object store maps into each process without a copy."""
     arrays = {name: weight.numpy() for name, weight in base.weights.items()}
     return {
         "name": base.name,
@@ -157,6 +164,6 @@ def base_to_arrays(base: BaseModel) -> dict[str, Any]:
 
 
 def base_from_arrays(parts: Mapping[str, Any]) -> BaseModel:
-    """The inverse; weights are views into the mapped memory, and nobody writes to them."""
+    """The inverse of `base_to_arrays`. Weights are views into the mapped memory, which is read-only: nobody writes to them."""
     weights = {name: torch.from_numpy(array) for name, array in parts["weights"].items()}
     return BaseModel(parts["name"], parts["config"], weights, parts["quantization"], parts["folder"], parts["content"])

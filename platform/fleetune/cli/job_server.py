@@ -1,7 +1,7 @@
-"""``fleetune submit``: a job or sweep file becomes a job of a Ray cluster, run there by the same command.
+"""Ray's job server: a job or sweep file becomes a job of a cluster, which runs the same command there.
 
-What travels is the folder in which the command is given, with this package's code; what the job prints comes back, and its
-exit status. Ray's job server is what is spoken to (https://docs.ray.io/en/latest/cluster/running-applications/job-submission).
+The current folder is sent to the cluster, with this package's code; the job's output and exit status come back. See
+https://docs.ray.io/en/latest/cluster/running-applications/job-submission.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from fleetune.errors import RunFailed, UserError
 from fleetune.spec import load, parse_overrides, read_yaml
 
 Write = Callable[[str], None]
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parent.parent  # fleetune's own code
 CONNECT_SECONDS = 10.0
-LOST_SECONDS = 60.0  # how long the job server may be away while a job is followed
-# Never sent, besides what a .gitignore names: results, stores, environments, caches.
+LOST_SECONDS = 60.0  # a job server that has not answered for so long is given up
+# Never sent, in addition to the entries of .gitignore: results, stores, environments, caches.
 EXCLUDED = [
     *("runs/", "sweeps/", "mlflow.db*", "mlartifacts/", "mlruns/"),
     *(".git/", ".venv/", "venv/", "node_modules/"),
     *("__pycache__/", ".mypy_cache/", ".ruff_cache/", ".pytest_cache/", ".hypothesis/"),
 ]
-# Where the job writes: its own folder on the cluster goes when it ends.
-HOME_OF_RUNS = '"${FLEETUNE_WORKSPACE:-$HOME/fleetune}"'
+# The workspace on the cluster, expanded by the shell there. The job's own folder would not do: Ray deletes it at the end.
+DEFAULT_WORKSPACE = '"${FLEETUNE_WORKSPACE:-$HOME/fleetune}"'
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job of a cluster."""
+    """A job that the cluster has accepted."""
 
     job_id: str
     address: str
@@ -47,9 +47,9 @@ class Submitted:
 
     @property
     def how_to_follow(self) -> str:
-        """Commands for later."""
-        there = f"--address {self.address} {self.job_id}"
-        return f"follow it: ray job logs --follow {there}; stop it: ray job stop {there}"
+        """The commands that follow and stop the job."""
+        arguments = f"--address {self.address} {self.job_id}"
+        return f"follow it: ray job logs --follow {arguments}; stop it: ray job stop {arguments}"
 
 
 def submit(
@@ -62,20 +62,19 @@ def submit(
     installed: bool = False,
     as_json: bool = False,
 ) -> Submitted:
-    """Check the file here, send the working tree, start the job. UserError where anything stands in the way.
+    """Check the file here, send the current folder, start the job. Raises UserError if the file or the cluster refuses.
 
-    ``workspace``: a folder on the cluster. ``variables``: names of environment variables that the job gets as they are here.
-    ``installed``: the cluster's own fleetune runs the job, not this one.
+    ``workspace``: a folder on the cluster. ``variables``: names of environment variables that the job gets with their values
+    here. ``installed``: the cluster's own fleetune runs the job, not this one.
     """
     if _has_token():
-        os.environ.setdefault(
-            "RAY_AUTH_MODE", "token"
-        )  # only then does Ray send it; it looks once, when it is imported
+        # Ray sends the token only in this mode, which it reads once, when it is imported.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     folder = Path.cwd()
     command = ["python", "-m", "fleetune", _checked(file, assignments), _inside(file, folder), "--address", "auto"]
     command += [part for assignment in assignments for part in ("--set", assignment)]
     command += ["--json"] if as_json else []
-    where = shlex.quote(workspace) if workspace else HOME_OF_RUNS
+    quoted = shlex.quote(workspace) if workspace else DEFAULT_WORKSPACE
     runtime_env: dict[str, Any] = {
         "working_dir": str(folder),
         "excludes": EXCLUDED,
@@ -87,7 +86,7 @@ def submit(
     job_id = f"fleetune-{file.stem}-{uuid.uuid4().hex[:6]}"
     with _refusals(address):
         client.submit_job(
-            entrypoint=f"{shlex.join(command)} --workspace {where}",
+            entrypoint=f"{shlex.join(command)} --workspace {quoted}",
             submission_id=job_id,
             runtime_env=runtime_env,
             metadata={"fleetune": file.name},
@@ -96,7 +95,10 @@ def submit(
 
 
 def follow(job: Submitted, write: Write) -> int:
-    """Hand on what the job prints until it ends; its exit status. RunFailed where it has none, or is out of sight."""
+    """Write the job's output until it ends; returns its exit status.
+
+    Raises RunFailed if it has none (it was stopped, or never began), or if the job server is gone.
+    """
     from ray.job_submission import JobStatus
 
     shown, seen_at = 0, time.monotonic()
@@ -111,7 +113,9 @@ def follow(job: Submitted, write: Write) -> int:
                 shown = position
 
     while True:
-        with suppress(Exception):  # a connection that broke: the log is asked for again, without what was shown
+        with suppress(
+            Exception
+        ):  # after a broken connection, the log comes from its start: what was written is skipped
             asyncio.run(tail())
         with suppress(Exception):
             details = job.client.get_job_info(job.job_id)
@@ -129,7 +133,7 @@ def follow(job: Submitted, write: Write) -> int:
 
 
 def result_of(job: Submitted) -> Any:
-    """The JSON document that a job with ``--json`` printed last; None where it printed none."""
+    """The JSON document that a job with ``--json`` printed last; None if there is none."""
     lines = job.client.get_job_logs(job.job_id).strip().splitlines()
     with suppress(json.JSONDecodeError, IndexError):
         return json.loads(lines[-1])
@@ -137,7 +141,7 @@ def result_of(job: Submitted) -> Any:
 
 
 def connect(address: str) -> Any:
-    """A client of the job server at ``http://HEAD:8265``. UserError where none answers, or it does not let us in."""
+    """A client of the job server at ``http://HEAD:8265``. Raises UserError if none answers, or it refuses the token."""
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(
@@ -154,16 +158,17 @@ def connect(address: str) -> Any:
         raise UserError(f"no job server answers: {error}", field="--address", value=address, hint=hint) from None
     from ray.job_submission import JobSubmissionClient
 
-    elsewhere = {name: os.environ.pop(name, None) for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
-    try:  # Ray would prefer either to the address it is given
+    # Ray would prefer either of these to the address that it is given.
+    hidden = {name: os.environ.pop(name, None) for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
+    try:
         with _refusals(address):
             return JobSubmissionClient(address)
     finally:
-        os.environ.update({name: value for name, value in elsewhere.items() if value is not None})
+        os.environ.update({name: value for name, value in hidden.items() if value is not None})
 
 
 def _checked(file: Path, assignments: Sequence[str]) -> str:
-    """The command for a file, ``run`` or ``sweep``. UserError where its job, or one of its trials, is not right."""
+    """The command for a file, ``run`` or ``sweep``. Raises UserError if its job, or one of its trials, is not valid."""
     overrides = parse_overrides(list(assignments))
     if {"base", "grid", "search"}.isdisjoint(read_yaml(file)):
         load(file, overrides)
@@ -181,14 +186,14 @@ def _checked(file: Path, assignments: Sequence[str]) -> str:
 
 
 def _has_token() -> bool:
-    """Whether there is one in any of the three places where Ray looks."""
-    given = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
-    return bool(given) or Path("~/.ray/auth_token").expanduser().exists()
+    """True if there is a token in one of the three places where Ray looks for it."""
+    variable = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return bool(variable) or Path("~/.ray/auth_token").expanduser().exists()
 
 
 @contextmanager
 def _refusals(address: str) -> Iterator[None]:
-    """What the job server says no to, as a mistake of the user."""
+    """Turns refusals of the job server into UserError."""
     from ray.exceptions import AuthenticationError
 
     try:
@@ -209,10 +214,10 @@ def _inside(file: Path, folder: Path) -> str:
     path = file.resolve()
     if not path.is_relative_to(folder.resolve()):
         raise UserError(
-            f"lies outside of {folder}, which is what is sent",
+            f"lies outside of {folder}, the folder that is sent",
             field="FILE",
             value=str(file),
-            hint="give the command in a folder that holds it, with the data it names",
+            hint="run the command in a folder that holds it, and the data that it names",
         )
     return str(path.relative_to(folder.resolve()))
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar with rounds, loss, virtual time and ETA on a terminal, plain lines elsewhere."""
+"""Progress of a run on stderr: a bar with rounds, loss, virtual time and ETA on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fleetune.columns import ROUND_COLUMNS
 from fleetune.errors import printable
 from fleetune.units import duration
 
+NOT_OK = tuple(c.name for c in ROUND_COLUMNS if c.metric.startswith("clients/") and c.name != "num_ok")
+"""The columns that count a round's clients by status, without those whose update counted."""
 
-class Progresses(Protocol):
-    """Takes a coordinator's events; used as a context."""
 
-    def __enter__(self) -> Progresses: ...
+class RunProgress(Protocol):
+    """Shows a coordinator's events; used as a context."""
+
+    def __enter__(self) -> RunProgress: ...
 
     def __exit__(self, *error: object) -> None: ...
 
@@ -25,7 +29,7 @@ class Progresses(Protocol):
         ...
 
 
-def make_progress(title: str) -> Progresses:
+def make_progress(title: str) -> RunProgress:
     """A bar on a terminal, lines otherwise; always on stderr."""
     title = printable(title)
     return Bar(title) if sys.stderr.isatty() else Lines(title)
@@ -42,9 +46,9 @@ def describe(row: dict[str, Any]) -> str:
         parts.append(f"accuracy {row['eval_accuracy']:.1%}")
     if "depth" in row:
         parts.append(f"depth {row['depth']:.0f}")
-    for status in ("oom", "refused", "dropped", "late", "failed"):
-        if row.get(f"num_{status}"):
-            parts.append(f"{row[f'num_{status}']} {status}")
+    for name in NOT_OK:
+        if row.get(name):
+            parts.append(f"{row[name]} {name.removeprefix('num_')}")
     parts.append(f"sim {duration(row['sim_seconds'])}")
     return " · ".join(parts)
 
@@ -55,7 +59,7 @@ class Lines:
     def __init__(self, title: str):
         self.title = title
         self.started = time.perf_counter()
-        self.baseline = Untrained()
+        self.baseline = BaselineText()
 
     def __enter__(self) -> Lines:
         return self
@@ -65,10 +69,10 @@ class Lines:
     def __call__(self, event: dict[str, Any]) -> None:
         """Print the event."""
         if event["kind"] == "start":
-            _say(_heading(self.title, event) + self.baseline.first_told(event))
+            _say(_heading(self.title, event) + self.baseline.once(event))
         elif event["kind"] == "round":
-            if told := self.baseline.first_told(event):
-                _say(f"{self.title}{told}")
+            if text := self.baseline.once(event):
+                _say(f"{self.title}{text}")
             elapsed = time.perf_counter() - self.started
             _say(f"round {event['round']}/{event['num_rounds']} · {describe(event['row'])} · {duration(elapsed)}")
 
@@ -78,7 +82,7 @@ class Bar:
 
     def __init__(self, title: str):
         self.title = title
-        self.baseline = Untrained()
+        self.baseline = BaselineText()
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -102,11 +106,11 @@ class Bar:
         """Move the bar."""
         self.progress.update(self.task, description=self.title, total=event["num_rounds"], completed=event["round"])
         if event["kind"] == "start":
-            heading = _heading(self.title, event) + self.baseline.first_told(event)
+            heading = _heading(self.title, event) + self.baseline.once(event)
             self.progress.console.print(heading, highlight=False)
         if event["kind"] == "round":
-            if told := self.baseline.first_told(event):
-                self.progress.console.print(f"{self.title}{told}", highlight=False)
+            if text := self.baseline.once(event):
+                self.progress.console.print(f"{self.title}{text}", highlight=False)
             row = event["row"]
             self.progress.update(self.task, shown=describe(row))
             if row.get("eval_loss") is not None:
@@ -114,32 +118,36 @@ class Bar:
 
 
 def _heading(title: str, event: dict[str, Any]) -> str:
-    """What is run, and what was picked for its execution."""
-    chosen = event["execution"]
-    where = (
+    """The first line: the run, and how it is executed, with every ``auto`` decided."""
+    execution = event["execution"]
+    location = (
         "this process"
-        if chosen["kind"] == "serial"
-        else f"{chosen['workers']} Ray workers of {chosen['threads']} thread(s)"
+        if execution["kind"] == "serial"
+        else f"{execution['workers']} Ray workers of {execution['threads']} thread(s)"
     )
-    how = chosen["device"] if chosen["precision"] == "fp32" else f"{chosen['device']} in {chosen['precision']}"
-    if chosen["kernels"] == "compiled":
-        how += " with compiled kernels"
-    shown = f"{title}: {event['num_rounds']} rounds in {where} on {how}, cohorts of {chosen['cohort']}"
+    products = (
+        execution["device"]
+        if execution["precision"] == "fp32"
+        else f"{execution['device']} in {execution['precision']}"
+    )
+    if execution["kernels"] == "compiled":
+        products += " with compiled kernels"
+    shown = f"{title}: {event['num_rounds']} rounds in {location} on {products}, cohorts of {execution['cohort']}"
     return f"{shown}, going on after round {event['round']}" if event["round"] > 0 else shown
 
 
-class Untrained:
-    """The untrained model's quality, told once: on Ray it is worked out beside the first round."""
+class BaselineText:
+    """The untrained model's quality as text, given once: on Ray it is computed beside the first round and comes later."""
 
     def __init__(self) -> None:
-        self.is_told = False
+        self.is_done = False
 
-    def first_told(self, event: dict[str, Any]) -> str:
-        """What to add to a line; empty where it is not known yet, was told, or the run goes on."""
+    def once(self, event: dict[str, Any]) -> str:
+        """Text to add to a line; empty if there is no baseline yet, if it was given, or if the run is a resumed one."""
         base = event["baseline"]
-        if self.is_told or not base:
+        if self.is_done or not base:
             return ""
-        self.is_told = True
+        self.is_done = True
         if event["kind"] == "start" and event["round"] > 0:
             return ""
         if "eval_accuracy" in base:

@@ -1,0 +1,52 @@
+"""The evaluation of a run's models: the global model of a round, and the untrained model, which runs of one base share."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fleetune.engine.execution.executor import Executor
+from fleetune.engine.pending_rounds import PendingQuality
+from fleetune.methods.base import GlobalModel
+from fleetune.problem import Problem
+
+Baselines = dict[str, PendingQuality]
+"""What decides the untrained model's quality -> that quality. Passed from run to run within a process, so that the trials of a
+sweep evaluate the untrained model once."""
+
+
+class Evaluator:
+    """Begins evaluations on the held-out examples; nobody waits for them here."""
+
+    def __init__(self, problem: Problem, executor: Executor, baselines: Baselines):
+        self.problem, self.executor, self.baselines = problem, executor, baselines
+
+    def evaluate(self, model: GlobalModel) -> PendingQuality:
+        """Loss and accuracy of a model, in chunks that any worker can take."""
+        num_examples = len(self.problem.inputs.evaluation.data)
+        size = self.problem.spec.evaluation.batch_size
+        chunks = [np.arange(start, min(start + size, num_examples)) for start in range(0, num_examples, size)]
+        return PendingQuality(self.executor.evaluate(model, chunks))
+
+    def untrained(self, model: GlobalModel) -> PendingQuality:
+        """The quality of the model that a run starts from.
+
+        With B = 0 in all its blocks it is the base model, whatever the method and A are; so runs over one base and data share it.
+        """
+        is_base = model.submodel.is_whole(self.problem.inputs.base.num_layers) and not any(
+            tensor.any() for name, tensor in model.adapter.items() if name.endswith(".lora_B")
+        )
+        if not is_base:
+            return self.evaluate(model)
+        key = self._baseline_key()
+        # An evaluation that is not done belongs to another run, which may have failed: it might never come.
+        if key not in self.baselines or not self.baselines[key].is_done():
+            self.baselines[key] = self.evaluate(model)
+        return self.baselines[key]
+
+    def _baseline_key(self) -> str:
+        """All that the base model's quality depends on, down to how its products round; the fleet has no part in it."""
+        spec, inputs = self.problem.spec, self.problem.inputs
+        data = spec.data.model_dump_json(exclude={"partition"})
+        products = spec.execution.model_dump(include={"threads", "device", "precision", "kernels"})
+        content = sorted(pair for pair in inputs.content.items() if not pair[0].startswith("fleet."))
+        return f"{inputs.base.key} {content} {data} {spec.evaluation} {spec.seed} {products}"

@@ -1,0 +1,84 @@
+"""The frozen spec of a run, and the part of it that identifies the run's results."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import operator
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from fleetune.config import Config, flatten
+from fleetune.data.config import DataConfig
+from fleetune.fleet.fleet import FleetConfig
+from fleetune.methods import METHODS
+from fleetune.methods.fedavg import FedITConfig
+from fleetune.models.config import ModelConfig
+from fleetune.spec.run_config import CostConfig, EvaluationConfig, ExecutionConfig, RoundsConfig
+from fleetune.spec.values import MAX_INTEGER
+from fleetune.tracking.config import TrackingConfig
+from fleetune.training.config import LocalConfig
+
+if TYPE_CHECKING:
+    from fleetune.methods.base import MethodConfig as AnyMethodConfig
+else:
+    _configs = functools.reduce(operator.or_, (method.Config for method in METHODS.values()))
+    AnyMethodConfig = Annotated[_configs, Field(discriminator="name")]
+
+# Fields, or parts with all their fields, that change no bit of a result, and why. All others are in the hash.
+NO_RESULT_CHANGES = {
+    "name": "what a run is called",
+    "tracking": "where records are sent",
+    "execution.kind": "serial or Ray: work units, cohorts and the order of sums follow from the job alone",
+    "execution.workers": "how many processes the same units go through",
+    "execution.workers_per_gpu": "which of them share a GPU",
+}
+
+
+class RunSpec(Config):
+    """Everything that determines a run."""
+
+    name: str = Field("run", min_length=1, max_length=100)
+    """Name of the job; runs of one name share an MLflow experiment."""
+    seed: int = Field(0, ge=0, le=MAX_INTEGER)
+    """Every random draw of the run is derived from it."""
+    model: ModelConfig = ModelConfig()
+    """The base model and its adapter."""
+    data: DataConfig = DataConfig()
+    """What is learnt, and who holds which part of it."""
+    fleet: FleetConfig = FleetConfig()
+    """The clients' devices and links."""
+    rounds: RoundsConfig = RoundsConfig()
+    """Rounds, sampling and closing."""
+    local: LocalConfig = LocalConfig()
+    """A client's optimizer steps."""
+    method: AnyMethodConfig = FedITConfig()
+    """The federated method and its settings."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """When the global model is evaluated."""
+    cost: CostConfig = CostConfig()
+    """What is costed."""
+    execution: ExecutionConfig = ExecutionConfig()
+    """Where the work runs."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Where the records are sent."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested data, as in a job file with every default filled in."""
+        return self.model_dump(mode="json")
+
+    @property
+    def spec_hash(self) -> str:
+        """The spec's part of a run's identity: a hash of all fields but those that change no result, 16 hexadecimal digits.
+
+        The other part is the content of the files that are read (`problem.content`).
+        """
+        values = {field: value for field, value in flatten(self.to_dict()).items() if changes_results(field)}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def changes_results(field: str) -> bool:
+    """True if a run's results depend on the dotted field, which is then part of the run's identity."""
+    return not any(field == each or field.startswith(f"{each}.") for each in NO_RESULT_CHANGES)
