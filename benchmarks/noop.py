@@ -14,7 +14,7 @@ import torch
 
 from fleetune.methods import METHODS
 from fleetune.methods.base import GlobalModel, Method, MethodConfig, Payload, State
-from fleetune.models.submodel import Submodel
+from fleetune.methods.traits import Traits
 from fleetune.tensors import Stack
 from fleetune.training.plan import ClientTask, CohortUpdate
 from fleetune.training.worker import Worker
@@ -30,13 +30,17 @@ class NoOpConfig(MethodConfig):
     num_elements: int = 16384
     """fp32 numbers of the state: 16,384 are 64 KiB, the adapter of the LoRA workload."""
 
+    @property
+    def traits(self) -> Traits:
+        """Nobody trains."""
+        return Traits(draws_batches=self.name == "noop-batches", backward=False)
+
 
 class NoOp(Method):
     """Sends a state to every client and gets it back untouched."""
 
     Config = NoOpConfig
     source = "benchmark"
-    draws_batches = False
 
     def start(self) -> State:
         """Zeros."""
@@ -46,11 +50,11 @@ class NoOp(Method):
 
     def evaluated(self, state: State, private: Any) -> GlobalModel:
         """The base model as it is."""
-        return GlobalModel(Submodel.prefix(self.context.num_layers), {})
+        return GlobalModel(self.context.whole_model, {})
 
     def deployed(self, state: State, private: Any) -> GlobalModel:
         """An untrained adapter."""
-        return GlobalModel(Submodel.prefix(self.context.num_layers), self.context.fresh_adapter())
+        return GlobalModel(self.context.whole_model, self.context.fresh_adapter())
 
     def local_update(self, worker: Worker, payload: Payload, tasks: Sequence[ClientTask]) -> CohortUpdate:
         """What came, once per client: rows of a stack that are all the same memory."""
@@ -61,8 +65,6 @@ class NoOp(Method):
 
 class NoOpBatches(NoOp):
     """The same with the batches of a real round."""
-
-    draws_batches = True
 
 
 METHODS.update({"noop": NoOp, "noop-batches": NoOpBatches})

@@ -25,6 +25,7 @@ from fleetune.models.base import BaseModel, placed
 from fleetune.models.config import LoRAConfig, ModelConfig
 from fleetune.models.load import load_base
 from fleetune.models.lora import init_lora
+from fleetune.models.model import Model
 from fleetune.models.network import Network, linear_sites
 from fleetune.models.submodel import Submodel
 from fleetune.problem import set_threads
@@ -64,7 +65,7 @@ class Trial:
         submodel = Submodel.prefix(case.base.num_layers)
         set_up(device, kernels)
         base = placed(case.base, device=device, precision=precision)
-        self.network, self.plan = Network(base, submodel, lora, precision=precision), LocalPlan(submodel)
+        self.network, self.plan = Network(base, submodel, lora, precision=precision), LocalPlan(Model(submodel))
         self.local = LocalConfig(steps=NUM_STEPS, batch_size=case.batch_size)
         self.start: Tensors = init_lora(linear_sites(case.base, lora), lora, run_seed=0)
         per_client = NUM_STEPS * case.batch_size

@@ -22,6 +22,7 @@ def child(method: str, model: str | None, checkpointing: bool) -> None:
     """One trace from an empty cache, in NF4 and bf16; the second one shows what importing took."""
     import torch
 
+    from fleetune.methods.base import Report
     from fleetune.models.architectures import architecture
     from fleetune.plan.walk import outline
     from fleetune.pricing.mapping import CostedModel
@@ -33,7 +34,7 @@ def child(method: str, model: str | None, checkpointing: bool) -> None:
     costed = CostedModel(problem.inputs.base, architecture(model) if model else None)
     tracing = Tracing(costed, problem.method, problem.spec.model.lora, problem.spec.local, None)
     with torch.device("meta"):
-        state = problem.method.begin_round(problem.method.start(), problem.spec.rounds.num_rounds - 1)
+        state = problem.method.begin_round(problem.method.start(), problem.spec.rounds.num_rounds - 1, Report(0.0))
     payload = problem.method.broadcast(state, problem.spec.rounds.num_rounds - 1, None)
     out: dict[str, float] = {}
     for name in ("first_cpu_seconds", "cpu_seconds"):

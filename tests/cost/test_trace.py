@@ -22,7 +22,7 @@ from fleetune.cost.polynomials import FORMS, POINTS, Fitter, Point, evaluate, mo
 from fleetune.cost.recording import live_bytes, possible_peaks
 from fleetune.cost.trace import PARTS, SideWork, StepTrace
 from fleetune.methods import METHODS
-from fleetune.methods.base import Context, Method, Payload
+from fleetune.methods.base import Context, Method, Payload, Report
 from fleetune.models.architectures import ModelShape, architecture
 from fleetune.models.base import PRODUCT_DTYPES, BaseModel, placed
 from fleetune.models.config import LINEAR_NAMES, LoRAConfig
@@ -98,7 +98,7 @@ def world(
     config = METHODS[name].Config(name=name, **{**SETTINGS.get(name, {}), **settings})
     method = METHODS[name](config, Context(base, lora, linear_sites(base, lora), 8, 0))
     steps = LocalConfig(checkpointing=checkpointing, **local)
-    payload = method.broadcast(method.begin_round(method.start(), round_idx), round_idx, None)
+    payload = method.broadcast(method.begin_round(method.start(), round_idx, Report(0.0)), round_idx, None)
     tracing = Tracing(CostedModel(base), method, lora, steps, None)
     worker = Worker(base=base, lora=lora, local=steps, data=_examples(POINTS[0]), precision=precision)
     return World(method, worker, payload, tracing, WorkShape(weights, precision, checkpointing))
@@ -362,7 +362,7 @@ def test_a_device_holds_one_gradient(case: str):
 
 def kept_bytes(this: World, point: Point) -> int:
     """Bytes that autograd keeps on the client of the first real step, weights and adapters left out."""
-    network = this.worker.network(this.method.submodel(this.payload))
+    network = this.worker.network(this.method.model(this.payload))
     tensors = [*network.model.parameters(), *network.model.buffers(), *this.worker.base.weights.values()]
     known = {t.untyped_storage().data_ptr() for t in tensors}
     kept: dict[int, torch.Tensor] = {}

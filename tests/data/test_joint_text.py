@@ -18,6 +18,7 @@ from fleetune.data.dataset import TokenizedDataset
 from fleetune.data.records import Examples
 from fleetune.data.tokenize import continuations, tokenize
 from fleetune.errors import UserError
+from fleetune.models.model import Model
 from fleetune.models.submodel import Submodel
 from fleetune.training.evaluate import evaluate_rows
 from fleetune.training.plan import ClientTask, LocalPlan
@@ -126,8 +127,8 @@ def test_step_ones_loss_is_transformers_on_the_joint_text(tmp_path, kind):
 
     adapter = models.random_adapter(problem.inputs.base, problem.spec.model.lora)
     adapter = {name: torch.zeros_like(t) if name.endswith("lora_B") else t for name, t in adapter.items()}
-    plan = LocalPlan(Submodel.prefix(2))
-    network = runs.worker(problem).network(plan.submodel)
+    plan = LocalPlan(Model(Submodel.prefix(2)))
+    network = runs.worker(problem).network(plan.model)
     rows = np.arange(len(PAIRS))
     first = ClientTask(0, 1.0, rows[None], 0.01, address=(0, 0))
     update = train_cohort(network, plan, adapter, [first], data=problem.inputs.train, local=problem.spec.local)

@@ -19,6 +19,7 @@ from fleetune.engine.execution.executor import CompletedEvaluation, SerialExecut
 from fleetune.errors import RunFailed
 from fleetune.methods.base import ClientInfo, GlobalModel, Payload, State, Update
 from fleetune.methods.fedavg import FedIT
+from fleetune.methods.traits import Traits
 from fleetune.records.run_directory import RunDirectory
 from fleetune.training.evaluate import EvalSums
 from fleetune.training.plan import ClientTask, CohortUpdate
@@ -43,6 +44,10 @@ def run_with(method: type[FedIT], folder: Path, **overrides: Any) -> tuple[runs.
 class ByDevice(FedIT):
     """Boards with little memory train with another payload: the same adapter, halved."""
 
+    def __init__(self, config: Any, context: Any):
+        super().__init__(config, context)
+        self.traits = Traits(groups=True)
+
     def group(self, client: ClientInfo) -> bool:
         return client.device == "jetson-nano"
 
@@ -54,7 +59,10 @@ class ByDevice(FedIT):
 class EachUpdate(FedIT):
     """Wants every client's update by itself."""
 
-    partial_sums = False
+    def __init__(self, config: Any, context: Any):
+        super().__init__(config, context)
+        self.traits = Traits(partial_sums=False)
+
     seen: list[tuple[tuple[int, ...], float]]
 
     def aggregate(self, state: State, updates: Any, round_idx: int) -> State:

@@ -14,6 +14,7 @@ from fleetune.engine.checkpoint.client_store import MAX_UNITS, ClientStore
 from fleetune.engine.execution.work_units import WorkUnit, make_work_units
 from fleetune.engine.execution.worker_process import run_work_unit
 from fleetune.errors import RunFailed
+from fleetune.methods.traits import Traits
 from fleetune.problem import Problem
 from fleetune.seeds import seed_of
 from fleetune.tensors import Packed, pack
@@ -28,6 +29,7 @@ def units_of(steps: Sequence[int], *, cohort_size: int, coupled: bool = False, *
         "payloads": np.zeros(n, np.int64),
         "learning_rate": 0.1,
         "ranks": np.full(n, 2),
+        "full_ranks": np.full(n, 2),
         "store": ClientStore("nowhere", ""),
         "slots": {},
         **more,
@@ -137,6 +139,7 @@ def world(**overrides: Any) -> tuple[Problem, list[WorkUnit]]:
         cohort_size=3,
         coupled=False,
         ranks=np.full(6, problem.spec.model.lora.rank),
+        full_ranks=np.full(6, problem.spec.model.lora.rank),
         store=ClientStore("nowhere", ""),
         slots={},
     )
@@ -164,7 +167,7 @@ def test_a_units_sum_is_of_its_clients_that_count():
 def test_late_clients_are_left_out_where_each_update_is_wanted():
     """Of the second unit's clients 3, 4 and 5 only 3 has a weight, so only its upload comes back."""
     problem, units = world()
-    problem.method.partial_sums = False
+    problem.method.traits = Traits(partial_sums=False)
     payload = problem.method.broadcast(problem.method.start(), 0, None)
     reply = run_work_unit(runs.worker(problem), problem.method, {0: payload}, units[1])
     assert sorted(reply.each) == [3]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fleetune.errors import UserError
+from fleetune.methods.base import Report
 from fleetune.methods.devft import DevFT, capacities, write_back
 from fleetune.methods.layer_groups import fuse, group_layers, layer_similarity, spectral_groups
 from fleetune.models.base import BaseModel
@@ -186,7 +187,7 @@ def test_a_stage_starts_from_what_the_last_one_wrote_back():
     method = first.problem.method
     assert isinstance(method, DevFT)
     stage_0 = {n.removeprefix("stage."): t for n, t in first.state.tensors.items() if n.startswith("stage.")}
-    begun = method.begin_round(first.state, 1)
+    begun = method.begin_round(first.state, 1, Report(0.0))
     whole = write_back(stage_0, first.state.values["groups"])
     expected = fuse(begun.values["groups"], fusion="dblf", beta=0.1).fuse_adapter(whole)
     stage_1 = {n.removeprefix("stage."): t for n, t in begun.tensors.items() if n.startswith("stage.")}

@@ -41,7 +41,7 @@ def test_the_gradient_gains_mu_times_the_distance():
     plan = made.method.local_plan(payload)
     _, passed = runs.recorded(tiny.spec({**FAST, "rounds.num_rounds": 1}))
     task = passed[0].unit.tasks(passed[0].unit.cohorts[0])[0]
-    network = runs.worker(made).network(plan.submodel)
+    network = runs.worker(made).network(plan.model)
 
     def train(plan, start, rows):
         upload = train_cohort(

@@ -81,7 +81,7 @@ def test_the_gradient_through_the_cut_is_the_whole_models():
     worker = runs.worker(problem)
     task = tasks(problem, [1])[0]
     update = method.local_update(worker, payload_of(method, state), [task])
-    network = worker.network(method.local_plan(payload_of(method, state)).submodel)
+    network = worker.network(method.local_plan(payload_of(method, state)).model)
     loss, whole = gradients(problem, network, state.tensors, task.rows[0])
     after = {**upload_of(update, 0), **update.server}
     assert update.losses[0] == pytest.approx(loss, rel=1e-6)
@@ -97,7 +97,7 @@ def test_a_shared_server_follows_the_mean_and_each_client_its_own_gradient():
     worker = runs.worker(problem)
     pair = tasks(problem, [1, 1])
     update = method.local_update(worker, payload_of(method, state), pair)
-    network = worker.network(method.local_plan(payload_of(method, state)).submodel)
+    network = worker.network(method.local_plan(payload_of(method, state)).model)
     grads = [gradients(problem, network, state.tensors, task.rows[0])[1] for task in pair]
     for name, start in state.tensors.items():
         if method.on_client(name):
@@ -114,7 +114,7 @@ def test_in_turn_the_second_client_meets_what_the_server_learnt_from_the_first()
     worker = runs.worker(problem)
     pair = tasks(problem, [1, 1])
     update = method.local_update(worker, payload_of(method, state), pair)
-    network = worker.network(method.local_plan(payload_of(method, state)).submodel)
+    network = worker.network(method.local_plan(payload_of(method, state)).model)
     params = dict(state.tensors)
     for k, task in enumerate(pair):
         _, grads = gradients(problem, network, params, task.rows[0])
@@ -174,7 +174,7 @@ def test_the_servers_moments_live_on_and_the_clients_do_not():
     task = tasks(problem, [4])[0]
     state = warm_state(method)
     params = {name: t.clone().requires_grad_() for name, t in state.tensors.items()}
-    network = worker.network(method.local_plan(payload_of(method, state)).submodel)
+    network = worker.network(method.local_plan(payload_of(method, state)).model)
     server = torch.optim.AdamW([p for n, p in params.items() if not method.on_client(n)], lr=0.01, weight_decay=0.0)
     for round_idx in range(2):
         rows = task.rows[2 * round_idx : 2 * round_idx + 2]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from fleetune.methods.base import GlobalModel
 from fleetune.models.config import LoRAConfig
+from fleetune.models.model import Model
 from fleetune.models.network import Network
 from fleetune.models.peft_format import save_adapter
 from fleetune.models.submodel import Submodel
@@ -28,7 +29,7 @@ def test_peft_computes_our_logits(architecture: str, case: str, tmp_path: Path):
     lora, base = CASES[case], models.base_of(architecture)
     adapter = models.random_adapter(base, lora)
     whole = Submodel.prefix(base.num_layers)
-    save_adapter(tmp_path, GlobalModel(whole, adapter), base, lora)
+    save_adapter(tmp_path, GlobalModel(Model(whole), adapter), base, lora)
     peft = PeftModel.from_pretrained(models.reference(architecture), str(tmp_path)).eval()
 
     ids = models.random_ids(2, 9)
@@ -58,4 +59,4 @@ def test_a_finished_run_leaves_an_adapter_that_loads(method: str):
 def test_part_of_the_model_is_not_shipped(tmp_path: Path):
     base = models.base_of("llama")
     with pytest.raises(AssertionError, match="whole model"):
-        save_adapter(tmp_path, GlobalModel(Submodel.prefix(2), {}), base, LoRAConfig())
+        save_adapter(tmp_path, GlobalModel(Model(Submodel.prefix(2)), {}), base, LoRAConfig())

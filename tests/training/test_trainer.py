@@ -11,6 +11,7 @@ import torch
 from fleetune.data.batches import IGNORED, NO_EXAMPLE, collate
 from fleetune.methods.base import is_lora_a, is_lora_b
 from fleetune.models.config import LoRAConfig
+from fleetune.models.model import Model
 from fleetune.models.network import Network
 from fleetune.models.submodel import Submodel
 from fleetune.problem import Problem
@@ -21,7 +22,7 @@ from fleetune.training.trainer import train_cohort
 from support import random_models as models
 from support import runs, tiny
 
-WHOLE = LocalPlan(Submodel.prefix(4))
+WHOLE = LocalPlan(Model(Submodel.prefix(4)))
 ROWS = np.arange(24).reshape(4, 3, 2)
 
 
@@ -41,7 +42,7 @@ def world(**overrides: object) -> tuple[Problem, Tensors]:
 
 
 def train(problem: Problem, start: Tensors, tasks: list[ClientTask], plan: LocalPlan = WHOLE) -> CohortUpdate:
-    network = runs.worker(problem).network(plan.submodel)
+    network = runs.worker(problem).network(plan.model)
     return train_cohort(network, plan, start, tasks, data=problem.inputs.train, local=problem.spec.local)
 
 
@@ -91,7 +92,7 @@ def test_one_client_is_a_plain_torch_loop():
     problem, start = world()
     update = train(problem, start, [task(0, ROWS[0])])
     base = problem.inputs.base
-    network = Network(base, WHOLE.submodel, problem.spec.model.lora)
+    network = Network(base, WHOLE.model, problem.spec.model.lora)
     leaves = {name: t.clone().requires_grad_() for name, t in start.items()}
     optimizer = torch.optim.AdamW(leaves.values(), lr=0.01, weight_decay=0.0)
     losses = []
@@ -169,7 +170,7 @@ def test_what_is_kept_comes_back_and_what_is_private_goes_in():
 def test_no_adapter_is_left_in_the_network():
     """The network is scratch space: after a cohort it is the base model again."""
     problem, start = world()
-    network = runs.worker(problem).network(WHOLE.submodel)
+    network = runs.worker(problem).network(WHOLE.model)
     ids = torch.arange(1, 9)[None]
     before = network.blocks(network.embed(ids))
     train_cohort(network, WHOLE, start, [task(0, ROWS[0])], data=problem.inputs.train, local=problem.spec.local)
@@ -182,7 +183,7 @@ def test_dropout_draws_at_the_clients_address():
     first, second = task(0, ROWS[0]), replace(task(0, ROWS[0]), address=(0, 9))
     losses = [train(problem, start, [t]).losses[0] for t in (first, first, second)]
     assert losses[0] == losses[1] != losses[2]
-    network = runs.worker(problem).network(WHOLE.submodel)
+    network = runs.worker(problem).network(WHOLE.model)
     network.set_adapter({name: t[None] for name, t in start.items()})
     ids = torch.arange(1, 9)[None]
     assert torch.equal(network.blocks(network.embed(ids)), network.blocks(network.embed(ids)))

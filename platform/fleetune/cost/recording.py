@@ -30,14 +30,20 @@ class Recording:
     names: list[str]  # (t,): torch's names of the operators
     saved: np.ndarray  # (6,), as in StepTrace
     cut: np.ndarray  # (2, 6), as in StepTrace
+    upload: np.ndarray  # (2,), as in StepTrace
 
     @classmethod
-    def of(cls, recordings: Sequence[Any], cuts: Sequence[Sequence[int]]) -> Recording:
-        """From the tracers of both points, and the bytes that a step of each sends and receives at the cut.
+    def of(
+        cls, recordings: Sequence[Any], cuts: Sequence[Sequence[int]], uploads: Sequence[Sequence[int]]
+    ) -> Recording:
+        """From the tracers of both points, the bytes of a step at the cut (sent, received), and those of the upload (of any
+        number of steps, of each step).
 
         Raises ValueError if the work runs other operators, or holds other tensors, for another batch: the n-th of one recording
-        is then not the n-th of the other, and no polynomial goes through the two.
+        is then not the n-th of the other, and no polynomial goes through the two. An upload may not depend on the batch either.
         """
+        if uploads[0] != uploads[1]:
+            raise ValueError(f"the upload's size depends on the batch: {uploads}")
         first, second = recordings
         fit = Fitter(POINTS)
         if [op.name for op in first.ops] != [op.name for op in second.ops] or len(first.held) != len(second.held):
@@ -49,11 +55,13 @@ class Recording:
             names=[op.name for op in first.ops],
             saved=sum((fit(*pair) for pair in zip(first.saved_bytes, second.saved_bytes, strict=True)), np.zeros(NUM)),
             cut=np.stack([fit(*pair) for pair in zip(*cuts, strict=True)]),
+            upload=np.array(uploads[0], float),
         )
 
     def trace(self) -> StepTrace:
         """The trace of the step that was recorded."""
-        return StepTrace(self.sides[CLIENT], self.sides[SERVER], possible_peaks(self.live), self.saved, self.cut)
+        moments = possible_peaks(self.live)
+        return StepTrace(self.sides[CLIENT], self.sides[SERVER], moments, self.saved, self.cut, self.upload)
 
     def by_slot(self) -> dict[tuple[int, int | None], list[int]]:
         """{(step, block): the positions of its operators}."""
@@ -88,6 +96,7 @@ def at_depth(small: Recording, large: Recording, num_more: int) -> StepTrace:
         moments=possible_peaks(np.concatenate(moments)),
         saved=small.saved + num_more * (large.saved - small.saved),
         cut=small.cut + num_more * (large.cut - small.cut),
+        upload=small.upload + num_more * (large.upload - small.upload),
     )
 
 

@@ -57,23 +57,22 @@ class StepTrace:
 
     client: SideWork
     server: SideWork  # what the server does for one client (split learning); empty for other methods
-    moments: (
-        np.ndarray
-    )  # (m, 7, 6): bytes by part at every moment that can be the peak; which one is depends on the batch
+    moments: np.ndarray  # (m, 7, 6): bytes by part at every moment that can be the peak, depending on the batch
     saved: np.ndarray  # (6,): bytes that autograd keeps of a step for its backward pass, beside weights and adapters
     cut: np.ndarray  # (2, 6): bytes that a step sends to the server at the cut, and receives from it (split learning)
+    upload: (
+        np.ndarray
+    )  # (2,): bytes that go up at the end whatever the number of steps, and bytes that go up for each step
 
     def peak(self, basis: np.ndarray) -> np.ndarray:
         """Bytes by part at the peak of a step, for n batches ``basis (n, 6)`` -> (n, 7)."""
-        where = evaluate(self.moments.sum(axis=1), basis).argmax(
-            axis=1
-        )  # (n,): the moment at which each batch needs most
+        where = evaluate(self.moments.sum(axis=1), basis).argmax(axis=1)  # (n,): when each batch needs most
         at_peak = self.moments[where]
         return sum((at_peak[:, :, k] * basis[:, k, None] for k in range(NUM)), np.zeros(at_peak.shape[:2]))
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists."""
-        arrays = {name: getattr(self, name).tolist() for name in ("moments", "saved", "cut")}
+        arrays = {name: getattr(self, name).tolist() for name in ("moments", "saved", "cut", "upload")}
         return {**arrays, "client": self.client.to_json(), "server": self.server.to_json()}
 
     @classmethod
@@ -85,4 +84,5 @@ class StepTrace:
             moments=np.array(values["moments"], float).reshape(-1, len(PARTS), NUM),
             saved=np.array(values["saved"], float),
             cut=np.array(values["cut"], float).reshape(2, NUM),
+            upload=np.array(values["upload"], float),
         )

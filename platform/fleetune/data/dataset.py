@@ -32,9 +32,16 @@ class TokenizedDataset:
     """examples that were longer than ``max_tokens``"""
     left_out: dict[str, int] = field(default_factory=dict)
     """reason -> number of examples that were left out for it"""
+    categories: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """int64 ``(n,)``: each example's category, from 0; empty if nobody asked for them. They are not in the file."""
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
+
+    @property
+    def num_categories(self) -> int:
+        """Categories of the examples, at least one."""
+        return int(self.categories.max()) + 1 if len(self.categories) else 1
 
     @property
     def lengths(self) -> np.ndarray:

@@ -19,12 +19,12 @@ from fleetune.engine.execution.executor import Executor
 from fleetune.engine.execution.work_units import WorkUnitReply, make_work_units
 from fleetune.engine.pending_rounds import FinishedRound, PendingRounds
 from fleetune.engine.round.planner import RoundPlan, RoundPlanner
-from fleetune.engine.round.ranks import filled, weight_per_row
+from fleetune.engine.round.ranks import filled, trained_rows
 from fleetune.engine.round.rules import FAILED, LATE, OK
 from fleetune.engine.round.work import Work
 from fleetune.engine.rows import client_columns, round_row
 from fleetune.errors import RunFailed
-from fleetune.methods.base import State, Update
+from fleetune.methods.base import Report, State, Update
 from fleetune.problem import Problem
 from fleetune.records.run_directory import RunDirectory
 from fleetune.tensors import Tensors
@@ -58,7 +58,9 @@ class Coordinator:
                 started = time.perf_counter()
 
                 # 1. Plan: what the server sends, to whom, and what it costs each; so who is refused, leaves, or comes too late.
-                state = self.method.begin_round(state, round_idx)
+                if self.method.traits.waits:
+                    yield from self._written(everything=True)
+                state = self.method.begin_round(state, round_idx, self._report(progress))
                 now = self.planner.round(
                     state,
                     round_idx,
@@ -102,6 +104,10 @@ class Coordinator:
             self.pending.close()
         yield self._finish(state, progress)
 
+    def _report(self, progress: Progress) -> Report:
+        """What the server knows of the run so far; its quality only for a method that has waited for it."""
+        return Report(progress.sim_seconds, dict(self.pending.quality) if self.method.traits.waits else {})
+
     # -- start and end ----------------------------------------------------------------------------------------------------
     def _start(self) -> tuple[State, Progress]:
         """The state and progress to go on from: the checkpoint's, or those of a new run."""
@@ -113,7 +119,7 @@ class Coordinator:
         if saved is not None:
             # Records are written before the state, so a kill between the two leaves a round on record that is done again.
             self.run_dir.truncate(saved[1].next_round)
-            self.pending.baseline = saved[1].baseline
+            self.pending.baseline, self.pending.quality = saved[1].baseline, saved[1].quality
             if not saved[1].baseline:
                 self._expect_baseline(self.method.start())
             return saved
@@ -162,7 +168,7 @@ class Coordinator:
         ``replies`` receives every work unit's reply while the updates are read.
         """
         client_ids, work, outcome = now.client_ids, now.work, now.outcome
-        keeps = self._keeps(work)
+        keeps = self.method.traits.private
         active = np.flatnonzero((outcome.status == OK) | ((outcome.status == LATE) & keeps))
         if not len(active):
             return None
@@ -179,8 +185,9 @@ class Coordinator:
             rows=[work.rows[i] for i in active],
             learning_rate=self.spec.local.learning_rate_at(work.round_idx, self.spec.rounds.num_rounds),
             cohort_size=int(self.spec.execution.cohort),
-            coupled=self.spec.method.coupled,
+            coupled=self.method.traits.coupled,
             ranks=work.of_clients("rank")[active],
+            full_ranks=work.full_ranks()[active],
             store=self.checkpoint.store,
             slots=self.checkpoint.slots_of(ids) if keeps else {},
         )
@@ -231,9 +238,8 @@ class Coordinator:
         round would not fit into memory.
         """
         index_of = {client_id: i for i, client_id in enumerate(client_ids.tolist())}
-        full_rank = self.spec.model.lora.rank
-        ranks = np.where(weights > 0, work.of_clients("rank"), full_rank)
-        trained = weight_per_row(ranks, weights, full_rank) if (ranks < full_rank).any() else None
+        ranks = work.of_clients("rank")
+        trained = trained_rows(work, weights)
         has_diverged = False
         for reply in stream:
             counted = [i for i in (index_of[int(c)] for c in reply.client_ids) if weights[i] > 0]
@@ -253,13 +259,13 @@ class Coordinator:
                 if key in reply.partial_sums or server:
                     packed = reply.partial_sums.get(key)
                     total = self._at_full_size(packed.unpack(), work, key, total_weight, trained) if packed else {}
-                    yield Update(total, 1.0, ids, server, group, total_weight)
+                    yield Update(total, 1.0, ids, server, group, tuple(ranks[members].tolist()), total_weight)
                     server = {}
                 for i, client_id in zip(members, ids, strict=True):
                     if client_id in reply.each:
                         weight = float(weights[i])
                         upload = self._at_full_size(reply.each[client_id].unpack(), work, key, 1.0, trained)
-                        yield Update(upload, weight, (client_id,), {}, group, weight)
+                        yield Update(upload, weight, (client_id,), {}, group, (int(ranks[i]),), weight)
             if reply.private:  # a worker with access to the store has written them there itself
                 self.checkpoint.store.write(slot_of(work.round_idx, reply.index), reply.private)
             reply.let_go()
@@ -268,24 +274,19 @@ class Coordinator:
             raise Diverged
 
     def _at_full_size(
-        self, upload: Tensors, work: Work, key: int, total_weight: float, trained: np.ndarray | None
+        self, upload: Tensors, work: Work, key: int, total_weight: float, trained: dict[int, np.ndarray]
     ) -> Tensors:
         """An upload (or a sum of them) of clients with a smaller workload, at full depth and rank.
 
-        ``total_weight``: the p_k that it has been multiplied by already. ``trained``: see `round.ranks.weight_per_row`; None if
-        everybody trained all ranks.
+        ``total_weight``: the p_k that it has been multiplied by already. ``trained``: see `round.ranks.trained_rows`.
         """
         source = work.source[key]
         if work.workloads[key].depth != work.workloads[source].depth:
             upload = self.method.grown(upload, work.payloads[key])
-        if trained is None:
+        if source not in trained:
             return upload
-        return filled(upload, work.payloads[source].tensors, total_weight=total_weight, trained=trained)
-
-    def _keeps(self, work: Work) -> bool:
-        """True if clients of this work keep private tensors for their next turn."""
-        plans = ((self.method.local_plan(payload), payload) for payload in work.payloads)
-        return any(plan.keeps(name) for plan, payload in plans for name in self.method.client_adapter(payload))
+        sent, rows = work.payloads[source].tensors, trained[source]
+        return filled(upload, sent, total_weight=total_weight, trained=rows, axes=self.method.axes)
 
     # -- small things -----------------------------------------------------------------------------------------------------
     def _private_states(self) -> Iterator[tuple[int, int, Any]]:

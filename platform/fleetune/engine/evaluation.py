@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from fleetune.engine.execution.executor import Executor
 from fleetune.engine.pending_rounds import PendingQuality
 from fleetune.methods.base import GlobalModel
+from fleetune.models.adapters import adds_nothing
 from fleetune.problem import Problem
 
 Baselines = dict[str, PendingQuality]
@@ -20,22 +23,22 @@ class Evaluator:
     def __init__(self, problem: Problem, executor: Executor, baselines: Baselines):
         self.problem, self.executor, self.baselines = problem, executor, baselines
 
-    def evaluate(self, model: GlobalModel) -> PendingQuality:
-        """Loss and accuracy of a model, in chunks that any worker can take."""
+    def evaluate(self, models: GlobalModel | Mapping[str, GlobalModel]) -> PendingQuality:
+        """Loss and accuracy of a model, or of several by name, in chunks that any worker can take."""
         num_examples = len(self.problem.inputs.evaluation.data)
         size = self.problem.spec.evaluation.batch_size
         chunks = [np.arange(start, min(start + size, num_examples)) for start in range(0, num_examples, size)]
-        return PendingQuality(self.executor.evaluate(model, chunks))
+        named = {"": models} if isinstance(models, GlobalModel) else models
+        return PendingQuality({name: self.executor.evaluate(model, chunks) for name, model in named.items()})
 
-    def untrained(self, model: GlobalModel) -> PendingQuality:
+    def untrained(self, model: GlobalModel | Mapping[str, GlobalModel]) -> PendingQuality:
         """The quality of the model that a run starts from.
 
-        With B = 0 in all its blocks it is the base model, whatever the method and A are; so runs over one base and data share it.
+        With pairs of B = 0 in all its blocks it is the base model, whatever the method and A are; so runs over one base and data
+        share it.
         """
-        is_base = model.submodel.is_whole(self.problem.inputs.base.num_layers) and not any(
-            tensor.any() for name, tensor in model.adapter.items() if name.endswith(".lora_B")
-        )
-        if not is_base:
+        num_layers = self.problem.inputs.base.num_layers
+        if not isinstance(model, GlobalModel) or not model.model.is_base(num_layers) or not adds_nothing(model.adapter):
             return self.evaluate(model)
         key = self._baseline_key()
         # An evaluation that is not done belongs to another run, which may have failed: it might never come.

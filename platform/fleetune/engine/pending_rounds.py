@@ -9,13 +9,14 @@ second, as long as a round of a hundred idle clients. A round waits for those of
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fleetune import files
 from fleetune.engine.checkpoint.checkpoint import Checkpoint, Progress, Snapshot
 from fleetune.engine.execution.executor import Evaluation
+from fleetune.methods.base import MAIN
 from fleetune.records.run_directory import RunDirectory
 from fleetune.training.evaluate import totals
 
@@ -27,21 +28,33 @@ MAX_OPEN = 1
 
 
 class PendingQuality:
-    """The loss and accuracy of a model, whose evaluation may still be running."""
+    """Loss and accuracy whose evaluation may still be running: of one model, whose name is "", or of several by name."""
 
-    def __init__(self, evaluation: Evaluation):
-        self._evaluation = evaluation
+    def __init__(self, evaluations: Mapping[str, Evaluation]):
+        self._evaluations = evaluations
         self._quality: Quality | None = None
 
     def is_done(self) -> bool:
         """True if `quality` would not wait."""
-        return self._quality is not None or self._evaluation.is_done()
+        return self._quality is not None or all(one.is_done() for one in self._evaluations.values())
 
     def quality(self) -> Quality:
-        """Loss and accuracy; waits for them."""
+        """Loss and accuracy; waits for them.
+
+        Of several models each has columns of its own, ``eval_loss/<name>``; the run's are those of `MAIN`, or else their mean.
+        """
         if self._quality is None:
-            self._quality = totals(self._evaluation.sums())
+            by_name = {name: totals(one.sums()) for name, one in self._evaluations.items()}
+            self._quality = by_name[""] if list(by_name) == [""] else _joined(by_name)
         return self._quality
+
+
+def _joined(by_name: dict[str, Quality]) -> Quality:
+    """The columns of several named models."""
+    kinds = next(iter(by_name.values()))
+    mean = {kind: sum(one[kind] for one in by_name.values()) / len(by_name) for kind in kinds}
+    named = {f"{kind}/{name}": one[kind] for name, one in by_name.items() if name != MAIN for kind in kinds}
+    return {**by_name.get(MAIN, mean), **named}
 
 
 @dataclass
@@ -69,6 +82,8 @@ class PendingRounds:
     def __init__(self, run_dir: RunDirectory, checkpoint: Checkpoint):
         self.run_dir, self.checkpoint = run_dir, checkpoint
         self.baseline: Quality = {}
+        self.quality: Quality = {}
+        """Of the last round that was evaluated and written."""
         self._baseline: PendingQuality | None = None
         self._open: deque[FinishedRound] = deque()
         self._behind = files.Behind()
@@ -91,6 +106,8 @@ class PendingRounds:
                 if not (everything or len(self._open) > MAX_OPEN or first.evaluation.is_done()):
                     return
                 first.row.update(first.evaluation.quality())
+                self.quality = first.evaluation.quality()
+            first.progress.quality = self.quality
             first.progress.baseline = self.baseline
             self._behind.wait()
             part = self.run_dir.append_round(first.row, first.clients)

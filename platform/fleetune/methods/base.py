@@ -1,27 +1,31 @@
 """What a federated method is: both sides in one class, its server state a value that goes in and comes out.
 
 A round calls, in this order: `begin_round` (server), `group` and `broadcast` for each group of clients (server), `local_plan`
-and `local_update` (client; in a worker process), `aggregate` (server). Most first-order methods only say what is different:
-which tensors are trained, which travel, what is added to the loss. The engine does the rest, and knows no method by name.
+and `local_update` (client; in a worker process), `summand` (in that worker, on the server's behalf), `aggregate` (server). Most
+first-order methods only say what is different: which tensors are trained, which travel, what is added to the loss. The engine
+does the rest, and knows no method by name.
 
 Adapter tensors are named ``<site>.lora_A``, (r, in), and ``<site>.lora_B``, (out, r), with ``layers.<n>.…`` as site and blocks
-counted from 0 within the (sub)model.
+counted from 0 within the (sub)model; `models.adapters` has the other kinds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from fleetune.config import Config
+from fleetune.methods.traits import Traits
+from fleetune.models.adapters import AXES, Axes, cut
 from fleetune.models.base import BaseModel
 from fleetune.models.config import LoRAConfig
 from fleetune.models.lora import init_lora
+from fleetune.models.model import Model
 from fleetune.models.submodel import Submodel
-from fleetune.tensors import Tensors, add_weighted, num_bytes
+from fleetune.tensors import Stack, Tensors, add_weighted, num_bytes
 from fleetune.training.plan import ClientTask, CohortUpdate, LocalPlan
 from fleetune.training.trainer import train_cohort
 from fleetune.training.worker import Worker
@@ -43,12 +47,16 @@ class State:
 
 @dataclass(frozen=True)
 class Provision:
-    """Weights that a client must hold for this payload; charged once, when the client sees ``key`` for the first time."""
+    """What a client must have been sent before it can work on a payload. Its downlink is charged for what it lacks.
+
+    Only names, shapes and types of the tensors are looked at, so they may lie on torch's meta device.
+    """
 
     key: str
-    """Name of the weights. The server remembers the last one of each client."""
-    num_bytes: int
-    """Bytes on the client's downlink."""
+    """Name of the provision. The server remembers the last one of each client; who was sent this one lacks nothing."""
+    missing: Callable[[str | None], Sequence[Tensors]]
+    """Key of the provision that a client was sent last (None: it was sent none) -> what it lacks of this one, in each form in
+    which it could be sent. The smallest form is charged."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,9 @@ class Payload:
     """Plain values that tell the client side what to do (``submodel``, a step count); they are not charged."""
     server: Tensors = field(default_factory=dict)
     """State of the server that its own half needs while clients work (split learning); crosses no link."""
+    held: Tensors = field(default_factory=dict)
+    """Frozen tensors that clients hold beside the base's (`models.model.Model`). They cross no link with the payload: clients
+    have them already, or make them themselves from what ``provision`` charges."""
     provision: Provision | None = None
     """Weights that the client needs beside the tensors, if it does not hold them yet."""
 
@@ -77,7 +88,7 @@ class Payload:
 class Update:
     """What `aggregate` receives, one after the other: the upload of one client, or a sum over many.
 
-    With `Method.partial_sums` (the default) a worker adds up sum_k p_k x_k over its clients of one payload, so that a round's
+    With `Traits.partial_sums` (the default) a worker adds up sum_k p_k x_k over its clients of one payload, so that a round's
     uploads never have to be in memory together; otherwise each client's upload comes by itself. A method that only takes a
     weighted average needs no more than ``tensors`` times ``weight`` of either.
     """
@@ -93,6 +104,8 @@ class Update:
     work unit and is empty in the others, so that adding them all up counts it once."""
     group: Hashable = None
     """The clients' group, as `Method.group` gave it."""
+    ranks: tuple[int, ...] = ()
+    """The rank of the adapter that each of ``client_ids`` trained."""
     total_weight: float = 1.0
     """Sum of the clients' p_k, for a method that averages within groups; for one client its ``weight``."""
 
@@ -107,15 +120,32 @@ class ClientInfo(NamedTuple):
     """Bytes of memory that the client may use."""
     num_examples: int
     """n_k: training examples in its shard."""
+    category: int
+    """The category that most of its examples have, 0 to `Context.num_categories` - 1."""
 
 
 @dataclass(frozen=True)
 class GlobalModel:
-    """The model that is evaluated or deployed: blocks and their adapter."""
+    """The model that is evaluated or deployed: what is frozen, and an adapter."""
 
-    submodel: Submodel
+    model: Model
     adapter: Tensors
     """Of all its blocks, which are counted from 0 within the submodel."""
+
+
+MAIN = "main"
+"""Of several models that a method names, the one whose quality is the run's."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a server knows of the run when a round begins."""
+
+    sim_seconds: float
+    """Virtual time at which the last round ended."""
+    quality: Mapping[str, float] = field(default_factory=dict)
+    """Of the last evaluated round: ``eval_loss``, ``eval_accuracy``, and ``eval_loss/<name>`` of each named model. Only for
+    methods that wait for it (`Traits.waits`); empty before the first evaluation, and in a plan, which trains nothing."""
 
 
 PrivateStates = Callable[[], Iterator[tuple[int, int, Tensors]]]
@@ -138,11 +168,18 @@ class Context:
     num_rounds: int
     seed: int
     """The run's seed; a method's own draws begin their addresses with it."""
+    num_categories: int = 1
+    """Categories of the training examples, those that the partition goes by."""
 
     @property
     def num_layers(self) -> int:
         """Blocks of the full model."""
         return self.base.num_layers
+
+    @property
+    def whole_model(self) -> Model:
+        """All blocks of the base model."""
+        return Model(Submodel.prefix(self.num_layers))
 
     def fresh_adapter(self) -> Tensors:
         """The initial adapter of all blocks: A (r, in) random, B (out, r) = 0."""
@@ -158,12 +195,12 @@ class MethodConfig(Config):
     name: str
 
     @property
-    def coupled(self) -> bool:
-        """True if all clients of a round must be worked on together, because they share a server's half.
+    def traits(self) -> Traits:
+        """What the method is like with these settings.
 
         A property of the settings and not of the method, as it decides how a job is spread over workers before any model is read.
         """
-        return False
+        return Traits()
 
 
 class Method:
@@ -173,13 +210,13 @@ class Method:
     """The method's settings, checked when the job is read."""
     source: ClassVar[str]
     """One line for `fleetune list methods`: what it is and where it comes from."""
-    partial_sums: ClassVar[bool] = True
-    """True if `aggregate` needs only weighted sums, which workers then form per unit; otherwise it gets each client's update."""
-    draws_batches: ClassVar[bool] = True
-    """True if clients work on batches of their examples; methods that only compose or forward do not."""
+    axes: Axes = AXES
+    """What the axes of the method's tensors count, by the last part of their names. A method with tensors of its own kind adds
+    them here, so that they can be cut to a smaller rank and costed on another architecture."""
 
     def __init__(self, config: Any, context: Context):
         self.config, self.context = config, context
+        self.traits: Traits = config.traits
 
     # -- server ---------------------------------------------------------------------------------------------------------
     def check(self) -> None:
@@ -193,9 +230,13 @@ class Method:
         """The stage, from 0, that a round belongs to."""
         return 0
 
-    def begin_round(self, state: State, round_idx: int) -> State:
+    def begin_round(self, state: State, round_idx: int, report: Report) -> State:
         """The state with which the round begins, in the next stage if one is due. Called before anything is sent."""
         return state
+
+    def drawn_from(self, state: State, round_idx: int) -> int:
+        """The round whose clients and batches are used; an earlier one if the server asks again for work on the same examples."""
+        return round_idx
 
     def group(self, client: ClientInfo) -> Hashable:
         """The client's group: clients of one group receive one payload. By default all are in one group."""
@@ -205,20 +246,39 @@ class Method:
         """The payload for the clients of a group."""
         return Payload(state.tensors)
 
+    def summand(self, payload: Payload, received: Stack, tasks: Sequence[ClientTask]) -> Stack:
+        """What is summed over clients, (K, …), made of what the server received from K of them. Default: just that.
+
+        It runs in the worker, so that a round's uploads need not lie in memory one beside the other; but it is the server's
+        work, and clients are charged for neither its result nor its time.
+        """
+        return received
+
     def aggregate(self, state: State, updates: Iterable[Update], round_idx: int) -> State:
-        """The next state, from updates that arrive one by one in client order. Their weights sum to 1."""
+        """The next state, from updates that arrive one by one, always in the same order. Their weights sum to 1."""
         total: Tensors = {}
         for update in updates:
             add_weighted(total, update.tensors, update.weight)
         return State({**state.tensors, **total}, state.values)
 
-    def evaluated(self, state: State, private: PrivateStates) -> GlobalModel:
-        """The model whose quality a round reports."""
-        return GlobalModel(Submodel.prefix(self.context.num_layers), state.tensors)
+    def expected(self, state: State, updates: Iterable[Update], round_idx: int) -> State:
+        """The state after a round, as far as the size of later payloads depends on it. A plan calls it in place of `aggregate`,
+        with updates that have no tensors."""
+        return state
+
+    def evaluated(self, state: State, private: PrivateStates) -> GlobalModel | Mapping[str, GlobalModel]:
+        """The model whose quality a round reports, or several by name.
+
+        Each named model gets columns of its own; the run's are those of `MAIN` if it is there, else their mean.
+        """
+        return GlobalModel(self.context.whole_model, state.tensors)
 
     def deployed(self, state: State, private: PrivateStates) -> GlobalModel:
         """The model that is shipped in the end, an adapter for all blocks of the base."""
-        return self.evaluated(state, private)
+        model = self.evaluated(state, private)
+        if isinstance(model, GlobalModel):
+            return model
+        return model[MAIN] if MAIN in model else next(iter(model.values()))
 
     def columns(self, state: State) -> dict[str, float]:
         """The method's own columns of rounds.parquet, with their values for this round."""
@@ -227,6 +287,10 @@ class Method:
     def shrunk(self, payload: Payload, num_layers: int) -> Payload:
         """The payload for a client that holds only so many blocks; for methods that have submodels of any depth."""
         raise NotImplementedError
+
+    def narrowed(self, payload: Payload, rank: int) -> Payload:
+        """The payload for a client that trains only the first ``rank`` ranks of every adapter."""
+        return replace(payload, tensors=cut(payload.tensors, rank, self.axes))
 
     def grown(self, upload: Tensors, payload: Payload) -> Tensors:
         """An upload (or a weighted sum of them) for a payload that was `shrunk`, given to all blocks of the unshrunk one."""
@@ -239,9 +303,13 @@ class Method:
             return Submodel.from_values(payload.values["submodel"])
         return Submodel.prefix(self.context.num_layers)
 
+    def model(self, payload: Payload) -> Model:
+        """What the payload's clients hold: its blocks, and the frozen tensors beside them."""
+        return Model(self.submodel(payload), payload.held)
+
     def local_plan(self, payload: Payload) -> LocalPlan:
         """What the clients of this payload do, as a value: for the trainer, and for the costs before it."""
-        return LocalPlan(self.submodel(payload))
+        return LocalPlan(self.model(payload))
 
     def client_adapter(self, payload: Payload) -> Tensors:
         """The adapter from which a client without private state starts."""
@@ -250,7 +318,7 @@ class Method:
     def local_update(self, worker: Worker, payload: Payload, tasks: Sequence[ClientTask]) -> CohortUpdate:
         """The clients' work. By default the shared trainer carries out the plan for the full cohort at once, stacked."""
         plan = self.local_plan(payload)
-        network = worker.network(plan.submodel)
+        network = worker.network(plan.model)
         return train_cohort(network, plan, self.client_adapter(payload), tasks, data=worker.data, local=worker.local)
 
 

@@ -15,7 +15,7 @@ stages of equal length, re-group from base and adapter at each stage's start, an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -24,27 +24,27 @@ from pydantic import Field
 
 from fleetune.errors import UserError
 from fleetune.methods.base import (
+    ClientInfo,
     GlobalModel,
     Method,
     MethodConfig,
     Payload,
     PrivateStates,
     Provision,
+    Report,
     State,
     Update,
 )
-from fleetune.methods.fedavg import FedIT, FedITConfig
-from fleetune.methods.fedsa_lora import FedSALoRA, FedSALoRAConfig
+from fleetune.methods.fedavg import FedIT
+from fleetune.methods.fedsa_lora import FedSALoRA
 from fleetune.methods.layer_groups import Groups, fuse, group_layers
+from fleetune.methods.traits import Traits
 from fleetune.models.submodel import Submodel
-from fleetune.tensors import Stack, Tensors, num_bytes
+from fleetune.tensors import Stack, Tensors
 from fleetune.training.plan import ClientTask, CohortUpdate, LocalPlan
 from fleetune.training.worker import Worker
 
-INNER: dict[str, tuple[type[Method], type[MethodConfig]]] = {
-    "fedit": (FedIT, FedITConfig),
-    "fedsa-lora": (FedSALoRA, FedSALoRAConfig),
-}
+INNER: dict[str, type[Method]] = {"fedit": FedIT, "fedsa-lora": FedSALoRA}
 
 
 class DevFTConfig(MethodConfig):
@@ -71,6 +71,16 @@ class DevFTConfig(MethodConfig):
     """Charge each client for downloading the stage's fused weights. Off: devices hold the base model, as with every other
     method, and fuse it themselves from the groups and beta."""
 
+    @property
+    def inner(self) -> MethodConfig:
+        """The inner method's settings."""
+        return INNER[self.aggregation].Config(name=self.aggregation)
+
+    @property
+    def traits(self) -> Traits:
+        """Those of the inner method."""
+        return self.inner.traits
+
 
 def capacities(initial: int, growth_rate: int, num_layers: int) -> list[int]:
     """Blocks per stage: {c, c g, c g^2, …} up to the full model. 4, 2, 32 -> [4, 8, 16, 32]; 4, 4, 32 -> [4, 16, 32]."""
@@ -88,8 +98,8 @@ class DevFT(Method):
 
     def __init__(self, config: Any, context: Any):
         super().__init__(config, context)
-        inner, inner_config = INNER[config.aggregation]
-        self.inner = inner(inner_config(name=config.aggregation), context)
+        self.inner = INNER[config.aggregation](config.inner, context)
+        self.axes = self.inner.axes
         self.capacities = capacities(config.initial_capacity, config.growth_rate, context.num_layers)
 
     def check(self) -> None:
@@ -119,7 +129,7 @@ class DevFT(Method):
         inner = self.inner.start()
         return State({f"global.{n}": t for n, t in inner.tensors.items()}, {"stage": -1, "groups": []})
 
-    def begin_round(self, state: State, round_idx: int) -> State:
+    def begin_round(self, state: State, round_idx: int, report: Report) -> State:
         """In a stage's first round: write the former stage's adapter back, group the blocks anew, and fuse them.
 
         The state then holds the adapter of all blocks as it was at the stage's beginning (``global.``) and that of the submodel
@@ -143,12 +153,26 @@ class DevFT(Method):
         tensors.update({f"stage.{n}": t.clone() for n, t in submodel.fuse_adapter(full).items()})
         return State(tensors, {"stage": stage, "groups": groups, "submodel": submodel.to_values()})
 
+    def group(self, client: ClientInfo) -> Hashable:
+        """As the inner method groups clients."""
+        return self.inner.group(client)
+
+    def drawn_from(self, state: State, round_idx: int) -> int:
+        """As the inner method says."""
+        return self.inner.drawn_from(self._inner_state(state), round_idx)
+
     def broadcast(self, state: State, round_idx: int, group: Any) -> Payload:
         """The inner method's payload, with the stage's groups."""
         payload = self.inner.broadcast(self._inner_state(state), round_idx, group)
         values = {**payload.values, "submodel": state.values["submodel"], "groups": state.values["groups"]}
-        provision = self._provision(state) if self.config.ship_submodel else None
+        provision = None
+        if self.config.ship_submodel:
+            provision = self._weights(f"stage-{state.values['stage']}", len(state.values["groups"]))
         return replace(payload, values=values, provision=provision)
+
+    def summand(self, payload: Payload, received: Stack, tasks: Sequence[ClientTask]) -> Stack:
+        """As the inner method sums."""
+        return self.inner.summand(payload, received, tasks)
 
     def aggregate(self, state: State, updates: Iterable[Update], round_idx: int) -> State:
         """The inner method's rule on the stage's adapter."""
@@ -157,7 +181,7 @@ class DevFT(Method):
         tensors.update({f"stage.{n}": t for n, t in inner.tensors.items()})
         return State(tensors, state.values)
 
-    def evaluated(self, state: State, private: PrivateStates) -> GlobalModel:
+    def evaluated(self, state: State, private: PrivateStates) -> GlobalModel | Mapping[str, GlobalModel]:
         """The stage's submodel, which is what clients train; in the last stage the full model."""
         if state.values["stage"] < 0:
             return self.deployed(state, private)
@@ -167,12 +191,14 @@ class DevFT(Method):
             for client_id, num_examples, tensors in private():
                 yield client_id, num_examples, submodel.fuse_adapter(tensors)
 
-        model = self.inner.evaluated(self._inner_state(state), fused)
-        return GlobalModel(submodel, model.adapter)
+        found = self.inner.evaluated(self._inner_state(state), fused)
+        if isinstance(found, GlobalModel):
+            return _on(submodel, found)
+        return {name: _on(submodel, model) for name, model in found.items()}
 
     def deployed(self, state: State, private: PrivateStates) -> GlobalModel:
         """All blocks, each with the adapter of its group."""
-        return self.inner.evaluated(State(self._written_back(state)), private)
+        return self.inner.deployed(State(self._written_back(state)), private)
 
     def columns(self, state: State) -> dict[str, float]:
         """Blocks of the stage's submodel."""
@@ -191,8 +217,7 @@ class DevFT(Method):
         values = {"submodel": fuse(fused, **rule).to_values(), "groups": fused, "merged": merged}
         provision = payload.provision
         if provision is not None:
-            size = provision.num_bytes * num_layers // len(groups)
-            provision = Provision(f"{provision.key}-{num_layers}", size)
+            provision = self._weights(f"{provision.key}-{num_layers}", num_layers)
         tensors = fuse(merged, **rule).fuse_adapter(payload.tensors)
         return replace(payload, tensors=tensors, values={**payload.values, **values}, provision=provision)
 
@@ -229,11 +254,18 @@ class DevFT(Method):
             return {n.removeprefix("global."): t for n, t in state.tensors.items()}
         return write_back(self._inner_state(state).tensors, state.values["groups"])
 
-    def _provision(self, state: State) -> Provision:
-        """The stage's fused blocks as a download; all blocks have the size of the base's first."""
-        base, groups = self.context.base, state.values["groups"]
-        first = {n: w for n, w in base.weights.items() if n.startswith("model.layers.0.")}
-        return Provision(f"stage-{state.values['stage']}", len(groups) * num_bytes(first))
+    def _weights(self, key: str, num_blocks: int) -> Provision:
+        """The fused weights of so many blocks as a download; all blocks have the sizes of the base's first."""
+        first = {n: w for n, w in self.context.base.weights.items() if n.startswith("model.layers.0.")}
+        named = {
+            n.replace(".layers.0.", f".layers.{block}.", 1): w for block in range(num_blocks) for n, w in first.items()
+        }
+        return Provision(key, lambda last: [named])
+
+
+def _on(submodel: Submodel, found: GlobalModel) -> GlobalModel:
+    """What the inner method evaluates, on the stage's blocks."""
+    return GlobalModel(replace(found.model, submodel=submodel), found.adapter)
 
 
 def write_back(adapter: Tensors, groups: Groups) -> Tensors:

@@ -23,7 +23,7 @@ from fleetune.methods.base import (
     is_lora_b,
     zero_b,
 )
-from fleetune.models.submodel import Submodel
+from fleetune.methods.traits import Traits
 from fleetune.tensors import Tensors, select, weighted_sum
 from fleetune.training.plan import LocalPlan
 
@@ -32,6 +32,11 @@ class FedSALoRAConfig(MethodConfig):
     """FedSA-LoRA has no setting of its own."""
 
     name: Literal["fedsa-lora"] = "fedsa-lora"
+
+    @property
+    def traits(self) -> Traits:
+        """Every client keeps its B."""
+        return Traits(private=True)
 
 
 class FedSALoRA(Method):
@@ -58,4 +63,4 @@ class FedSALoRA(Method):
         total = sum(n for _, n, _ in stored)
         mean_b = weighted_sum((n / total, b) for _, n, b in stored) if stored else {}
         adapter = {**zero_b(state.tensors, self.context.sites), **state.tensors, **mean_b}
-        return GlobalModel(Submodel.prefix(self.context.num_layers), adapter)
+        return GlobalModel(self.context.whole_model, adapter)

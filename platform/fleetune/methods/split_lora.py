@@ -27,8 +27,8 @@ from torch import Tensor
 from fleetune.data.batches import NO_EXAMPLE
 from fleetune.errors import UserError
 from fleetune.methods.base import GlobalModel, Method, MethodConfig, Payload, PrivateStates, State, Update
+from fleetune.methods.traits import Traits
 from fleetune.models.network import Network
-from fleetune.models.submodel import Submodel
 from fleetune.scopes import on_server
 from fleetune.tensors import Stack, Tensors, add_weighted, select
 from fleetune.training.config import LocalConfig
@@ -61,9 +61,9 @@ class SplitLoRAConfig(MethodConfig):
     are summed, so the result is the same; the steps take as long as the slowest of them."""
 
     @property
-    def coupled(self) -> bool:
-        """True if the server's half is shared: it sees all clients of a round."""
-        return self.server != "per_client"
+    def traits(self) -> Traits:
+        """A shared server's half sees all clients of a round."""
+        return Traits(coupled=self.server != "per_client")
 
 
 class SplitLoRA(Method):
@@ -89,7 +89,7 @@ class SplitLoRA(Method):
     def local_plan(self, payload: Payload) -> LocalPlan:
         """The client trains and uploads the adapters of its own blocks."""
         return LocalPlan(
-            self.submodel(payload),
+            self.model(payload),
             trainable=self.on_client,
             uploads=self.on_client,
             split=self.config.split_point,
@@ -117,7 +117,7 @@ class SplitLoRA(Method):
     def evaluated(self, state: State, private: PrivateStates) -> GlobalModel:
         """Both halves together; the server's moments are no part of the model."""
         adapter = select(state.tensors, lambda name: name.startswith("layers."))
-        return GlobalModel(Submodel.prefix(self.context.num_layers), adapter)
+        return GlobalModel(self.context.whole_model, adapter)
 
     def columns(self, state: State) -> dict[str, float]:
         """Where the model is cut."""
@@ -127,7 +127,7 @@ class SplitLoRA(Method):
     def local_update(self, worker: Worker, payload: Payload, tasks: Sequence[ClientTask]) -> CohortUpdate:
         """All steps of all clients of the cohort; both halves, cut by detached tensors."""
         plan = self.local_plan(payload)
-        network = worker.network(plan.submodel)
+        network = worker.network(plan.model)
         run = _SplitRound(self.config, network, plan, payload, tasks, worker.local)
         begin_training(network, run.ranked, worker.local)
         for step in range(max(len(task.rows) for task in tasks)):
@@ -168,7 +168,7 @@ class _SplitRound:
     def _set_up_server(self, config: SplitLoRAConfig, payload: Payload, rates: Tensor) -> None:
         copies = len(rates) if config.server == "per_client" else 1
         server = {n: t for n, t in payload.server.items() if n.startswith("layers.")}
-        self.server = StackedAdapters([server] * copies, LocalPlan(self.plan.submodel), self.network.device)
+        self.server = StackedAdapters([server] * copies, LocalPlan(self.plan.model), self.network.device)
         self.server_optimizer = make_optimizer(self.local, self.server.trained.data, rates[:copies])
         if config.server != "per_client":
             _restore_moments(self.server_optimizer, payload, self.server.trained)
@@ -181,15 +181,12 @@ class _SplitRound:
         client = self.clients.parameters(n)
         self.network.set_adapter(client)
         activations = self.network.blocks(self.network.embed(ids), 0, self.plan.split)
-        smashed = (
-            activations.detach().requires_grad_()
-        )  # S (n * batch, tokens, hidden): all that the server sees of the clients
+        # S (n * batch, tokens, hidden): all that the server sees of the clients.
+        smashed = activations.detach().requires_grad_()
         with on_server():
             self._serve(smashed, labels, n)
         assert smashed.grad is not None
-        self.network.set_adapter(
-            client
-        )  # the server's step has set its own; checkpointed blocks are computed again with it
+        self.network.set_adapter(client)  # the server's step has set its own, and checkpointed blocks run again with it
         activations.backward(smashed.grad)
         self._update(self.clients, client, self.client_optimizer, n)
         self._charge(active, smashed, labels, smashed.grad, worker, step)

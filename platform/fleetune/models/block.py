@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fleetune import scopes
+from fleetune.models.adapters import BlockAdapter
 from fleetune.models.fused import attention as causal
 from fleetune.models.fused import rms_norm, swiglu
 from fleetune.models.lora import linears
@@ -23,11 +24,20 @@ def run_block(layer: Any, h: Tensor, cos: Tensor, sin: Tensor, attend: Attend = 
     """h (B, S, D) -> (B, S, D): attention and SwiGLU, each on a normed copy and added to the residual stream."""
     scopes.current.block = id(layer)  # tells a cost trace which block is at work
     h, x = norm(layer.input_layernorm, h)
-    (h,) = linears(_attention(layer.self_attn, x, cos, sin, attend), [layer.self_attn.o_proj], residual=h)
+    x = _attention(layer.self_attn, x, cos, sin, attend)
+    h = _added(h, x, layer.self_attn.o_proj, getattr(layer, "after_attention", None))
     h, x = norm(layer.post_attention_layernorm, h)
     gate, up = linears(x, [layer.mlp.gate_proj, layer.mlp.up_proj])
-    (h,) = linears(swiglu(gate, up), [layer.mlp.down_proj], residual=h)
-    return h
+    return _added(h, swiglu(gate, up), layer.mlp.down_proj, getattr(layer, "after_mlp", None))
+
+
+def _added(h: Tensor, x: Tensor, linear: Any, adapter: BlockAdapter | None) -> Tensor:
+    """The residual stream h (B, S, D) with the half's output, linear(x), and what an adapter after that half makes of it."""
+    if adapter is None:
+        (h,) = linears(x, [linear], residual=h)
+        return h
+    (y,) = linears(x, [linear])
+    return h + y + adapter(y)
 
 
 def norm(module: Any, h: Tensor) -> tuple[Tensor, Tensor]:

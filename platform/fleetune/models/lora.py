@@ -29,14 +29,41 @@ class AdaptedLinear(nn.Module):
 
     def __init__(self, base: nn.Module, *, scaling: float, dropout: float = 0.0):
         super().__init__()
-        self.base = base
+        self.base: Any = base
         self.scaling, self.dropout = scaling, dropout
         self.lora_A: Tensor | None = None  # (K, r, in)
         self.lora_B: Tensor | None = None  # (K, out, r)
+        self._merged: Tensor | None = None  # (out, in), the base's matrix with what is held added to it
+        self._delta: Tensor | None = None  # (out, in), what is held beside a quantised matrix
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen matrix (out, in), or its codes if it is quantised."""
+        return self.base.weight if self._merged is None else self._merged
+
+    def hold(self, delta: Tensor | None) -> None:
+        """Add a frozen matrix (out, in) to the base's; None takes it away. A quantised matrix keeps it beside its codes."""
+        self._merged = self._delta = None
+        if delta is None:
+            return
+        weight = self.base.weight
+        if not weight.is_floating_point():
+            self._delta = delta
+        elif (
+            not delta.is_meta
+        ):  # what is traced has a size alone, and adding to the weights where they lie takes no memory
+            self._merged = (weight.float() + delta).to(weight.dtype)
+
+    def _frozen(self, x: Tensor) -> Tensor:
+        """The product without the clients' adapters: x (K b, S, in) -> (K b, S, out)."""
+        if self._merged is not None:
+            return nn.functional.linear(x, self._merged.to(product_dtype(x)), self.base.bias)
+        y = self.base(x)
+        return y if self._delta is None else y + nn.functional.linear(x, self._delta.to(x.dtype)).to(y.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (K b, S, in) -> (K b, S, out)."""
-        y = self.base(x)
+        y = self._frozen(x)
         if self.lora_A is None or self.lora_B is None:
             return y
         num_clients = self.lora_A.shape[0]
@@ -65,14 +92,14 @@ def linears(x: Tensor, layers: Sequence[Any], residual: Tensor | None = None) ->
 def _as_projection(layer: Any) -> Projection | None:
     """The layer for `project`; None if it cannot be fused."""
     is_adapted = isinstance(layer, AdaptedLinear)
-    base = layer.base if is_adapted else layer
-    if not base.weight.is_floating_point():
+    bias = layer.base.bias if is_adapted else layer.bias
+    if not layer.weight.is_floating_point():
         return None
     if not is_adapted or layer.lora_A is None or layer.lora_B is None:
-        return Projection(base.weight, base.bias)
+        return Projection(layer.weight, bias)
     if layer.dropout and layer.training:
         return None
-    return Projection(base.weight, base.bias, layer.lora_A, layer.lora_B, layer.scaling)
+    return Projection(layer.weight, bias, layer.lora_A, layer.lora_B, layer.scaling)
 
 
 def init_lora(sites: Mapping[str, tuple[int, int]], config: LoRAConfig, *, run_seed: int) -> Tensors:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fleetune.models.adapters import block_adapter
 from fleetune.models.base import PRODUCT_DTYPES, BaseModel
 from fleetune.models.block import norm, run_block
 from fleetune.models.config import LoRAConfig
@@ -32,6 +33,7 @@ class Network:
     device = torch.device("cpu")
     checkpointing = False
     """True if blocks keep only their input while training and are computed again in the backward pass."""
+    _held: Tensors | None = None
 
     def __init__(self, base: BaseModel, submodel: Submodel, lora: LoRAConfig, *, precision: str = "fp32"):
         self.submodel = submodel
@@ -52,10 +54,28 @@ class Network:
         return int(self.model.model.embed_tokens.weight.shape[1])
 
     def set_adapter(self, stacked: Tensors | None) -> None:
-        """Give every site its stacked factors, ``<site>.lora_A (K, r, in)`` and ``.lora_B (K, out, r)``; None removes them."""
+        """Give every site and every block its stacked adapter tensors (`models.adapters`); None removes them.
+
+        A site takes ``<site>.lora_A`` (K, r, in), ``.lora_B`` (K, out, r) and, if it is there, ``.lora_E`` (K, r).
+        """
+        tensors = stacked or {}
         for name, site in self.sites.items():
-            site.lora_A = None if stacked is None else stacked.get(f"{name}.lora_A")
-            site.lora_B = None if stacked is None else stacked.get(f"{name}.lora_B")
+            site.lora_A, site.lora_B = tensors.get(f"{name}.lora_A"), tensors.get(f"{name}.lora_B")
+            scales = tensors.get(f"{name}.lora_E")
+            if scales is not None and site.lora_B is not None:
+                site.lora_B = site.lora_B * scales[:, None]  # B diag(E): products then see a pair like any other
+        for n, layer in enumerate(self.layers):
+            layer.after_attention = block_adapter(tensors, f"layers.{n}.self_attn")
+            layer.after_mlp = block_adapter(tensors, f"layers.{n}.mlp")
+
+    def hold(self, held: Tensors) -> None:
+        """Add frozen matrices ``<site>.delta`` (out, in) to those of the base, in place of the ones held before."""
+        if held is self._held or not (held or self._held):  # the same cohort after cohort, and mostly none at all
+            return
+        for name, site in self.sites.items():
+            delta = held.get(f"{name}.delta")
+            site.hold(delta if delta is None or delta.is_meta else delta.to(self.device))
+        self._held = held
 
     @property
     def dtype(self) -> torch.dtype:

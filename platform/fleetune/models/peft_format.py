@@ -1,5 +1,7 @@
-"""Adapters in PEFT's own format, which ``PeftModel.from_pretrained`` loads (a test does).
+"""Adapters in PEFT's own format, which ``PeftModel.from_pretrained`` loads (a test does), and what has no place there in ours.
 
+PEFT's format holds pairs. A third factor goes into B, a dense matrix becomes the pair of its singular vectors. What else an
+adapter may be made of (`models.adapters`) is written as it is, with a file that says so; `load_tensors` reads both.
 The configuration is written by hand, because importing PEFT takes longer than many a run's last round.
 """
 
@@ -9,22 +11,52 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from fleetune import files
+from fleetune.models.adapters import is_pair
 from fleetune.models.base import BaseModel
 from fleetune.models.config import LoRAConfig
-from fleetune.tensors import Tensors, save
+from fleetune.tensors import Tensors, load, save
 
 if TYPE_CHECKING:
     from fleetune.methods.base import GlobalModel
 
 
-CONFIG = "adapter_config.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OWN_CONFIG = "fleetune_adapter.json"
+"""Stands beside the weights if PEFT cannot hold the adapter; names are then those of `models.adapters`."""
+PREFIX = "base_model.model.model."
+NEGLIGIBLE = 1e-6
+"""Singular values below this fraction of the largest are rounding errors of fp32 sums."""
 
 
 def save_adapter(folder: Path, model: GlobalModel, base: BaseModel, lora: LoRAConfig) -> None:
-    """Write adapter_config.json and adapter_model.safetensors for an adapter of the full model."""
-    assert model.submodel.is_whole(base.num_layers), "an adapter is shipped for the whole model"
+    """Write an adapter of the full model: in PEFT's format if it is made of pairs, else in our own."""
+    assert model.model.submodel.is_whole(base.num_layers), "an adapter is shipped for the whole model"
     folder.mkdir(parents=True, exist_ok=True)
+    adapter = as_pairs({**model.adapter, **model.model.held}, scaling=lora.scaling)
+    if all(is_pair(name) for name in adapter):
+        config, name, tensors = peft_config(adapter, base, lora), CONFIG, to_peft(adapter)
+    else:
+        config, name, tensors = {"base": base.folder, "lora": lora.model_dump()}, OWN_CONFIG, adapter
+    text = (json.dumps(config, indent=2) + "\n").encode()
+    files.write(folder / name, text)
+    # PEFT's file has no room for a checksum, so the other one holds it (RunDirectory.check).
+    metadata = {name: files.checksum(text)}
+    save(folder / WEIGHTS, tensors, metadata, lasting=True)
+
+
+def load_tensors(folder: Path) -> Tensors:
+    """The tensors of a folder that `save_adapter` wrote, under our own names: ``layers.0.self_attn.q_proj.lora_A``."""
+    tensors, _ = load(folder / WEIGHTS)
+    return {name.removeprefix(PREFIX).removesuffix(".weight"): tensor for name, tensor in tensors.items()}
+
+
+def peft_config(adapter: Tensors, base: BaseModel, lora: LoRAConfig) -> dict:
+    """The values of adapter_config.json for a pair at each of the adapted sites."""
+    ranks = {name.removesuffix(".lora_A"): t.shape[0] for name, t in adapter.items() if name.endswith(".lora_A")}
+    others = {site: rank for site, rank in ranks.items() if rank != lora.rank}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -36,13 +68,34 @@ def save_adapter(folder: Path, model: GlobalModel, base: BaseModel, lora: LoRACo
         "bias": "none",
         "inference_mode": True,
     }
-    text = (json.dumps(config, indent=2) + "\n").encode()
-    files.write(folder / CONFIG, text)
-    # PEFT's file has no room for a checksum, so the other one holds it (RunDirectory.check).
-    metadata = {CONFIG: files.checksum(text)}
-    save(folder / "adapter_model.safetensors", to_peft(model.adapter), metadata, lasting=True)
+    if others:  # alpha / r stays what it was in training
+        config["rank_pattern"] = {f"model.{site}": rank for site, rank in others.items()}
+        config["alpha_pattern"] = {f"model.{site}": lora.scaling * rank for site, rank in others.items()}
+    return config
 
 
 def to_peft(adapter: Tensors) -> Tensors:
     """``layers.0.self_attn.q_proj.lora_A`` -> ``base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight``."""
-    return {f"base_model.model.model.{name}.weight": tensor for name, tensor in adapter.items()}
+    return {f"{PREFIX}{name}.weight": tensor for name, tensor in adapter.items()}
+
+
+def as_pairs(adapter: Tensors, *, scaling: float) -> Tensors:
+    """The same adapter with pairs in place of third factors and dense matrices; tensors of other kinds as they are."""
+    out = dict(adapter)
+    for name, tensor in adapter.items():
+        site, _, kind = name.rpartition(".")
+        if kind == "lora_E":
+            out[f"{site}.lora_B"] = adapter[f"{site}.lora_B"] * tensor  # B diag(E)
+            del out[name]
+        elif kind == "delta":
+            out[f"{site}.lora_A"], out[f"{site}.lora_B"] = factors(tensor, scaling=scaling)
+            del out[name]
+    return out
+
+
+def factors(delta: torch.Tensor, *, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (r, in) and B (out, r) with scaling · B A = delta (out, in), of the least rank r that gives it, and at least 1."""
+    u, values, v = torch.linalg.svd(delta.double(), full_matrices=False)
+    rank = max(1, int((values > NEGLIGIBLE * values[0]).sum()))
+    b = u[:, :rank] * values[:rank] / scaling
+    return v[:rank].to(delta.dtype).contiguous(), b.to(delta.dtype).contiguous()

@@ -36,7 +36,7 @@ class ExpectedRounds(RoundPlanner):
         # (kinds, 2, num_clients): a client's batches of one size are a kind: how many there are, and of how many examples.
         self.kinds = np.zeros((kinds, 2, part.num_clients), np.int64)
         for size, batches in by_size.items():
-            if not batches or not self.method.draws_batches:
+            if not batches or not self.method.traits.draws_batches:
                 continue
             self.kinds[: len(batches), :, self.sizes == size] = np.array(batches)[:, ::-1, None]
         self.steps = self.kinds[:, 0].sum(axis=0)  # (num_clients,), as all that follows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from fleetune.columns import CLIENT_COLUMNS, ROUND_COLUMNS, names
-from fleetune.engine.round.planner import RoundPlanner
-from fleetune.engine.round.rules import OOM, REFUSED
+from fleetune.engine.round.planner import RoundPlan, RoundPlanner
+from fleetune.engine.round.rules import OK, OOM, REFUSED
 from fleetune.engine.rows import costed_columns, round_row
+from fleetune.methods.base import Report, Update
 from fleetune.models.network import linear_sites
 from fleetune.models.outline import outline_base
 from fleetune.plan.lengths import load_lengths, without_partition
@@ -63,7 +64,7 @@ def outline(spec: RunSpec, *, cache_dir: Path | None = None) -> tuple[Problem, l
     lengths = load_lengths(spec, base, cache_dir=cache_dir)
     if lengths.assumed:
         spec = without_partition(spec)
-    data = lengths.dataset()
+    data = replace(lengths.dataset(), categories=np.unique(lengths.keys, return_inverse=True)[1])
     inputs = Inputs(
         base=base,
         sites=linear_sites(base, spec.model.lora),
@@ -108,14 +109,32 @@ def walk(problem: Problem, planner: RoundPlanner) -> Iterator[tuple[Row, dict[st
         state = method.start()
     for round_idx in range(problem.spec.rounds.num_rounds):
         with torch.device("meta"):
-            state = method.begin_round(state, round_idx)
+            state = method.begin_round(state, round_idx, Report(sim_seconds))
         now = planner.round(state, round_idx, provisioned, busy_until, sim_seconds=sim_seconds)
         sim_seconds = now.start_seconds + now.outcome.sim_seconds
         clients = costed_columns(problem, now)
+        with torch.device("meta"):
+            state_after = method.expected(state, expected_updates(now), round_idx)
         untrained = {**clients, "train_loss": np.full(len(now.client_ids), np.nan)}
         row = round_row(method.stage(round_idx), now, untrained, sim_seconds)
         del row["train_loss"]
-        yield {**row, **method.columns(state)}, clients
+        yield {**row, **method.columns(state_after)}, clients
+        state = state_after
+
+
+def expected_updates(now: RoundPlan) -> list[Update]:
+    """The updates of the clients that count, one for each payload, without tensors."""
+    counts = now.outcome.status == OK
+    ranks = now.work.of_clients("rank")
+    out = []
+    for key, group in enumerate(now.work.groups):
+        members = np.flatnonzero(counts & (now.work.payload_of == key))
+        if len(members):
+            ids, total_weight = tuple(now.client_ids[members].tolist()), len(members) / int(counts.sum())
+            out.append(
+                Update({}, 1.0, ids, group=group, ranks=tuple(ranks[members].tolist()), total_weight=total_weight)
+            )
+    return out
 
 
 def by_device(problem: Problem, row: Row, clients: dict[str, np.ndarray]) -> list[Row]:

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fleetune.methods.base import Context, Method, Payload
+from fleetune.methods.base import Method, Payload
+from fleetune.models.adapters import AXES, Axes, axes_of
 from fleetune.models.architectures import ModelShape
 from fleetune.models.base import BaseModel
 from fleetune.models.network import linear_sites
 from fleetune.models.outline import base_of
-from fleetune.tensors import Tensors
+from fleetune.tensors import Tensors, num_bytes
 
 _OF_A_BLOCK = re.compile(r"(?P<before>(?:.*\.)?layers\.)(?P<block>\d+)\.(?P<rest>.+)")
 
@@ -27,19 +28,24 @@ _OF_A_BLOCK = re.compile(r"(?P<before>(?:.*\.)?layers\.)(?P<block>\d+)\.(?P<rest
 class CostedModel:
     """How a trained architecture maps onto the costed one, ``shape``; None: they are the same."""
 
-    def __init__(self, base: BaseModel, shape: ModelShape | None = None, *, depth_ratio: float | None = None):
-        self.of = base
+    def __init__(
+        self,
+        base: BaseModel,
+        shape: ModelShape | None = None,
+        *,
+        depth_ratio: float | None = None,
+        axes: Axes = AXES,
+    ):
+        self.of, self.axes = base, axes
         self.trained = base.shape
         self.shape = shape or base.shape
         self.base = base if shape is None else base_of(shape)
         self.depth_ratio = depth_ratio or self.shape.num_layers / self.trained.num_layers
-        # Tensors other than LoRA pairs are laid out anew by their sizes: a trained width becomes the costed one.
-        self._sizes = {self.trained.intermediate_size: self.shape.intermediate_size}
-        self._sizes[self.trained.hidden_size] = self.shape.hidden_size
 
     def at_depth(self, num_layers: int, *, of: int) -> CostedModel:
         """The same architecture with ``num_layers`` blocks, which stand for ``of`` trained ones."""
-        return CostedModel(self.of, replace(self.shape, num_layers=num_layers), depth_ratio=num_layers / of)
+        shape = replace(self.shape, num_layers=num_layers)
+        return CostedModel(self.of, shape, depth_ratio=num_layers / of, axes=self.axes)
 
     def layers(self, num_layers: int) -> int:
         """Blocks of the costed architecture that stand for ``num_layers`` of the trained one."""
@@ -52,19 +58,29 @@ class CostedModel:
             name: min(self.layers(getattr(config, name)), self.shape.num_layers - 1) for name in config.counts_blocks
         }
         sites = linear_sites(self.base, context.lora)
-        costed = Context(self.base, context.lora, sites, context.num_rounds, context.seed)
+        costed = replace(context, base=self.base, sites=sites)
         return type(method)(config.model_copy(update=blocks), costed)
 
     def payload(self, payload: Payload, num_layers: int) -> Payload:
         """A payload for ``num_layers`` trained blocks, as it would be on the costed architecture; its tensors are empty."""
-        blocks = self.layers(num_layers)
-        source = [p * num_layers // blocks for p in range(blocks)]  # the trained block that each costed one copies
+        source = self._sources(num_layers)
         return replace(
             payload,
             tensors=self._tensors(payload.tensors, source),
             server=self._tensors(payload.server, source),
+            held=self._tensors(payload.held, source),
             values={name: _deepened(value, source, num_layers) for name, value in payload.values.items()},
         )
+
+    def num_bytes(self, tensors: Tensors, num_layers: int) -> int:
+        """Bytes of tensors about ``num_layers`` trained blocks, as they would be on the costed architecture."""
+        with torch.device("meta"):
+            return num_bytes(self._tensors(tensors, self._sources(num_layers)))
+
+    def _sources(self, num_layers: int) -> list[int]:
+        """For every costed block, the trained block that stands for it."""
+        blocks = self.layers(num_layers)
+        return [p * num_layers // blocks for p in range(blocks)]
 
     def _tensors(self, tensors: Mapping[str, Tensor], source: list[int]) -> Tensors:
         """Tensors for the costed blocks, each made by that of its trained block; the order of tensors in a block stays."""
@@ -84,12 +100,26 @@ class CostedModel:
         return out
 
     def _size(self, name: str, tensor: Tensor) -> list[int]:
-        """The costed size of a tensor: a LoRA factor's follows from its linear layer, another's from its own size."""
+        """The costed size of a tensor: by what its axes count if that is declared, and of the base's weights by their layer."""
         *_, linear, kind = ("", *name.split("."))
-        if kind in ("lora_A", "lora_B") and linear in self.shape.linears:
-            num_in, num_out = self.shape.linears[linear]
-            return [tensor.shape[0], num_in] if kind == "lora_A" else [num_out, tensor.shape[1]]
-        return [self._sizes.get(size, size) for size in tensor.shape]
+        axes = axes_of(name, self.axes)
+        if axes is not None:
+            sizes = {"hidden": self.shape.hidden_size}
+            if linear in self.shape.linears:
+                sizes["in"], sizes["out"] = self.shape.linears[linear]
+            counted = zip(axes, tensor.shape, strict=True)
+            return [self.layers(size) if axis == "blocks" else sizes.get(axis, size) for axis, size in counted]
+        layer = next((part for part in name.split(".") if part in self.shape.linears), None)
+        if layer is not None:
+            return [round(tensor.numel() * self._weight_ratio(layer, is_vector=kind == "bias"))]
+        if linear.endswith("layernorm"):
+            return [self.shape.hidden_size]
+        return list(tensor.shape)
+
+    def _weight_ratio(self, linear: str, *, is_vector: bool) -> float:
+        """Numbers of a linear layer's matrix (or bias) on the costed architecture, per number on the trained one."""
+        (costed_in, costed_out), (num_in, num_out) = self.shape.linears[linear], self.trained.linears[linear]
+        return costed_out / num_out if is_vector else costed_in * costed_out / (num_in * num_out)
 
 
 def _deepened(value: Any, source: list[int], num_layers: int) -> Any:

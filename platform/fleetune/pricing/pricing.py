@@ -30,8 +30,20 @@ class Pricing:
     def __init__(self, problem: Problem):
         self.problem, spec = problem, problem.spec
         self.shape = work_shape(spec)
-        self.model = CostedModel(problem.inputs.base, architecture(spec.cost.model) if spec.cost.model else None)
+        costed = architecture(spec.cost.model) if spec.cost.model else None
+        self.model = CostedModel(problem.inputs.base, costed, axes=problem.method.axes)
         self.tracing = Tracing(self.model, problem.method, spec.model.lora, spec.local, default_cache_dir())
+        self._provisions: dict[tuple[str, str | None], int] = {}
+
+    def provision_bytes(self, payload: Payload, last: str | None) -> int:
+        """Bytes that a client lacks of what this payload needs, whose last provision had the key ``last``."""
+        provision = payload.provision
+        if provision is None or last == provision.key:
+            return 0
+        if (provision.key, last) not in self._provisions:
+            forms = provision.missing(last)
+            self._provisions[provision.key, last] = min(self.tracing.num_bytes(payload, form) for form in forms)
+        return self._provisions[provision.key, last]
 
     def columns(
         self,
@@ -74,11 +86,11 @@ class Pricing:
         """The columns (n,) of clients that receive the same payload and work in the same way."""
         spec, fleet = self.problem.spec, self.problem.fleet
         trace = self.tracing.trace(payload, shape)
-        down_bytes, up_bytes = self.tracing.link_bytes(payload)
+        down_bytes = self.tracing.num_bytes(payload, payload.tensors)
         # Bytes of all steps at the cut, (n,) each way: rounded once, as a mean step need not have whole bytes.
         cut_up, cut_down = (load.num_steps * evaluate(way, load.mean) for way in trace.cut)
         down = np.rint(down_bytes + provision_bytes + cut_down)
-        up = np.rint(up_bytes + cut_up)
+        up = np.rint(trace.upload[0] + load.num_steps * trace.upload[1] + cut_up)
         down_bps, up_bps, latency = fleet.draw_rates(spec.seed, round_idx, client_ids)
         num_messages = 1 + load.num_steps * trace.cut.any()  # the payload, and one a step where the model is cut
         table = estimate(

@@ -26,12 +26,12 @@ from fleetune.data.dataset import TokenizedDataset
 from fleetune.methods.base import Method, Payload
 from fleetune.models.config import LoRAConfig
 from fleetune.models.meta import MetaNetwork, meta_base
+from fleetune.models.model import Model
 from fleetune.models.network import Network
-from fleetune.models.submodel import Submodel
 from fleetune.pricing.mapping import CostedModel
-from fleetune.tensors import num_bytes, select
+from fleetune.tensors import Tensors
 from fleetune.training.config import LocalConfig
-from fleetune.training.plan import ClientTask, LocalPlan
+from fleetune.training.plan import ClientTask, CohortUpdate, LocalPlan
 from fleetune.training.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -76,12 +76,9 @@ class Tracing:
             self._traces[key] = self._cached(key, payload, shape)
         return self._traces[key]
 
-    def link_bytes(self, payload: Payload) -> tuple[int, int]:
-        """Bytes down and up of a client that gets this payload: those of the tensors, on the costed architecture."""
-        with torch.device("meta"):
-            costed = self.model.payload(payload, self.trained_method.submodel(payload).num_layers)
-            plan, adapter = self.method.local_plan(costed), self.method.client_adapter(costed)
-        return costed.num_bytes, num_bytes(select(adapter, plan.uploads))
+    def num_bytes(self, payload: Payload, tensors: Tensors) -> int:
+        """Bytes of tensors that are about a payload's blocks, on the costed architecture."""
+        return self.model.num_bytes(tensors, self.trained_method.submodel(payload).num_layers)
 
     def _key(self, payload: Payload, shape: WorkShape) -> str:
         """A hash of all that a trace depends on: code, architecture, adapter, optimizer, plan, and the payload's tensors.
@@ -90,15 +87,15 @@ class Tracing:
         """
         method, plan = self.trained_method, self.trained_method.local_plan(payload)
         local = self.local.model_dump(exclude={"steps", "epochs", "batch_size", "learning_rate", "min_learning_rate"})
+        adapter = method.client_adapter(payload)
+        roles = [(name, plan.trainable(name), plan.uploads(name), plan.keeps(name)) for name in adapter]
         tensors = [
-            (name, tuple(t.shape), str(t.dtype), plan.trainable(name), plan.uploads(name), plan.keeps(name))
-            for part in (method.client_adapter(payload), payload.tensors, payload.server)
-            for name, t in part.items()
-            if name.startswith("layers.")
+            [(name, tuple(t.shape), str(t.dtype)) for name, t in part.items()]
+            for part in (adapter, payload.tensors, payload.server, payload.held)
         ]
         facts = [
             code_version(), asdict(self.model.shape), self.model.trained.num_layers, self.lora.model_dump(), local,
-            method.config.model_dump(), asdict(shape), plan.submodel.num_layers, plan.split, tensors, POINTS,
+            method.config.model_dump(), asdict(shape), plan.submodel.num_layers, plan.split, roles, tensors, POINTS,
         ]  # fmt: skip
         return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
@@ -157,32 +154,61 @@ class Tracing:
     def _recorded(self, model: CostedModel, payload: Payload, shape: WorkShape) -> Recording:
         return Recording.of(*zip(*self.record(model, payload, shape), strict=True))
 
-    def record(self, model: CostedModel, payload: Payload, shape: WorkShape) -> list[tuple[Tracer, list[int]]]:
-        """Trace a step at both `POINTS`. Per point: the tracer, and the bytes that a step sends and receives at the cut."""
+    def record(
+        self, model: CostedModel, payload: Payload, shape: WorkShape
+    ) -> list[tuple[Tracer, list[int], list[int]]]:
+        """Trace a step at both `POINTS`. Per point: the tracer, a step's bytes at the cut each way, and the upload's bytes."""
         with torch.device("meta"):  # whatever the worker and the method create has no content
             worker = _MetaWorker(model, self.lora, self.local, shape)
             method = model.method(self.trained_method)
             costed = model.payload(payload, self.trained_method.submodel(payload).num_layers)
-            network = worker.network(method.submodel(costed))  # assembled beforehand: a client does not pay for it
-        tensors = [*network.model.parameters(), *network.model.buffers()]
+            network = worker.network(method.model(costed))  # assembled beforehand: a client does not pay for it
+        tensors = [*network.model.parameters(), *network.model.buffers(), *costed.held.values()]
         return [record(method, worker, costed, point, tensors) for point in POINTS]
 
 
 def record(
     method: Method, worker: _MetaWorker, payload: Payload, point: Point, weights: list[torch.Tensor]
-) -> tuple[Tracer, list[int]]:
-    """Record two steps of one client, the second of which finds the optimizer's state. Also a step's bytes at the cut."""
+) -> tuple[Tracer, list[int], list[int]]:
+    """Record two steps of one client, the second of which finds the optimizer's state.
+
+    Also a step's bytes at the cut each way, and the upload's bytes: those of any number of steps, and those of each step.
+    """
     worker.data = _examples(point)
     tracer = Tracer(worker.base.shape.vocab_size)
     tracer.given(weights, WEIGHTS)
     tracer.given([*payload.tensors.values(), *payload.server.values()], PAYLOAD)
-    rows = np.tile(np.arange(point.batch_size), (2, 1)).view(_Rows)
-    rows.tracer = tracer
-    task = ClientTask(0, 1.0, rows, worker.local.learning_rate, (0, 0))
-    with tracer.running():
-        update = method.local_update(worker, payload, [task])
+    update = _update(method, worker, payload, point, tracer, num_steps=2)
     cut = [0, 0] if update.cut_bytes is None else [int(n) // 2 for n in update.cut_bytes[:, 0]]
-    return tracer, cut
+    return tracer, cut, _upload_bytes(method, worker, payload, point, update)
+
+
+def _update(
+    method: Method, worker: _MetaWorker, payload: Payload, point: Point, tracer: Tracer, *, num_steps: int
+) -> CohortUpdate:
+    rows = np.tile(np.arange(point.batch_size), (num_steps, 1)).view(_Rows)
+    rows.tracer = tracer
+    with tracer.running():
+        return method.local_update(worker, payload, [ClientTask(0, 1.0, rows, worker.local.learning_rate, (0, 0))])
+
+
+def _upload_bytes(
+    method: Method, worker: _MetaWorker, payload: Payload, point: Point, update: CohortUpdate
+) -> list[int]:
+    """The bytes of a client's upload that it sends after any number of steps, and those that it sends for each step.
+
+    What goes up is mostly part of the adapter, however many steps there were. Otherwise a call of one step tells.
+    """
+    if update.upload is None:
+        return [0, 0]
+    adapter, size = method.client_adapter(payload), update.upload.data[0].nbytes
+    if all(name in adapter and tuple(adapter[name].shape) == shape for name, shape in update.upload.shapes.items()):
+        return [size, 0]
+    tracer = Tracer(worker.base.shape.vocab_size)
+    shorter = _update(method, worker, payload, point, tracer, num_steps=1)
+    assert shorter.upload is not None
+    per_step = size - shorter.upload.data[0].nbytes
+    return [size - 2 * per_step, per_step]
 
 
 class _Rows(np.ndarray):
@@ -205,12 +231,14 @@ class _MetaWorker(Worker):
         super().__init__(base=base, lora=lora, local=local, data=_examples(POINTS[0]), precision=shape.precision)
         self._by_depth: dict[int, Network] = {}
 
-    def network(self, submodel: Submodel) -> Network:
+    def network(self, model: Model) -> Network:
         """A network of as many blocks: which blocks of the base they are made of changes no cost."""
-        depth = submodel.num_layers
+        depth = model.submodel.num_layers
         if depth not in self._by_depth:
             self._by_depth[depth] = MetaNetwork(self.base, depth, self.lora, precision=self.precision)
-        return self._by_depth[depth]
+        network = self._by_depth[depth]
+        network.hold(model.held)
+        return network
 
 
 def _examples(point: Point) -> TokenizedDataset:
@@ -223,6 +251,7 @@ def _examples(point: Point) -> TokenizedDataset:
         prompt_lengths=(point.num_tokens - learnt).astype(np.int32),
         rows=np.arange(point.batch_size),
         overlaps=np.zeros(point.batch_size, np.int32),
+        categories=np.zeros(point.batch_size, np.int64),
         loss_on="response",
         pad_token_id=0,
         num_truncated=0,

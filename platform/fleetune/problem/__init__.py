@@ -7,6 +7,7 @@ from fleetune.problem.problem import (
     base_from_arrays,
     base_to_arrays,
     build_problem,
+    context_of,
     load_inputs,
     set_threads,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "base_from_arrays",
     "base_to_arrays",
     "build_problem",
+    "context_of",
     "load_inputs",
     "set_threads",
 ]

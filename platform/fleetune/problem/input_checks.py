@@ -95,7 +95,7 @@ def check_adapt(spec: RunSpec, method: Method) -> None:
             value=kind,
             hint=f"methods that have: {able}; or adapt batch, checkpointing or rank",
         )
-    if kind in (BATCH, RANK) and spec.method.coupled:
+    if kind in (BATCH, RANK) and spec.method.traits.coupled:
         raise UserError(
             f"method {spec.method.name} works on all clients of a round at once, so their batches and ranks are one",
             field="fleet.adapt",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,16 +97,29 @@ def load_inputs(spec: RunSpec, *, base: BaseModel | None = None, cache_dir: Path
     train = within_vocabulary(train, tokenizer, base, what="the training examples")
     held_out = within_vocabulary(held_out, tokenizer, base, what="the held-out examples")
     check_answers(held_out, spec.evaluation, base)
+    keys = partition_keys(records.train, config=config.partition)[train.rows]
     return Inputs(
         base=base,
         sites=linear_sites(base, spec.model.lora),
-        train=train,
-        keys=partition_keys(records.train, config=config.partition)[train.rows],
+        train=replace(train, categories=np.unique(keys, return_inverse=True)[1]),
+        keys=keys,
         evaluation=EvalSet(held_out, continuations(records.eval, held_out, tokenizer=tokenizer, config=config)),
         dataset_name=records.name,
         availability=availability,
         content={**records.content, **model_content(base.content), **of_fleet},
         reader=AnswerReader.of(tokenizer),
+    )
+
+
+def context_of(spec: RunSpec, inputs: Inputs) -> Context:
+    """What the job's method may look at."""
+    return Context(
+        inputs.base,
+        spec.model.lora,
+        inputs.sites,
+        spec.rounds.num_rounds,
+        spec.seed,
+        inputs.train.num_categories,
     )
 
 
@@ -127,8 +140,7 @@ def build_problem(spec: RunSpec, inputs: Inputs) -> Problem:
                 value=spec.data.max_tokens,
                 hint="lower it, or cost another model",
             )
-    context = Context(inputs.base, spec.model.lora, inputs.sites, spec.rounds.num_rounds, spec.seed)
-    method = METHODS[spec.method.name](spec.method, context)
+    method = METHODS[spec.method.name](spec.method, context_of(spec, inputs))
     method.check()
     check_adapt(spec, method)
     shards = partition(spec.data.partition, num_clients=spec.fleet.num_clients, keys=inputs.keys, seed=spec.seed)

@@ -155,18 +155,19 @@ class RunDirectory(RoundStore):
         return ("clients.parquet", "rounds.parquet")
 
     def _check_adapter(self) -> None:
-        """PEFT's own configuration has no room for a checksum, so the adapter's file holds the configuration's, too."""
+        """The configuration may be PEFT's own, with no room for a checksum, so the adapter's file holds it, too."""
         from safetensors import safe_open
 
-        model, config = (self.path / "adapter" / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+        model = self.path / "adapter" / "adapter_model.safetensors"
         if not model.exists():
             return
         files.read(model, holds="the adapter")
         with files.parsing(model, holds="the adapter"), safe_open(model, framework="np") as file:
             header = json.loads((file.metadata() or {}).get("fleetune", "{}"))
-        expected = header.get("metadata", {}).get(config.name)
-        if expected is not None and (not config.exists() or files.checksum(config.read_bytes()) != expected):
-            raise files.damaged(config, "its checksum does not match", holds="how the adapter is used")
+        for name, expected in header.get("metadata", {}).items():
+            config = model.with_name(name)
+            if not config.exists() or files.checksum(config.read_bytes()) != expected:
+                raise files.damaged(config, "its checksum does not match", holds="how the adapter is used")
 
 
 def parent_of(run: RunDirectory) -> Path | None:

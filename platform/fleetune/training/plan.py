@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fleetune.models.model import Model
+from fleetune.models.network import Network
 from fleetune.models.submodel import Submodel
 from fleetune.seeds import seed_of
 from fleetune.tensors import Stack, Tensors, weighted_sum
+
+if TYPE_CHECKING:
+    from fleetune.data.dataset import TokenizedDataset
 
 
 def every(name: str) -> bool:
@@ -24,12 +30,24 @@ def none(name: str) -> bool:
     return False
 
 
+Loss = Callable[[Network, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""(network, hidden states (K b, S, D) after the last block, labels (K b, S), K) -> losses (K,) and counted tokens (K,)."""
+
+AfterBackward = Callable[[Tensors, Tensors, Tensors, int], None]
+"""(trained tensors, their gradients, tensors that are not trained, step), the tensors of n clients stacked: {name: (n, …)}.
+
+It may change gradients and untrained tensors in place: importance scores, corrections of the gradient. Clients that have done
+all of their steps are no longer among the n, so n may fall from step to step."""
+
+PerClient = Callable[["ClientTask", "TokenizedDataset"], Tensors]
+
+
 @dataclass(frozen=True)
 class LocalPlan:
     """First-order local work: which blocks, what is trained, what goes up, what stays, what is added to the loss."""
 
-    submodel: Submodel
-    """The blocks that the client holds."""
+    model: Model
+    """What the client holds, frozen."""
     trainable: Callable[[str], bool] = every
     """True for the names of the adapter tensors that receive gradients."""
     uploads: Callable[[str], bool] = every
@@ -38,10 +56,21 @@ class LocalPlan:
     """True for the names of those that stay with the client as its private state until its next round."""
     penalty: Callable[[Tensors, Tensors], Tensor] | None = None
     """Added to each client's loss: (parameters {name: (K, …)}, their values at the start) -> (K,)."""
+    loss: Loss | None = None
+    """Each client's loss, in place of `training.loss.cohort_loss`."""
+    after_backward: AfterBackward | None = None
+    """Called between a step's backward pass and the optimizer."""
+    per_client: PerClient | None = None
+    """Tensors of a client's own that its adapter starts with and that are not trained, made from its examples."""
     split: int | None = None
     """Number of blocks on the client if the model is cut (split learning); the server holds the rest. None: no cut."""
     pipelined: bool = False
     """True if client, links and server work on different micro-batches at once: the same result in less virtual time."""
+
+    @property
+    def submodel(self) -> Submodel:
+        """The blocks that the client holds."""
+        return self.model.submodel
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,8 @@ def train_cohort(
     """
     order = sorted(range(len(tasks)), key=lambda i: -len(tasks[i].rows))
     ranked = [tasks[i] for i in order]
-    adapters = StackedAdapters([{**start, **(task.private or {})} for task in ranked], plan, network.device)
+    adapters = StackedAdapters([_start_of(task, start, plan, data) for task in ranked], plan, network.device)
+    compute_loss = plan.loss or cohort_loss
     rates = torch.tensor([[task.learning_rate] for task in ranked]).to(network.device)
     optimizer = make_optimizer(local, adapters.trained.data, rates)
     initial = Stack(adapters.trained.shapes, adapters.trained.data.clone()) if plan.penalty else None
@@ -101,12 +102,16 @@ def train_cohort(
         leaves = adapters.parameters(n)
         network.set_adapter(adapters.all_tensors(leaves, n))
         ids, labels = collate_step(data, active, step, network.device)
-        loss, _ = cohort_loss(network, network.blocks(network.embed(ids)), labels, n)
+        loss, _ = compute_loss(network, network.blocks(network.embed(ids)), labels, n)
         total = loss
         if plan.penalty and initial:
             total = loss + plan.penalty(leaves, initial.views(initial.data[:n]))
         total.sum().backward()  # a client's loss depends on its own rows alone: the gradient of the sum is each one's own
         grads = adapters.gather_gradients(leaves, n)
+        if plan.after_backward is not None:
+            with torch.no_grad():
+                frozen = adapters.frozen.views(adapters.frozen.data[:n])
+                plan.after_backward(leaves, adapters.trained.views(grads), frozen, step)
         if local.max_grad_norm is not None:
             clip_rows(grads, local.max_grad_norm)
         optimizer.step(grads)
@@ -114,6 +119,12 @@ def train_cohort(
         num_tokens[:n] += row_lengths(data, step_rows(active, step)).sum(axis=1)
     end_training(network)
     return _in_task_order(adapters.merged(), plan, ranked, order, losses, num_tokens)
+
+
+def _start_of(task: ClientTask, start: Tensors, plan: LocalPlan, data: TokenizedDataset) -> Tensors:
+    """The adapter that a client starts from: the common one, what it kept from its last round, and what it makes itself."""
+    own = plan.per_client(task, data) if plan.per_client is not None else {}
+    return {**start, **(task.private or {}), **own}
 
 
 def begin_training(network: Network, tasks: Sequence[ClientTask], local: LocalConfig) -> None:

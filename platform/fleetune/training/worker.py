@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from fleetune.models.base import BaseModel
 from fleetune.models.config import LoRAConfig
+from fleetune.models.model import Model
 from fleetune.models.network import Network
 from fleetune.models.submodel import Submodel
 from fleetune.training.config import LocalConfig
@@ -36,12 +37,14 @@ class Worker:
         """Use, and add to, networks that were assembled for the same base model and adapter form."""
         self._networks = networks
 
-    def network(self, submodel: Submodel) -> Network:
-        """The scratch network of a submodel; the last few stay assembled. Unfused blocks share the base's memory."""
+    def network(self, model: Model) -> Network:
+        """The scratch network of what a client holds; the last few stay assembled. Unfused blocks share the base's memory."""
+        submodel = model.submodel
         network = self._networks.pop(submodel, None)
         if network is None:
             while len(self._networks) >= self.max_networks:
                 del self._networks[next(iter(self._networks))]
             network = Network(self.base, submodel, self.lora, precision=self.precision)
         self._networks[submodel] = network  # last in the dict: the first one is the longest unused
+        network.hold(model.held)
         return network

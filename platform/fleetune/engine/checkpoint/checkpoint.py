@@ -36,6 +36,8 @@ class Progress:
     """Column -> its sum over all rounds so far, in the column's unit."""
     baseline: dict[str, float] = field(default_factory=dict)
     """Quality of the untrained model."""
+    quality: dict[str, float] = field(default_factory=dict)
+    """Quality after the last round that was evaluated and recorded, for methods that go by it."""
 
 
 @dataclass(frozen=True, eq=False)

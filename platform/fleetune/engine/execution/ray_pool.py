@@ -12,13 +12,12 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from fleetune.engine.execution.calls import Call, one_line
-from fleetune.engine.execution.ray_worker import PackedPayload, RayWorker, SharedInputs
+from fleetune.engine.execution.ray_worker import PackedModel, PackedPayload, RayWorker, SharedInputs
 from fleetune.engine.execution.work_units import WorkUnit, WorkUnitReply
 from fleetune.errors import RunFailed
 from fleetune.files import WriteFailed
 from fleetune.methods.base import GlobalModel, Method, Payload
 from fleetune.spec import RunSpec
-from fleetune.tensors import pack
 from fleetune.training.evaluate import EvalSums
 
 
@@ -95,7 +94,7 @@ class RayExecutor:
 
     def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> RayEvaluation:
         """Begin an evaluation on the workers that are idle."""
-        ref = ray.put({"adapter": pack(model.adapter), "submodel": model.submodel.to_values()})
+        ref = ray.put(PackedModel.of(model))
 
         def call(rows: np.ndarray) -> Call:
             def submit(worker: int, is_retry: bool) -> Any:

@@ -15,12 +15,13 @@ import ray
 
 from fleetune.engine.execution.work_units import WorkUnit, WorkUnitReply
 from fleetune.engine.execution.worker_process import WorkerProcess, placed_base
-from fleetune.methods.base import Context, GlobalModel, Method, Payload, Provision
+from fleetune.methods.base import GlobalModel, Method, Payload
 from fleetune.models.base import BaseModel
 from fleetune.models.config import LoRAConfig
+from fleetune.models.model import Model
 from fleetune.models.network import Network
 from fleetune.models.submodel import Submodel
-from fleetune.problem import Inputs, base_from_arrays, base_to_arrays, set_threads
+from fleetune.problem import Inputs, base_from_arrays, base_to_arrays, context_of, set_threads
 from fleetune.spec import RunSpec
 from fleetune.tensors import Packed, pack
 from fleetune.training.evaluate import EvalSums
@@ -52,21 +53,39 @@ def _inputs(base: Mapping[str, Any], rest: Inputs) -> Inputs:
 
 @dataclass(frozen=True)
 class PackedPayload:
-    """A payload for the object store: its tensors as two buffers."""
+    """A payload for the object store: its tensors as buffers. The provision stays behind: it is charged, not used."""
 
     tensors: Packed
     server: Packed
+    held: Packed
     values: dict[str, Any]
-    provision: Provision | None
 
     @classmethod
     def of(cls, payload: Payload) -> PackedPayload:
         """Pack a payload."""
-        return cls(pack(payload.tensors), pack(payload.server), payload.values, payload.provision)
+        return cls(pack(payload.tensors), pack(payload.server), pack(payload.held), payload.values)
 
     def unpack(self) -> Payload:
         """The payload, its tensors views into the mapped buffers."""
-        return Payload(self.tensors.unpack(), self.values, self.server.unpack(), self.provision)
+        return Payload(self.tensors.unpack(), self.values, self.server.unpack(), self.held.unpack())
+
+
+@dataclass(frozen=True)
+class PackedModel:
+    """A model to be evaluated, for the object store."""
+
+    adapter: Packed
+    held: Packed
+    submodel: list
+
+    @classmethod
+    def of(cls, model: GlobalModel) -> PackedModel:
+        """Pack a model."""
+        return cls(pack(model.adapter), pack(model.model.held), model.model.submodel.to_values())
+
+    def unpack(self) -> GlobalModel:
+        """The model, its tensors views into the mapped buffers."""
+        return GlobalModel(Model(Submodel.from_values(self.submodel), self.held.unpack()), self.adapter.unpack())
 
 
 @ray.remote(num_cpus=1, max_restarts=0)
@@ -103,13 +122,11 @@ class RayWorker:
         key = (base_key, spec.execution.device, spec.execution.precision)
         if self._base is None or self._base[0] != key:
             self._base, self._networks = (key, placed_base(spec, inputs.base)), {}
-        context = Context(inputs.base, spec.model.lora, inputs.sites, spec.rounds.num_rounds, spec.seed)
+        context = context_of(spec, inputs)
         self.process = WorkerProcess(spec, inputs, method(spec.method, context), base=self._base[1])
         self.process.worker.adopt(self._networks.setdefault(spec.model.lora, {}))
         self._payloads = {}
-        self.process.worker.network(
-            Submodel.prefix(inputs.base.num_layers)
-        )  # built now, while the coordinator prepares a round
+        self.process.worker.network(context.whole_model)  # built now, while the coordinator prepares a round
         # Last: if anything above failed, `_process` refuses the run's calls instead of doing them with half of it.
         self.run_number = run_number
 
@@ -122,10 +139,9 @@ class RayWorker:
         payloads = {key: self._payload(ref) for key, ref in payload_refs.items()}
         return self._process(run_number).run(unit, payloads, locate=locate)
 
-    def evaluate(self, run_number: int, model: dict[str, Any], rows: np.ndarray) -> EvalSums:
-        """Evaluate on held-out examples. ``rows``: their numbers, (n,) int; ``model``: as `RayExecutor.evaluate` packs it."""
-        adapter = model["adapter"].unpack()
-        return self._process(run_number).evaluate(GlobalModel(Submodel.from_values(model["submodel"]), adapter), rows)
+    def evaluate(self, run_number: int, model: PackedModel, rows: np.ndarray) -> EvalSums:
+        """Evaluate on held-out examples. ``rows``: their numbers, (n,) int."""
+        return self._process(run_number).evaluate(model.unpack(), rows)
 
     def _process(self, run_number: int) -> WorkerProcess:
         """The worker process of a run. If the run could not be taken up, the former run's must not do its work."""

@@ -14,7 +14,7 @@ from types import MappingProxyType
 import numpy as np
 
 from fleetune.engine.checkpoint.client_store import MAX_UNITS, ClientStore
-from fleetune.engine.round.ranks import cut
+from fleetune.models.adapters import AXES, Axes, cut
 from fleetune.tensors import Packed, Tensors
 from fleetune.training.plan import ClientTask
 
@@ -59,7 +59,9 @@ class WorkUnit:
     cohorts: tuple[Cohort, ...]
     """They follow each other without gaps and cover all n clients."""
     ranks: np.ndarray
-    """(n,) int: the LoRA rank of the adapter that each client trains."""
+    """(n,) int: the rank of the adapter that each client trains."""
+    full_ranks: np.ndarray
+    """(n,) int: the rank of that adapter before it was cut to the client's budget."""
     store: ClientStore
     slots: Mapping[int, int] = field(default_factory=dict)
     """Client id -> the slot of the store that holds its private tensors; only of clients that have some."""
@@ -79,7 +81,9 @@ class WorkUnit:
         packed.update(self.store.read(in_store))
         return {client: row.unpack() for client, row in packed.items()}
 
-    def tasks(self, cohort: Cohort, private_tensors: Mapping[int, Tensors] = MappingProxyType({})) -> list[ClientTask]:
+    def tasks(
+        self, cohort: Cohort, private_tensors: Mapping[int, Tensors] = MappingProxyType({}), axes: Axes = AXES
+    ) -> list[ClientTask]:
         """The cohort's tasks. ``private_tensors``: as `read_private` returns them; each is cut to the rank its client trains."""
         tasks = []
         for i in range(cohort.start, cohort.stop):
@@ -92,7 +96,7 @@ class WorkUnit:
                     rows=self.rows[self.row_offsets[i] : self.row_offsets[i + 1], : cohort.batch_size],
                     learning_rate=self.learning_rate,
                     address=(self.run_seed, self.round_idx),
-                    private=None if private is None else cut(private, int(self.ranks[i])),
+                    private=None if private is None else cut(private, int(self.ranks[i]), axes),
                 )
             )
         return tasks
@@ -155,13 +159,14 @@ def make_work_units(
     cohort_size: int,
     coupled: bool,
     ranks: np.ndarray,
+    full_ranks: np.ndarray,
     store: ClientStore,
     slots: Mapping[int, int],
 ) -> list[WorkUnit]:
     """Cohorts of at most ``cohort_size`` clients of one payload (all of them, if coupled), dealt to a bounded number of units.
 
-    ``client_ids``, ``weights``, ``payloads`` (keys) and ``ranks`` are (n,); ``rows`` holds (steps, batch) of each client. The
-    units with the longest cohorts come first: whichever worker ends last then ends with a short one.
+    ``client_ids``, ``weights``, ``payloads`` (keys), ``ranks`` and ``full_ranks`` are (n,); ``rows`` holds (steps, batch) of each
+    client. The units with the longest cohorts come first: whichever worker ends last then ends with a short one.
     """
     if not len(client_ids):
         return []
@@ -191,6 +196,7 @@ def make_work_units(
                 row_offsets=np.concatenate([[0], np.cumsum(steps[members])]),
                 cohorts=spans,
                 ranks=ranks[members],
+                full_ranks=full_ranks[members],
                 store=store,
                 slots={client: slots[client] for client in ids.tolist() if client in slots},
             )

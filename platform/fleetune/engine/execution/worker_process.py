@@ -15,6 +15,7 @@ from fleetune.engine.execution.work_units import WorkUnit, WorkUnitReply
 from fleetune.engine.round.ranks import overlay
 from fleetune.errors import RunFailed
 from fleetune.methods.base import GlobalModel, Method, Payload
+from fleetune.models.adapters import Axes
 from fleetune.models.base import BaseModel, placed
 from fleetune.problem import Inputs
 from fleetune.spec import RunSpec
@@ -48,7 +49,7 @@ class WorkerProcess:
         """Evaluate on held-out examples; ``rows`` has their numbers, (n,) int."""
         config = self.spec.evaluation
         return evaluate_rows(
-            self.worker.network(model.submodel),
+            self.worker.network(model.model),
             model.adapter,
             data=self.inputs.evaluation.data,
             responses=self.inputs.evaluation.responses,
@@ -86,7 +87,7 @@ def run_work_unit(
     new_private: dict[int, Packed] = {}
     for cohort in unit.cohorts:
         old_private = unit.read_private(cohort)
-        tasks = unit.tasks(cohort, old_private)
+        tasks = unit.tasks(cohort, old_private, method.axes)
         started = time.perf_counter()
         try:
             update = _update(worker, method, payloads[cohort.payload], tasks)
@@ -99,11 +100,12 @@ def run_work_unit(
         reply.losses[span], reply.num_tokens[span] = update.losses, update.num_tokens
         if update.cut_bytes is not None:
             reply.cut_bytes[:, span] = update.cut_bytes
-        reply.diverged[span] = _diverged(update, coupled=method.config.coupled)
-        _collect(reply, span, method, update, tasks, totals.setdefault(cohort.payload, RunningSum()))
+        reply.diverged[span] = _diverged(update, coupled=method.traits.coupled)
+        total = totals.setdefault(cohort.payload, RunningSum())
+        _collect(reply, span, method, payloads[cohort.payload], update, tasks, total)
         if update.private is not None:
             reply.keeps[span] = ~reply.diverged[span]  # a client that diverged stays with its former private tensors
-            private = _private_of(update.private, unit.ranks[span], tasks, old_private, worker.lora.rank)
+            private = _private_of(update.private, unit, span, tasks, old_private, method.axes)
             new_private.update({c: private[c] for c in unit.client_ids[span][reply.keeps[span]].tolist()})
         add_weighted(server, update.server, 1.0)
     # Cohorts were added in the unit's order, whoever carries it out, so the sums are the same bits on any worker.
@@ -120,7 +122,7 @@ def run_work_unit(
 
 def _update(worker: Worker, method: Method, payload: Payload, tasks: list[ClientTask]) -> CohortUpdate:
     """One update for the cohort. With dropout its clients train one by one, as each draws masks of its own."""
-    if len(tasks) == 1 or method.config.coupled or not worker.lora.dropout:
+    if len(tasks) == 1 or method.traits.coupled or not worker.lora.dropout:
         return method.local_update(worker, payload, tasks)
     return CohortUpdate.joined([method.local_update(worker, payload, [task]) for task in tasks])
 
@@ -146,6 +148,7 @@ def _collect(
     reply: WorkUnitReply,
     span: slice,
     method: Method,
+    payload: Payload,
     update: CohortUpdate,
     tasks: list[ClientTask],
     total: RunningSum,
@@ -155,22 +158,24 @@ def _collect(
     counted = [k for k, task in enumerate(tasks) if task.weight > 0]
     if update.upload is not None and update.upload.shapes:
         reply.upload_bytes[span] = update.upload.data[0].nbytes
-        if method.partial_sums and counted:
+        if method.traits.partial_sums and counted:
             rows = update.upload if len(counted) == len(tasks) else update.upload.rows(counted)
-            total.add(rows, [tasks[k].weight for k in counted])
-        elif not method.partial_sums:
+            senders = [tasks[k] for k in counted]
+            total.add(method.summand(payload, rows, senders), [task.weight for task in senders])
+        elif not method.traits.partial_sums:
             reply.each.update({tasks[k].client_id: pack(update.upload.client(k)) for k in counted})
 
 
 def _private_of(
-    private: Stack, ranks: np.ndarray, tasks: list[ClientTask], old_private: Mapping[int, Tensors], full_rank: int
+    private: Stack, unit: WorkUnit, span: slice, tasks: list[ClientTask], old_private: Mapping[int, Tensors], axes: Axes
 ) -> dict[int, Packed]:
-    """Client id -> its private tensors at full rank; what a smaller rank left out stays as it was. ``ranks``: (K,) int."""
+    """Client id -> its private tensors at full rank; what a smaller rank left out stays as it was."""
     packed = {}
-    for k, (task, rank) in enumerate(zip(tasks, ranks.tolist(), strict=True)):
+    ranks = zip(unit.ranks[span].tolist(), unit.full_ranks[span].tolist(), strict=True)
+    for k, (task, (rank, full_rank)) in enumerate(zip(tasks, ranks, strict=True)):
         tensors = private.client(k)
         if rank < full_rank:
-            tensors = overlay(tensors, old_private.get(task.client_id, {}), full_rank)
+            tensors = overlay(tensors, old_private.get(task.client_id, {}), full_rank, axes)
         packed[task.client_id] = pack(tensors)
     return packed
 

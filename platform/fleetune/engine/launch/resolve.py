@@ -109,7 +109,11 @@ def _resolved(spec: RunSpec, device: str, node_cores: Sequence[int], most_worker
         most = min(most, max(1, MAX_STEP_TOKENS // (spec.local.batch_size * spec.data.max_tokens)))
     num_cohorts = -(-per_worker // most)  # per worker, so that all workers get equally many
     cohort = int(chosen.cohort) if chosen.cohort != "auto" else -(-per_worker // num_cohorts)
-    kind = chosen.kind if chosen.kind != "auto" else ("ray" if workers > 1 and not spec.method.coupled else "serial")
+    kind = (
+        chosen.kind
+        if chosen.kind != "auto"
+        else ("ray" if workers > 1 and not spec.method.traits.coupled else "serial")
+    )
     values = {"kind": kind, "workers": workers, "threads": threads, "cohort": cohort, "device": device}
     values["kernels"] = _kernels(chosen, device)
     return spec.model_copy(update={"execution": chosen.model_copy(update=values)})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, MutableMapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -18,7 +19,8 @@ from fleetune.engine.round.fitting import BudgetFitting, Costs
 from fleetune.engine.round.rules import Opening, Outcome, close_round, open_round, sample_clients
 from fleetune.engine.round.work import Work
 from fleetune.engine.round.workload import Workload
-from fleetune.methods.base import ClientInfo, Method, Payload, State
+from fleetune.methods.base import ClientInfo, Payload, State
+from fleetune.models.adapters import rank_of
 from fleetune.pricing.pricing import Pricing, batch_load
 from fleetune.problem import Problem
 from fleetune.seeds import seed_of
@@ -84,7 +86,8 @@ class RoundPlanner:
         """
         fleet = self.problem.fleet
         opening = self._opening(round_idx, busy_until, sim_seconds)
-        client_ids = self.clients(round_idx, opening.available)
+        drawn_from = self.method.drawn_from(state, round_idx)
+        client_ids = self.clients(drawn_from, opening.available)
         fitting = BudgetFitting(
             self.method,
             self.spec.fleet.adapt,
@@ -92,7 +95,7 @@ class RoundPlanner:
             broken=lambda ids, costs: fleet.budgets.broken(fleet.device_index[ids], costs),
             hints=self.hints == "all" or (self.hints == "once_per_stage" and self._begins_stage(round_idx)),
         )
-        fitted = fitting.fit(self._work(state, round_idx, client_ids), client_ids)
+        fitted = fitting.fit(self._work(state, round_idx, drawn_from, client_ids), client_ids)
         work, costs = fitted.work, fitted.costs
         dropped, busy_seconds = self._departures(round_idx, client_ids, costs, opening.start_seconds)
         outcome = close_round(
@@ -152,7 +155,7 @@ class RoundPlanner:
         Rows of the tokenised dataset; a batch that is short of examples is filled up with -1.
         """
         local, part = self.spec.local, self.problem.partition
-        if not self.method.draws_batches:
+        if not self.method.traits.draws_batches:
             return [np.zeros((0, local.batch_size), np.int64)] * len(client_ids)
         out = []
         for c in client_ids.tolist():
@@ -167,16 +170,15 @@ class RoundPlanner:
         """Steps and lengths of the clients' batches, as the cost model takes them."""
         return batch_load(self.problem.inputs.train, work.rows)
 
-    def _work(self, state: State, round_idx: int, client_ids: np.ndarray) -> Work:
-        """One payload per group of clients, each client's group, and its batches."""
-        rows = self._ahead.pop(round_idx, None) or self.batches(round_idx, client_ids)
-        if type(self.method).group is Method.group:
-            # The method has one group. Nobody is asked, so that a plan of a million clients makes no million `ClientInfo`.
-            client_groups: list[Hashable] = [None] * len(client_ids)
-            groups: list[Hashable] = [None]
-        else:
+    def _work(self, state: State, round_idx: int, drawn_from: int, client_ids: np.ndarray) -> Work:
+        """One payload per group of clients, each client's group, and its batches as they were drawn for a round."""
+        rows = self._ahead.pop(drawn_from, None) or self.batches(drawn_from, client_ids)
+        client_groups: list[Hashable] = [None] * len(client_ids)
+        if (
+            self.method.traits.groups
+        ):  # otherwise nobody is asked: a plan of a million clients makes no million `ClientInfo`
             client_groups = [self.method.group(self._info(client_id)) for client_id in client_ids.tolist()]
-            groups = list(dict.fromkeys(client_groups))  # in the order of their first client, and not of a hash
+        groups = list(dict.fromkeys(client_groups)) or [None]  # in the order of their first client, and not of a hash
         payloads = [self.method.broadcast(state, round_idx, group) for group in groups]
         return Work(
             round_idx,
@@ -192,7 +194,8 @@ class RoundPlanner:
     def _full_workload(self, payload: Payload) -> Workload:
         """All of a payload's work, as the job asks for it."""
         depth = self.method.submodel(payload).num_layers
-        return Workload(self.spec.local.batch_size, self.spec.model.lora.rank, depth, self.spec.local.checkpointing)
+        rank = rank_of(self.method.client_adapter(payload), self.method.axes)
+        return Workload(self.spec.local.batch_size, rank, depth, self.spec.local.checkpointing)
 
     def _price(self, work: Work, client_ids: np.ndarray, provisioned: Mapping[int, str]) -> Costs:
         """What the work costs these clients, and the memory that they have for it (``budget_bytes``)."""
@@ -203,18 +206,37 @@ class RoundPlanner:
             work.payloads,
             work.payload_of,
             self.load(work, client_ids),
-            provision_bytes(work, client_ids, provisioned),
+            self._provision_bytes(work, client_ids, provisioned),
             checkpointing=work.checkpointing,
         )
         # The limit that the job sets for the client, which may be less than its device has (`fleet.budgets`).
         costs["budget_bytes"] = fleet.budgets.memory_bytes[fleet.device_index[client_ids]]
         return costs
 
+    def _provision_bytes(self, work: Work, client_ids: np.ndarray, provisioned: Mapping[int, str]) -> np.ndarray:
+        """Bytes that each client must be sent beside the payload, because it lacks them, float (n,)."""
+        out = np.zeros(len(client_ids))
+        if all(payload.provision is None for payload in work.payloads):
+            return out
+        for i, client_id in enumerate(client_ids.tolist()):
+            payload = work.payloads[work.payload_of[i]]
+            out[i] = self.pricing.provision_bytes(payload, provisioned.get(client_id))
+        return out
+
     def _info(self, client_id: int) -> ClientInfo:
         fleet = self.problem.fleet
         kind = fleet.device_index[client_id]
         budget = float(fleet.budgets.memory_bytes[kind])
-        return ClientInfo(client_id, fleet.devices[kind].name, budget, int(self.sizes[client_id]))
+        category = int(self._main_categories[client_id])
+        return ClientInfo(client_id, fleet.devices[kind].name, budget, int(self.sizes[client_id]), category)
+
+    @cached_property
+    def _main_categories(self) -> np.ndarray:
+        """The category that most examples of each client have, the first of equals, int (num_clients,)."""
+        part, categories = self.problem.partition, self.problem.inputs.train.categories
+        counts = np.zeros((part.num_clients, self.problem.inputs.train.num_categories), np.int64)
+        np.add.at(counts, (np.repeat(np.arange(part.num_clients), self.sizes), categories[part.indices]), 1)
+        return counts.argmax(axis=1)
 
     def _departures(
         self, round_idx: int, client_ids: np.ndarray, costs: dict[str, np.ndarray], start_seconds: float

@@ -17,21 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fleetune.engine.round.work import Work
+from fleetune.models.adapters import AXES, Axes, rank_axis
 from fleetune.tensors import Tensors
-
-
-def rank_axis(name: str) -> int | None:
-    """The dimension of an adapter tensor that counts its ranks, 0 for A and 1 for B; None for any other tensor."""
-    return 0 if name.endswith(".lora_A") else 1 if name.endswith(".lora_B") else None
-
-
-def cut(tensors: Tensors, rank: int) -> Tensors:
-    """The first ranks of every pair, A (rank, in) and B (out, rank); other tensors as they are."""
-    out: Tensors = {}
-    for name, tensor in tensors.items():
-        axis = rank_axis(name)
-        out[name] = tensor if axis is None else tensor.narrow(axis, 0, min(rank, tensor.shape[axis])).contiguous()
-    return out
 
 
 def weight_per_row(ranks: np.ndarray, weights: np.ndarray, full_rank: int) -> np.ndarray:
@@ -39,11 +27,28 @@ def weight_per_row(ranks: np.ndarray, weights: np.ndarray, full_rank: int) -> np
     return np.array([float(weights[ranks > i].sum()) for i in range(full_rank)])
 
 
-def filled(tensors: Tensors, sent: Tensors, *, total_weight: float, trained: np.ndarray) -> Tensors:
+def trained_rows(work: Work, weights: np.ndarray) -> dict[int, np.ndarray]:
+    """Index of a full payload that clients cut down -> what part of its clients' weight trained each of its rank rows, (R,).
+
+    ``weights``: (n,), 0 for clients whose updates do not count.
+    """
+    sources = np.array(work.source)[work.payload_of]  # (n,): index of each client's full payload
+    ranks, full_ranks = work.of_clients("rank"), work.full_ranks()
+    out = {}
+    for source in np.unique(sources[(ranks < full_ranks) & (weights > 0)]).tolist():
+        members = sources == source
+        # Sums within a group of clients come out as its part of all weights times the average, so rows are held against that.
+        total = 1.0 if members.all() else float(weights[members].sum())
+        counted = np.where(weights > 0, ranks, full_ranks)[members]
+        out[source] = weight_per_row(counted, weights[members] / total, int(full_ranks[members].max()))
+    return out
+
+
+def filled(tensors: Tensors, sent: Tensors, *, total_weight: float, trained: np.ndarray, axes: Axes = AXES) -> Tensors:
     """An upload (or a sum of them) at full rank, such that the plain weighted sum over all is the average by rows.
 
     ``sent``: the payload at full rank. ``total_weight``: the sum of p_k that is inside the tensors already (1: none is).
-    ``trained``: (R,), what `weight_per_row` gave for the round.
+    ``trained``: (R,), what `trained_rows` gave for that payload.
 
     The rows of the upload are divided by the weight of those that trained them, which is never 0, as the uploader is one of
     them. A row that nobody trained is the payload's, times the weight that the upload stands for; a row that only others
@@ -52,7 +57,7 @@ def filled(tensors: Tensors, sent: Tensors, *, total_weight: float, trained: np.
     out: Tensors = {}
     rows = torch.from_numpy(trained).float()
     for name, tensor in tensors.items():
-        axis = rank_axis(name)
+        axis = rank_axis(name, axes)
         if axis is None:
             out[name] = tensor
             continue
@@ -63,11 +68,11 @@ def filled(tensors: Tensors, sent: Tensors, *, total_weight: float, trained: np.
     return out
 
 
-def overlay(tensors: Tensors, before: Tensors, full_rank: int) -> Tensors:
+def overlay(tensors: Tensors, before: Tensors, full_rank: int, axes: Axes = AXES) -> Tensors:
     """A client's private tensors at full rank: the ranks that it trained, over those that it had before (none: zero)."""
     out: Tensors = {}
     for name, tensor in tensors.items():
-        axis = rank_axis(name)
+        axis = rank_axis(name, axes)
         if axis is None or tensor.shape[axis] == full_rank:
             out[name] = tensor
             continue

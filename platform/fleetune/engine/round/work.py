@@ -54,6 +54,10 @@ class Work:
             checkpointing=self.checkpointing[index],
         )
 
+    def full_ranks(self) -> np.ndarray:
+        """The rank of every client's adapter before it was cut to the client's budget, int (n,)."""
+        return np.array([self.workloads[source].rank for source in self.source], np.int64)[self.payload_of]
+
     def of_clients(self, field: str) -> np.ndarray:
         """A field of every client's workload, (n,) int: ``batch_size``, ``rank`` or ``depth``."""
         return np.array([getattr(workload, field) for workload in self.workloads], np.int64)[self.payload_of]

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fleetune.engine.round.ranks import cut
 from fleetune.fleet.fleet import BATCH, CAPACITY, CHECKPOINTING, RANK
 from fleetune.methods.base import Method, Payload
 
@@ -63,7 +62,7 @@ def shrunk_payload(method: Method, payload: Payload, workload: Workload, full: W
     if workload.depth != full.depth:
         payload = method.shrunk(payload, workload.depth)
     if workload.rank != full.rank:
-        payload = replace(payload, tensors=cut(payload.tensors, workload.rank))
+        payload = method.narrowed(payload, workload.rank)
     return payload
 
 
