@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from fleetune.methods.base import Method
 from fleetune.methods.devft import DevFT
+from fleetune.methods.dofit import DoFIT
 from fleetune.methods.fedavg import FedAvg, FedIT
 from fleetune.methods.fedprox import FedProx
 from fleetune.methods.fedsa_lora import FedSALoRA
+from fleetune.methods.flora import FLoRA
+from fleetune.methods.progfed import ProgFed
 from fleetune.methods.split_lora import SplitLoRA
 
 METHODS: dict[str, type[Method]] = {
     "devft": DevFT,
+    "dofit": DoFIT,
     "fedavg": FedAvg,
     "fedit": FedIT,
     "fedprox": FedProx,
     "fedsa-lora": FedSALoRA,
+    "flora": FLoRA,
+    "progfed": ProgFed,
     "split-lora": SplitLoRA,
 }
