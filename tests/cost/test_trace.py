@@ -331,7 +331,7 @@ def test_a_checkpointed_block_repeats_its_last_product_where_that_is_one_functio
 def met(this: World) -> None:
     """The traced peak is the allocator's, to 0.5 %, once what only the simulation holds (a second gradient) stands beside it."""
     trace = this.trace()
-    (first, _), (second, _) = this.tracing.record(this.tracing.model, this.payload, this.shape)
+    (first, *_), (second, *_) = this.tracing.record(this.tracing.model, this.payload, this.shape)
     both_sides = possible_peaks(live_bytes(first, second, (scopes.CLIENT, scopes.SERVER)))
     simulated = (*PARTS, scopes.SIMULATION)
     with_simulation = possible_peaks(live_bytes(first, second, (scopes.CLIENT, scopes.SERVER), simulated))

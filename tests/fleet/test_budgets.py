@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from fleetune.engine.round.ranks import cut, filled, overlay, weight_per_row
+from fleetune.engine.round.ranks import filled, overlay, weight_per_row
 from fleetune.engine.round.workload import Workload
 from fleetune.errors import UserError
 from fleetune.fleet.budgets import BudgetsConfig, build_budgets
 from fleetune.fleet.devices import device
+from fleetune.models.adapters import cut
 from support import runs, tiny
 
 FAST = {"evaluation.generate": False}
