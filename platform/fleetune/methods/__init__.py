@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fleetune.methods.base import Method
+from fleetune.methods.c2a import C2A
 from fleetune.methods.devft import DevFT
 from fleetune.methods.dofit import DoFIT
 from fleetune.methods.fedavg import FedAvg, FedIT
@@ -13,6 +14,7 @@ from fleetune.methods.progfed import ProgFed
 from fleetune.methods.split_lora import SplitLoRA
 
 METHODS: dict[str, type[Method]] = {
+    "c2a": C2A,
     "devft": DevFT,
     "dofit": DoFIT,
     "fedavg": FedAvg,

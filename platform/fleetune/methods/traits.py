@@ -23,3 +23,5 @@ class Traits:
     """Clients compute gradients by backpropagation; a method that does not must never start a backward pass."""
     private: bool = False
     """Clients keep tensors of their own from one round to the next."""
+    ranked: bool = True
+    """Adapters have ranks, and a client may train only the first of them (`Method.narrowed`)."""

@@ -6,6 +6,7 @@ part, what it is. A network takes whatever tensors it is given and knows no meth
         at a linear layer        lora_A, lora_B           y + alpha / r · B A x                (Hu et al. 2022)
                                  lora_E beside them       y + alpha / r · B diag(E) A x        (Zhang et al. 2023)
         after a half of a block  bottleneck_down, …_up    y + U act(D y + d) + u               (Houlsby et al. 2019)
+                                 generator.…              y + an adapter that a network makes   (`models.generated`)
 
 Stacked tensors have the clients in front: ``lora_A`` is (r, in) on its own and (K, r, in) in a cohort of K.
 
@@ -20,6 +21,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from fleetune.models.generated import GENERATOR_AXES, Generated, Generator
 from fleetune.tensors import Tensors
 
 RANK = "rank"
@@ -34,6 +36,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "bottleneck_down_bias": (RANK,),
     "bottleneck_up": ("hidden", RANK),
     "bottleneck_up_bias": ("hidden",),
+    **GENERATOR_AXES,
 }
 """Last part of a name -> what each axis of the tensor (without clients) counts. ``in`` and ``out`` are the sizes of the linear
 layer, ``hidden`` is the width of the residual stream, ``blocks`` the number of blocks; any other word is a size of its own."""
@@ -106,6 +109,7 @@ class Bottleneck:
         return torch.baddbmm(self.up_bias[:, None].to(y.dtype), inner, up.mT).view(y.shape)
 
 
-def block_adapter(stacked: Tensors, half: str) -> BlockAdapter | None:
-    """The adapter after a half of a block, or None."""
-    return Bottleneck.of(stacked, half)
+def block_adapter(stacked: Tensors, block: int, half: str, generator: Generator | None) -> BlockAdapter | None:
+    """The adapter after a half (``self_attn`` or ``mlp``) of a block, or None: its own, or what the ``generator`` makes."""
+    own = Bottleneck.of(stacked, f"layers.{block}.{half}")
+    return Generated(generator, block) if own is None and generator is not None else own

@@ -17,6 +17,7 @@ from fleetune.models.base import PRODUCT_DTYPES, BaseModel
 from fleetune.models.block import norm, run_block
 from fleetune.models.config import LoRAConfig
 from fleetune.models.decoder import ATTENTION, Decoder
+from fleetune.models.generated import Generator
 from fleetune.models.lora import AdaptedLinear
 from fleetune.models.submodel import Submodel
 from fleetune.tensors import Tensors
@@ -64,9 +65,10 @@ class Network:
             scales = tensors.get(f"{name}.lora_E")
             if scales is not None and site.lora_B is not None:
                 site.lora_B = site.lora_B * scales[:, None]  # B diag(E): products then see a pair like any other
+        generator = Generator.of(tensors)  # once for all blocks
         for n, layer in enumerate(self.layers):
-            layer.after_attention = block_adapter(tensors, f"layers.{n}.self_attn")
-            layer.after_mlp = block_adapter(tensors, f"layers.{n}.mlp")
+            layer.after_attention = block_adapter(tensors, n, "self_attn", generator)
+            layer.after_mlp = block_adapter(tensors, n, "mlp", generator)
 
     def hold(self, held: Tensors) -> None:
         """Add frozen matrices ``<site>.delta`` (out, in) to those of the base, in place of the ones held before."""

@@ -141,7 +141,10 @@ class Tracing:
         return self._recorded(self.model, payload, shape).trace()
 
     def _is_uniform(self, payload: Payload, plan: LocalPlan) -> bool:
-        """True if all blocks have tensors of the same names and sizes, and the plan trains, sends and keeps the same of each."""
+        """True if all blocks have tensors of the same names and sizes, and the plan trains, sends and keeps the same of each.
+
+        So it is, too, if no block has a tensor of its own.
+        """
         of_block: dict[str, set[tuple]] = {}
         for part in (payload.tensors, self.trained_method.client_adapter(payload)):
             for name, tensor in part.items():
@@ -149,7 +152,8 @@ class Tracing:
                 facts = (rest, tuple(tensor.shape), plan.trainable(name), plan.uploads(name), plan.keeps(name))
                 of_block.setdefault(block, set()).add(facts)
         of_block.pop("", None)
-        return len({frozenset(facts) for facts in of_block.values()}) == 1 and len(of_block) == plan.submodel.num_layers
+        is_same = len({frozenset(facts) for facts in of_block.values()}) == 1
+        return not of_block or (is_same and len(of_block) == plan.submodel.num_layers)
 
     def _recorded(self, model: CostedModel, payload: Payload, shape: WorkShape) -> Recording:
         return Recording.of(*zip(*self.record(model, payload, shape), strict=True))

@@ -95,6 +95,13 @@ def check_adapt(spec: RunSpec, method: Method) -> None:
             value=kind,
             hint=f"methods that have: {able}; or adapt batch, checkpointing or rank",
         )
+    if kind == RANK and not spec.method.traits.ranked:
+        raise UserError(
+            f"method {spec.method.name} has no adapters with ranks, of which a client could train fewer",
+            field="fleet.adapt",
+            value=kind,
+            hint="adapt batch or checkpointing",
+        )
     if kind in (BATCH, RANK) and spec.method.traits.coupled:
         raise UserError(
             f"method {spec.method.name} works on all clients of a round at once, so their batches and ranks are one",
