@@ -3,8 +3,11 @@
     python benchmarks/stacking.py                    # three models, one thread and two
     python benchmarks/stacking.py --model deep --threads 1 --clients 1 16
     python benchmarks/stacking.py --threads 1 --device cuda --precision bf16 --matmul 8192
+    python benchmarks/stacking.py --kinds            # every kind of adapter beside plain pairs, stacked
 
 One-by-one runs the same code with cohorts of one client. Both are timed in turn, so that a busy machine hits both;
+--kinds times kinds of adapters in turn, too: pairs of rank 8 at every linear layer; the same with a third factor; and after both
+halves of every block bottlenecks of width 16, or what a generator of C2A's sizes makes.
 --cpu-time takes the processor's time instead of the clock's, so that waiting for a core does not count.
 """
 
@@ -12,8 +15,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,8 +24,11 @@ import torch
 
 import measure
 import workload
+from fleetune.methods.base import Context
+from fleetune.methods.c2a import C2A, C2AConfig
 from fleetune.models.base import BaseModel, placed
 from fleetune.models.config import LoRAConfig, ModelConfig
+from fleetune.models.generated import HISTOGRAM
 from fleetune.models.load import load_base
 from fleetune.models.lora import init_lora
 from fleetune.models.model import Model
@@ -57,17 +63,72 @@ def make_case(name: str) -> Case:
     return Case(load_base(ModelConfig()), "all-linear", 8)
 
 
-class Trial:
-    """One case with everything that the trainer needs, for up to ``num_clients`` clients."""
+Adapters = Callable[[BaseModel, LoRAConfig], Tensors]
 
-    def __init__(self, case: Case, num_clients: int, *, device: str, precision: str, kernels: str):
+
+def pairs(base: BaseModel, lora: LoRAConfig) -> Tensors:
+    """A and B at every site."""
+    return init_lora(linear_sites(base, lora), lora, run_seed=0)
+
+
+def third_factors(base: BaseModel, lora: LoRAConfig) -> Tensors:
+    """A, B and E at every site."""
+    return {
+        **pairs(base, lora),
+        **{f"{site}.lora_E": torch.ones(lora.rank) for site in linear_sites(base, lora)},
+    }
+
+
+def bottlenecks(base: BaseModel, lora: LoRAConfig, *, width: int = 16) -> Tensors:
+    """A bottleneck after both halves of every block."""
+    hidden = base.shape.hidden_size
+    shapes = {"down": (width, hidden), "down_bias": (width,), "up": (hidden, width), "up_bias": (hidden,)}
+    return {
+        f"layers.{n}.{half}.bottleneck_{name}": 0.01 * torch.randn(shape)
+        for n in range(base.num_layers)
+        for half in ("self_attn", "mlp")
+        for name, shape in shapes.items()
+    }
+
+
+def generators(base: BaseModel, lora: LoRAConfig) -> Tensors:
+    """A generator of the method's default sizes, for four categories."""
+    method = C2A(C2AConfig(), Context(base, lora, linear_sites(base, lora), 1, 0, 4))
+    return {**method.start().tensors, HISTOGRAM: torch.full((4,), 0.25)}
+
+
+KINDS: dict[str, Adapters] = {
+    "pairs": pairs,
+    "third factor": third_factors,
+    "bottleneck": bottlenecks,
+    "generated": generators,
+}
+
+
+class Trial:
+    """One case with everything that the trainer needs, for up to ``num_clients`` clients.
+
+    Clients train pairs, unless ``adapters`` gives others: (base, settings) -> the tensors from which each starts.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        num_clients: int,
+        *,
+        device: str,
+        precision: str,
+        kernels: str,
+        adapters: Adapters | None = None,
+    ):
         lora = LoRAConfig(rank=8, alpha=16.0, targets=case.targets)
         submodel = Submodel.prefix(case.base.num_layers)
         set_up(device, kernels)
         base = placed(case.base, device=device, precision=precision)
-        self.network, self.plan = Network(base, submodel, lora, precision=precision), LocalPlan(Model(submodel))
+        self.network = Network(base, submodel, lora, precision=precision)
+        self.plan = LocalPlan(Model(submodel), trainable=lambda name: name != HISTOGRAM)
         self.local = LocalConfig(steps=NUM_STEPS, batch_size=case.batch_size)
-        self.start: Tensors = init_lora(linear_sites(case.base, lora), lora, run_seed=0)
+        self.start: Tensors = (adapters or pairs)(case.base, lora)
         per_client = NUM_STEPS * case.batch_size
         self.data = workload.random_tokens(num_clients * per_client, NUM_TOKENS, int(case.base.config["vocab_size"]))
         rows = np.arange(num_clients * per_client).reshape(num_clients, NUM_STEPS, case.batch_size)
@@ -100,6 +161,45 @@ def compare(trial: Trial, num_clients: int, *, repeats: int, clock: Callable[[],
     return measure.median_and_min(seconds[num_clients])[0], measure.median_and_min(seconds[1])[0]
 
 
+def compare_kinds(
+    trials: Mapping[str, Trial], num_clients: int, *, repeats: int, clock: Callable[[], float]
+) -> dict[str, float]:
+    """Seconds per client-step of each trial's stacked clients: medians of interleaved repetitions."""
+    seconds: dict[str, list[float]] = {kind: [] for kind in trials}
+    for repeat in range(repeats + 1):
+        for kind, trial in trials.items():
+            started = clock()
+            trial.train(num_clients, num_clients)
+            if repeat:  # the first one warms up
+                seconds[kind].append((clock() - started) / (num_clients * NUM_STEPS))
+    return {kind: measure.median_and_min(taken)[0] for kind, taken in seconds.items()}
+
+
+def report_kinds(args: argparse.Namespace, clock: Callable[[], float]) -> None:
+    """The table of --kinds: milliseconds of a client's step, and times those of plain pairs at every linear layer."""
+    rows = []
+    settings = {"device": args.device, "precision": args.precision, "kernels": args.kernels}
+    for threads in [1] if args.cpu_time else args.threads:
+        set_threads(threads)
+        for name in args.model:
+            case = replace(make_case(name), targets="all-linear")
+            trials = {kind: Trial(case, max(args.clients), adapters=made, **settings) for kind, made in KINDS.items()}
+            for num_clients in args.clients:
+                seconds = compare_kinds(trials, num_clients, repeats=args.repeats, clock=clock)
+                rows += [
+                    {
+                        "model": name,
+                        "threads": torch.get_num_threads(),
+                        "clients": num_clients,
+                        "adapter": kind,
+                        "ms": 1e3 * taken,
+                        "times_pairs": taken / seconds["pairs"],
+                    }
+                    for kind, taken in seconds.items()
+                ]
+    measure.report("stacking_kinds", rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("wide", "deep", "micro"), nargs="*", default=["wide", "deep", "micro"])
@@ -115,9 +215,13 @@ def main() -> None:
     parser.add_argument(
         "--matmul", type=int, default=1024, help="size of the product to compare with; on a GPU take 8192"
     )
+    parser.add_argument("--kinds", action="store_true", help="kinds of adapters beside plain pairs instead")
     args = parser.parse_args()
     measure.like_a_worker()
     clock = time.process_time if args.cpu_time else time.perf_counter
+    if args.kinds:
+        report_kinds(args, clock)
+        return
     rows = []
     for threads in [1] if args.cpu_time else args.threads:
         set_threads(threads)

@@ -65,7 +65,7 @@ CLIENT_COLUMNS: tuple[Column, ...] = (
     Column("num_examples", "int64", "training examples the client trained on in this round, each time it saw one"),
     Column("num_tokens", "int64", "tokens the client trained on in this round"),
     Column("batch_size", "int32", "examples of a step; the last one of a pass may have fewer"),
-    Column("rank", "int32", "rank of the adapter that the client trains"),
+    Column("rank", "int32", "rank of the adapter that the client trains; 0 if it has none"),
     Column("depth", "int32", "blocks of the submodel that the client works with"),
     Column("checkpointing", "bool", "whether it computes blocks again instead of keeping their activations"),
     Column(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fleetune.models.adapters import Bottleneck, rank_axis
-from fleetune.models.base import BaseModel
+from fleetune.models.base import BaseModel, placed
 from fleetune.models.config import LoRAConfig
 from fleetune.models.generated import GENERATOR_AXES, HISTOGRAM, Generated, Generator
 from fleetune.models.network import Network
@@ -211,3 +211,22 @@ def test_a_bottleneck_has_ranks_and_a_generator_has_none():
     base = models.base_of("llama")
     assert {rank_axis(name) for name in bottlenecks(base)} == {0, 1, None}
     assert {rank_axis(name) for name in generators(base)} == {None}
+
+
+@every_kind
+def test_in_bf16_only_the_products_are_rounded(kind: str):
+    """Logits stay within 5 % of those in fp32, and gradients are fp32."""
+    base, ids = models.base_of("llama"), models.random_ids(2, 5)
+    adapter = KINDS[kind](base)
+    exact = logits(network(), [adapter], ids)
+    rounded = Network(
+        placed(base, device="cpu", precision="bf16"),
+        Submodel.prefix(base.num_layers),
+        LoRAConfig(rank=2),
+        precision="bf16",
+    )
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in adapter.items()}
+    ours = logits(rounded, [leaves], ids)
+    assert 0 < float((ours.detach() - exact).norm() / exact.norm()) < 0.05
+    ours.sum().backward()
+    assert {leaf.grad.dtype for leaf in leaves.values() if leaf.grad is not None} == {torch.float32}
