@@ -365,7 +365,9 @@ def test_a_device_holds_one_gradient(case: str):
 def kept_bytes(this: World, point: Point) -> int:
     """Bytes that autograd keeps on the client of the first real step, weights and adapters left out."""
     network = this.worker.network(this.method.model(this.payload))
-    tensors = [*network.model.parameters(), *network.model.buffers(), *this.worker.base.weights.values()]
+    # Where something is held, a site's matrix is the sum of it and the base's: still a weight.
+    merged = [site.weight for site in network.sites.values()]
+    tensors = [*network.model.parameters(), *network.model.buffers(), *this.worker.base.weights.values(), *merged]
     known = {t.untyped_storage().data_ptr() for t in tensors}
     kept: dict[int, torch.Tensor] = {}
 
