@@ -73,8 +73,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "problem": {*LOCAL, "methods", "spec"},
     "pricing": {*LOCAL, "cost", "methods", "problem", "spec", "training"},
     "records": set(),
-    "reports": {"records"},
-    "tracking": {"records", "reports", "tracking/access", "tracking/config"},
+    "claims": {"records"},
+    "reports": {"claims", "records"},
+    "tracking": {"claims", "records", "reports", "tracking/access", "tracking/config"},
     "engine/checkpoint": {"methods"},
     "engine/round": {*LOCAL, "cost", "methods", "pricing", "problem", "spec"},
     "engine/execution": {
@@ -124,6 +125,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "sweep": {
         *LOCAL,
+        "claims",
         "engine",
         "engine/execution",
         "engine/launch",
@@ -136,6 +138,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "cli": {
         *LOCAL,
+        "claims",
         "engine/launch",
         "methods",
         "plan",

@@ -32,6 +32,8 @@ class Column:
     """Of rounds.parquet: MLflow's metric, once a round."""
     has_total: bool = False
     """Of rounds.parquet: whether the sum since the first round is a metric, too, ``total/NAME``."""
+    higher_is_better: bool = False
+    """Of trials.parquet: whether a higher value is the better one. Losses and costs should be low."""
     title: str = ""
     """What tables and figures of a report call it. Of clients.parquet: a cost of a turn; of rounds.parquet: of a run."""
 
@@ -199,10 +201,16 @@ TRIAL_COLUMNS: tuple[Column, ...] = (
     Column("train_loss", "double", "training loss of the last round", kind="metric"),
     Column("eval_loss", "double", "loss on the evaluation set, of the last evaluation", kind="metric"),
     Column(
-        "eval_accuracy", "double", "share right on the evaluation set, 0 to 1, of the last evaluation", kind="metric"
+        "eval_accuracy",
+        "double",
+        "share right on the evaluation set, 0 to 1, of the last evaluation",
+        kind="metric",
+        higher_is_better=True,
     ),
     Column("baseline_eval_loss", "double", "loss of the untrained model", kind="metric"),
-    Column("baseline_eval_accuracy", "double", "share right of the untrained model", kind="metric"),
+    Column(
+        "baseline_eval_accuracy", "double", "share right of the untrained model", kind="metric", higher_is_better=True
+    ),
     Column("sim_seconds", "double", "virtual time of the run", kind="total"),
     Column("uplink_bytes", "double", "bytes that all clients sent", kind="total"),
     Column("downlink_bytes", "double", "bytes that all clients received", kind="total"),
@@ -218,6 +226,9 @@ def names(columns: tuple[Column, ...], *kinds: str) -> tuple[str, ...]:
     """The names of the columns of these kinds, in their order."""
     return tuple(column.name for column in columns if column.kind in kinds)
 
+
+HIGHER_IS_BETTER = frozenset(column.name for column in TRIAL_COLUMNS if column.higher_is_better)
+"""Results of a trial that should be high; all others should be low."""
 
 MEMORY_PARTS = names(CLIENT_COLUMNS, "part")
 """What a client's peak memory consists of."""

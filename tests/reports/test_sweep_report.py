@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -133,3 +134,79 @@ def test_on_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str], 
     wrong = fleetune(capfd, monkeypatch, "report", sweep.path, "--budget", "12 parsecs")
     assert wrong.status == 2
     assert "--budget='12 parsecs'" in wrong.stderr
+
+
+# -- claims ------------------------------------------------------------------------------------------------------------
+CLAIMS: list[dict[str, Any]] = [
+    {
+        "better": {"method.name": "devft"},
+        "than": {"method.name": "fedit"},
+        "in": "eval/accuracy",
+        "source": "table <1>",
+    },
+    {
+        "ratio": {
+            "of": {"method.name": "devft"},
+            "to": {"method.name": "fedit"},
+            "in": "uplink_bytes",
+            "is": 2,
+            "within": 0.1,
+        }
+    },
+]
+
+
+def claiming_sweep(workspace: Path, *, failed: tuple[int, ...] = ()) -> SweepDirectory:
+    """devft (trials 0 and 1) gains the whole, fedit half of what training brings; both send the same, and so half the claim."""
+    grid = {"method.name": ["devft", "fedit"], "seed": [0, 1]}
+    gains = {"devft": 1.0, "fedit": 0.5}
+    return make_sweep(workspace, grid, gain=lambda o: gains[o["method.name"]], claims=CLAIMS, failed=failed)
+
+
+def test_the_page_says_which_claims_hold(tmp_path: Path):
+    """The accuracies are those of the table: 0.2 + gain · rise for each seed. What a source says is escaped."""
+    sweep = claiming_sweep(tmp_path)
+    html = report([sweep.path]).read_text()
+    first, second = rows_of(html, "Claims and verdicts")
+    assert first[:3] == ["devft is better than fedit in eval/accuracy", "table &lt;1&gt;", "holds"]
+    accuracy = sweep.trials()["eval_accuracy"]
+    assert first[3] == f"{100 * (accuracy[:2].mean() - accuracy[2:].mean()):+.1f} pp"
+    assert first[6:9] == ["2", "2", "0"]
+    assert first[9] == "only 2 seeds"
+    assert (second[1], second[2]) == ("–", "reversed")
+    assert second[3].endswith("(ratio)")
+    assert "<b>holds 1, reversed 1</b>" in html
+    assert [verdict["verdict"] for verdict in sweep.verdicts()] == ["holds", "reversed"]
+
+
+def test_a_sweep_without_claims_has_no_such_section(tmp_path: Path):
+    """And what an earlier report noted of claims that are gone goes away."""
+    sweep = claiming_sweep(tmp_path)
+    report([sweep.path])
+    sweep.replace_claims([])
+    assert "Claims and verdicts" not in report([sweep.path]).read_text()
+    assert sweep.verdicts() == []
+    assert not (sweep.path / "claims.json").exists()
+
+
+def test_report_json_has_the_verdicts(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Trial 2, fedit's with seed 0, failed: one pair decides nothing. Written elsewhere, the page leaves the sweep alone."""
+    sweep = claiming_sweep(tmp_path, failed=(2,))
+    out = fleetune(capfd, monkeypatch, "report", sweep.path, "--out", tmp_path / "out", "--json")
+    assert out.status == 0, out.stderr
+    assert out.document["report"] == str(tmp_path / "out" / "report.html")
+    first = out.document["claims"][0]
+    assert (first["verdict"], first["mean"], first["num_pairs"], first["num_left_out"]) == ("not decided", None, 1, 1)
+    assert first["source"] == "table <1>"
+    assert not (sweep.path / "claims.json").exists()
+
+
+def test_a_claim_that_was_written_into_a_sweep_s_directory_is_checked(tmp_path: Path):
+    """``sweep.yaml`` may be edited: a claim that its grid lacks is the user's mistake there, too."""
+    sweep = claiming_sweep(tmp_path)
+    sweep.replace_claims([{**CLAIMS[0], "than": {"method.name": "flora"}}])
+    with pytest.raises(UserError, match="the grid has devft, fedit") as error:
+        report([sweep.path])
+    assert error.value.field == "claims.0.than.method.name"

@@ -25,12 +25,13 @@ def make_sweep(
     gain: Callable[[Mapping[str, Any]], float] = lambda overrides: 1.0,
     cost: Callable[[Mapping[str, Any]], float] = lambda overrides: 1.0,
     evaluate: bool = True,
+    claims: Sequence[Mapping[str, Any]] = (),
 ) -> SweepDirectory:
     """A sweep over ``grid``, all trials finished but those in ``failed``, which have no run.
 
     ``gain`` scales how far a trial's accuracy rises above the untrained 20 %, ``cost`` its time, bytes and energy.
     """
-    values = {"name": name, "base": make_spec(), "grid": {k: list(v) for k, v in grid.items()}}
+    values = {"name": name, "base": make_spec(), "grid": {k: list(v) for k, v in grid.items()}, "claims": list(claims)}
     sweep = SweepDirectory.create(workspace, f"{name}-0", values, directory=workspace / "sweeps")
     rows = []
     for number, chosen in enumerate(itertools.product(*grid.values())):
@@ -42,6 +43,32 @@ def make_sweep(
             _rescale(run, gain(overrides), cost(overrides))
             row |= {"status": "finished", "error": None, "run_id": run.run_id, "run_dir": run.path, **_finals(run)}
         rows.append(row)
+    sweep.write_trials(rows)
+    return sweep
+
+
+def make_study(
+    workspace: Path,
+    grid: Mapping[str, Sequence[Any]],
+    claims: Sequence[Mapping[str, Any]],
+    result: Callable[[Mapping[str, Any]], Mapping[str, Any] | None],
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+) -> SweepDirectory:
+    """A sweep that is its table alone, without runs: what claims are decided from.
+
+    ``result`` gives a trial's columns of ``trials.parquet`` from the dotted fields that it sets, its seed among them; None:
+    the trial failed.
+    """
+    values = {"name": "study", "base": make_spec(), "grid": {k: list(v) for k, v in grid.items()}, "seeds": list(seeds)}
+    values["claims"] = list(claims)
+    sweep = SweepDirectory.create(workspace, "study-0", values, directory=workspace / "sweeps")
+    rows = []
+    for number, (*chosen, seed) in enumerate(itertools.product(*grid.values(), seeds)):
+        overrides = {**dict(zip(grid, chosen, strict=True)), "seed": seed}
+        columns = result(filled_fields(overrides))
+        row = {"trial": number, "run_id": f"study-{number}", "seed": seed, "overrides": overrides}
+        rows.append({**row, "status": "failed" if columns is None else "finished", **(columns or {})})
     sweep.write_trials(rows)
     return sweep
 

@@ -166,3 +166,34 @@ def test_a_table_that_names_runs_elsewhere_leads_nowhere(workspace: Path, tmp_pa
     write(sweep, [(2, strange, 0.5)])
     assert children(workspace, sync(sweep.path).mlflow_run_id) == {}
     assert not (strange.path / "checkpoint" / "mlflow.json").exists()
+
+
+def verdict(word: str, text: str) -> dict[str, str]:
+    return {"verdict": word, "line": f"{word}: {text}"}
+
+
+def test_verdicts_on_claims_are_tags_of_the_sweep_and_follow_its_file(workspace: Path):
+    """Two claims; later one of them, decided otherwise; then none. Sent again nothing changes."""
+    sweep = make_sweep(workspace, "study", claims=[{"better": {"method.growth_rate": 2}}])
+    write(sweep, [])
+    client, found = make_client(default_uri(workspace)), []
+    rounds = [
+        [verdict("holds", "a"), verdict("not decided", "b")],
+        [verdict("reversed", "a")],
+        [verdict("reversed", "a")],
+        [],
+    ]
+    for verdicts in rounds:
+        sweep.write_verdicts(verdicts)
+        parent_id = sync(sweep.path).mlflow_run_id
+        run = client.get_run(parent_id)
+        found.append({name: value for name, value in run.data.tags.items() if name.startswith("claim")})
+        has_file = "claims.json" in [item.path for item in client.list_artifacts(parent_id)]
+        assert has_file or not verdicts
+        assert "claims" not in run.data.params
+    assert found == [
+        {"claims": "holds 1, not decided 1", "claim/01": "holds: a", "claim/02": "not decided: b"},
+        {"claims": "reversed 1", "claim/01": "reversed: a"},
+        {"claims": "reversed 1", "claim/01": "reversed: a"},
+        {},
+    ]

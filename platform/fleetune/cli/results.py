@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -56,9 +56,20 @@ def report(
 
     path = write_report(paths, out, budgets=budgets or (), targets=targets or ())
     if as_json:
-        print_json({"report": str(path)})
+        print_json({"report": str(path), **_claims(paths)})
     else:
         print(path)
+
+
+def _claims(paths: list[Path]) -> dict[str, Any]:
+    """The verdicts on a sweep's claims; nothing for runs, and for a sweep without claims."""
+    from fleetune.claims.verdicts import as_dicts, verdicts_of
+    from fleetune.records.sweep_directory import SweepDirectory
+
+    if not (paths[0] / SweepDirectory.SPEC).is_file():
+        return {}
+    verdicts = verdicts_of(SweepDirectory.open(paths[0]))
+    return {"claims": as_dicts(verdicts)} if verdicts else {}
 
 
 def ui(

@@ -67,7 +67,7 @@ class RunDirectory(RoundStore):
             "checkpoint/meta.json",
             {"format": FORMAT, "run_id": run_id, "workspace": place, "started_at": time.time(), **(meta or {})},
         )
-        run.write(cls.SPEC, yaml.safe_dump(plain(spec), sort_keys=False, allow_unicode=True).encode())
+        run.write_spec(spec)
         return run
 
     @classmethod
@@ -105,6 +105,10 @@ class RunDirectory(RoundStore):
         if not isinstance(values, dict):
             raise files.damaged(path, "it holds no fields", holds=holds)
         return values
+
+    def write_spec(self, spec: Mapping[str, Any]) -> None:
+        """Writes the resolved spec."""
+        self.write(self.SPEC, yaml.safe_dump(plain(spec), sort_keys=False, allow_unicode=True).encode())
 
     @property
     def meta(self) -> dict[str, Any]:

@@ -80,6 +80,7 @@ def content_of(name: str) -> str:
         "rounds.parquet": "the rounds' records",
         "trials.parquet": "the sweep's table",
         "result.json": "the result",
+        "claims.json": "the verdicts on the claims",
         "checkpoint/meta.json": "what is known of the run besides its spec",
     }
     return kinds[name]

@@ -1,14 +1,15 @@
 """A sweep's directory: what was to be tried, and a table with a row per trial.
 
-``sweep.yaml`` (resolved: a sweep file again, its base as a mapping), ``trials.parquet``, ``result.json`` (written last) and
-``figures/``. The trials themselves are runs like all others, in ``runs/`` of the workspace; the table names them.
+``sweep.yaml`` (resolved: a sweep file again, its base as a mapping), ``trials.parquet``, ``claims.json`` (the verdicts on its
+claims), ``result.json`` (written last) and ``figures/``. The trials themselves are runs like all others, in ``runs/`` of the
+workspace; the table names them.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,22 @@ class SweepDirectory(RunDirectory):
         # With this terminator a \r within a text is quoted.
         lines = table.assign(**texts.map(_no_formula)).to_csv(index=False, lineterminator="\r\n")
         self.write("trials.csv", lines.encode())
+
+    def write_verdicts(self, verdicts: Sequence[Mapping[str, Any]]) -> None:
+        """Writes ``claims.json``: the verdicts on the sweep's claims. It goes away where there are none."""
+        if verdicts:
+            self._write_json("claims.json", {"claims": list(verdicts)})
+        else:
+            (self.path / "claims.json").unlink(missing_ok=True)
+
+    def verdicts(self) -> list[dict[str, Any]]:
+        """The verdicts on the sweep's claims as they were written last; empty if there are none."""
+        return list((self._read_json("claims.json") or {}).get("claims") or [])
+
+    def replace_claims(self, claims: Sequence[Mapping[str, Any]]) -> None:
+        """Puts other claims into ``sweep.yaml``. They are the one part of a sweep that may change after its start."""
+        spec = {name: value for name, value in self.spec.items() if name != "claims"}
+        self.write_spec({**spec, "claims": list(claims)} if claims else spec)
 
     def runs(self) -> list[RunDirectory]:
         """The trials' runs that have started."""

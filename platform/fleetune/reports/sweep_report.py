@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from fleetune.claims.verdicts import as_dicts, verdicts_of
 from fleetune.records.sweep_directory import SweepDirectory
+from fleetune.reports.claims import claim_parts
 from fleetune.reports.figures import devices as device_figures
 from fleetune.reports.figures import sweep as sweep_figures
 from fleetune.reports.figures import swept_fields as sweep_field_figures
@@ -36,7 +38,8 @@ def sweep_report(
     """Writes ``report.html`` and ``figures/`` into the sweep's directory, or into ``out`` (a folder or an HTML file).
 
     ``budgets`` ("10MB", "2h", "5kJ") and ``targets`` ("0.6", "60%") replace those taken from the results. Returns the
-    HTML file. Raises UserError if there is no sweep, or if none of its trials has finished.
+    HTML file. If the sweep has claims, the page shows the verdicts, and in the sweep's directory they are written to
+    ``claims.json``. Raises UserError if there is no sweep, if none of its trials has finished, or if its claims are wrong.
     """
     own_budgets, own_targets = parse_budgets(budgets), parse_targets(targets)
     sweep = SweepDirectory.open(path)
@@ -45,8 +48,12 @@ def sweep_report(
     out = out if out.suffix in (".html", ".htm") else out / "report.html"
     folder = out.parent / "figures"
     folder.mkdir(parents=True, exist_ok=True)
+    verdicts = verdicts_of(sweep)
+    if out.parent.absolute() == sweep.path:
+        sweep.write_verdicts(as_dicts(verdicts))
     sections = [
         Section("Ranking", _ranking(results)),
+        *([Section("Claims", claim_parts(verdicts))] if verdicts else []),
         Section("Learning curves", _curves(results, folder)),
         Section(
             "Accuracy against cost" if results.score.is_fraction else "Loss against cost", pareto_parts(results, folder)

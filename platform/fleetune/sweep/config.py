@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
 
+from fleetune.claims import config as claim_config
+from fleetune.claims import pairs
+from fleetune.claims.config import AnyClaim
+from fleetune.columns import HIGHER_IS_BETTER
 from fleetune.config import Config
 from fleetune.errors import UserError
 from fleetune.spec import MAX_INTEGER, apply_overrides, as_user_error, plain, read_yaml
@@ -96,6 +101,17 @@ class SweepSpec(Config):
     """Stop trials that fall behind; null: every trial runs to its end."""
     max_concurrent: int | None = Field(None, ge=1, le=MAX_TRIALS)
     """Trials that run at the same time; null: as many as the cores hold."""
+    claims: tuple[AnyClaim, ...] = ()
+    """What a paper claims of these trials. They decide nothing about what is run: each gets a verdict from the results."""
+
+    @field_validator("claims", mode="before")
+    @classmethod
+    def _claims(cls, value: Any) -> Any:
+        return claim_config.read(value)
+
+    @field_serializer("claims")
+    def _plain_claims(self, claims: tuple[AnyClaim, ...]) -> list[dict[str, Any]]:
+        return claim_config.plain(claims)
 
     @field_validator("base", mode="before")
     @classmethod
@@ -120,12 +136,15 @@ class SweepSpec(Config):
             raise ValueError("seed is varied twice: in seeds and as a field")
         if self.search is not None and self.search.kind == "optuna" and self.seeds and len(self.seeds) > 1:
             raise ValueError("an optuna search goes by one result per trial: give one seed, or search kind random")
+        # The trials of a grid beyond the limit are refused when they are expanded; their pairs would take too long to list.
+        if math.prod(len(values) for values in (self.grid or {}).values()) <= MAX_TRIALS:
+            pairs.check(self.claims, self.grid, self.seeds)
         return self
 
     @property
     def sign(self) -> int:
         """1 if a higher metric is better, -1 if a lower one is."""
-        return 1 if self.metric == "eval_accuracy" else -1
+        return 1 if self.metric in HIGHER_IS_BETTER else -1
 
 
 def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> SweepSpec:

@@ -31,8 +31,8 @@ class Trial:
 
 
 def sweep_id(sweep: SweepSpec) -> str:
-    """Name of the sweep's directory: the same for the same content, so that a second launch finds it."""
-    content = sweep.model_dump(mode="json", exclude={"name", "max_concurrent"})
+    """Name of the sweep's directory: the same for the same trials, so that a second launch finds it, also with other claims."""
+    content = sweep.model_dump(mode="json", exclude={"name", "max_concurrent", "claims"})
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
     return f"{slug(str(sweep.name))}-{digest}"
 

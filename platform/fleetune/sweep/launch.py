@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fleetune.claims import config as claim_config
+from fleetune.claims.verdicts import as_dicts, verdicts_of
 from fleetune.engine.launch import run as launch
 from fleetune.engine.launch.backends import base_key, ray_backend
 from fleetune.engine.launch.cluster import num_cores
@@ -37,12 +39,15 @@ class SweepResult:
     """Number of trials by state."""
     best: dict[str, Any] | None
     failures: list[dict[str, Any]]
+    claims: list[dict[str, Any]]
+    """The verdicts on the sweep's claims, as ``claims.json`` holds them."""
     synced: bool | None = None
     """True if MLflow holds all of it; None if tracking is off."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The document of ``--json``; with ``synced`` only if it is false."""
-        return {**launch.without_synced(vars(self)), "sweep_dir": str(self.sweep_dir)}
+        """The document of ``--json``; with ``claims`` only if there are some, with ``synced`` only if it is false."""
+        document = {**launch.without_synced(vars(self)), "sweep_dir": str(self.sweep_dir)}
+        return document if self.claims else {name: value for name, value in document.items() if name != "claims"}
 
     def lines(self) -> list[str]:
         """The lines that the terminal shows."""
@@ -52,6 +57,7 @@ class SweepResult:
             metric, value = list(self.best.items())[-1]
             shown = f"{value:.1%}" if metric == "eval_accuracy" else f"{value:.6g}"
             lines += [f"best       {metric} {shown}: trial {self.best['trial']} {label(self.best['overrides'])}"]
+        lines += [f"{'' if i else 'claims':<10} {claim['line']}" for i, claim in enumerate(self.claims)]
         lines += [f"sweep      {self.sweep_dir}", f"next       fleetune ui · fleetune report {self.sweep_dir}"]
         return lines
 
@@ -98,6 +104,7 @@ def run(
             sweep, directory, sweep_status, search=search, report=report or (lambda sweep_status: None), watch=watch
         )
         (directory.path / "result.json").unlink(missing_ok=True)
+        _take_claims(sweep, directory, text)
         driver.save()
         watch(directory.path)
         for entry in sweep_status.entries.values():  # earlier launches may have been killed before MLflow got all
@@ -170,6 +177,14 @@ def _open(sweep: SweepSpec, path: Path, text: str | None) -> SweepDirectory:
         return SweepDirectory.create(path.parent.parent, path.name, values, meta=meta, directory=path.parent)
 
 
+def _take_claims(sweep: SweepSpec, directory: SweepDirectory, text: str | None) -> None:
+    """Note the claims of this launch, if they are others than before: with other claims it is the same sweep."""
+    claims = claim_config.plain(sweep.claims)
+    if directory.spec.get("claims", []) != claims:
+        directory.replace_claims(claims)
+        directory.update_meta(text=text)
+
+
 def _earlier(sweep: SweepSpec, sweep_status: SweepStatus) -> list[tuple[str, list[dict[str, Any]]]]:
     """(id, rows of rounds) of the trials that are over, which early stopping compares with; none without it."""
     if sweep.early_stopping is None:
@@ -184,6 +199,8 @@ def _summarise(sweep: SweepSpec, directory: SweepDirectory, sweep_status: SweepS
 
     entries = [entry for _, entry in sorted(sweep_status.entries.items())]
     has_finished = any(entry.status == "finished" for entry in entries)
+    verdicts = as_dicts(verdicts_of(directory))
+    directory.write_verdicts(verdicts)
     if has_finished:
         sweep_report(directory.path)
     directory.write_csv()
@@ -209,7 +226,7 @@ def _summarise(sweep: SweepSpec, directory: SweepDirectory, sweep_status: SweepS
     directory.write_result(
         {"status": status, "metrics": metrics, "trials": counts, "best": best_row, "failures": failures}
     )
-    return SweepResult(directory.path, status, counts, best_row, failures)
+    return SweepResult(directory.path, status, counts, best_row, failures, verdicts)
 
 
 def _in_mlflow(directory: SweepDirectory, sweep_status: SweepStatus, warn: Warn) -> bool:

@@ -179,7 +179,8 @@ class StoredRun:
         flat = {
             k: shown(v)
             for k, v in filled_fields(self.run.spec).items()
-            if not k.startswith(("tracking.", "base.tracking."))
+            # Claims may change after the start, and parameters cannot: their verdicts are tags.
+            if k != "claims" and not k.startswith(("tracking.", "base.tracking."))
         }
         params = [Param(k, v if len(v) <= PARAM_LENGTH else v[: PARAM_LENGTH - 1] + "…") for k, v in flat.items()]
         params = [p for p in params if p.key not in present]

@@ -7,9 +7,13 @@ its own parent or none; so the sweep gets a copy of it: parameters, metrics of e
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fleetune.claims.verdicts import summary
+from fleetune.columns import HIGHER_IS_BETTER
+from fleetune.errors import shortened
 from fleetune.locks import locked
 from fleetune.records.run_directory import RunDirectory, parent_of
 from fleetune.records.sweep_directory import SweepDirectory
@@ -17,9 +21,11 @@ from fleetune.tracking.stored_run import REUSED_FROM
 from fleetune.tracking.tracker import SyncReport, Tracker
 
 BEST = "best"
+CLAIMS, CLAIM = "claims", "claim"
+TAG_LENGTH = (
+    1000  # characters of a verdict's line; assumed: no claim needs more, and MLflow's own limit is 8,000 (mlflow 3.17)
+)
 OVER = ("finished", "stopped")
-# Metrics by which a sweep can go that should be high; all others should be low.
-HIGH = ("eval_accuracy",)
 
 
 class ReusedRun(RunDirectory):
@@ -67,6 +73,8 @@ class SweepTracker(Tracker):
         self._copies: dict[str, str] = {}
         """Trials that were reused, as far as they are in the store: run id -> MLflow's."""
         self._reused: dict[str, bool] = {}
+        self._claim_tags: dict[str, str] | None = None
+        """The tags of claims that this tracker knows to be in the store; None before it has looked."""
 
     def push(self, *, interrupted: bool = False) -> SyncReport:
         """One pass over the sweep's own run, and over what it alone knows of its trials."""
@@ -79,6 +87,7 @@ class SweepTracker(Tracker):
                 self._copies[row["run_id"]] = copied.mlflow_run_id
                 sent = sent.with_parts_of(copied)
         self._tag_best(rows)
+        self._tag_claims()
         if self.run.result() is not None:
             self._release_replaced({row["run_id"] for row in rows})
         return sent
@@ -97,7 +106,7 @@ class SweepTracker(Tracker):
     def _tag_best(self, rows: list[dict[str, Any]]) -> None:
         """Tag the best trial that is over, as the sweep's own table has it; the one that was best before loses the tag."""
         metric = str(self.run.spec.get("metric", "eval_accuracy"))
-        sign = 1 if metric in HIGH else -1
+        sign = 1 if metric in HIGHER_IS_BETTER else -1
         scored = [row for row in rows if row["status"] in OVER and _is_number(row.get(metric))]
         if not scored:
             return
@@ -115,6 +124,20 @@ class SweepTracker(Tracker):
                     self._delete_tag(other, BEST)
             self._client.set_tag(mlflow_id, BEST, "true")
             self._write_state(best=[mlflow_id])
+
+    def _tag_claims(self) -> None:
+        """Tag the sweep's run with the verdicts of ``claims.json``; tags of claims that are gone go, too."""
+        tags = claim_tags(self.run.verdicts())
+        if tags == self._claim_tags:
+            return
+        stored = self._client.get_run(self._ids[1]).data.tags
+        for name in stored:
+            if (name == CLAIMS or name.startswith(f"{CLAIM}/")) and name not in tags:
+                self._delete_tag(self._ids[1], name)
+        changed = {name: value for name, value in tags.items() if stored.get(name) != value}
+        if changed:
+            self._set_tags(changed)
+        self._claim_tags = tags
 
     def _child_id(self, run_dir: Path) -> str:
         """A trial's run in the store, as noted with it; made now where there is none yet."""
@@ -150,6 +173,15 @@ class SweepTracker(Tracker):
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
+
+
+def claim_tags(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The tags of a sweep's claims: how many came out how, and a line for each, numbered from 1 in the sweep file's order."""
+    if not verdicts:
+        return {}
+    lines = {f"{CLAIM}/{number:02d}": str(verdict["line"]) for number, verdict in enumerate(verdicts, start=1)}
+    counts = summary(str(verdict["verdict"]) for verdict in verdicts)
+    return {CLAIMS: counts, **{name: shortened(line, TAG_LENGTH) for name, line in lines.items()}}
 
 
 def _is_number(value: Any) -> bool:

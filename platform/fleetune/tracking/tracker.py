@@ -31,6 +31,7 @@ ARTIFACTS = (
     "spec.yaml",
     "sweep.yaml",
     "result.json",
+    "claims.json",
     "trials.parquet",
     "trials.csv",
     "rounds.parquet",
