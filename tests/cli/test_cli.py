@@ -134,6 +134,14 @@ def test_the_schema_is_one_that_knows_every_field(fleetune: Command):
     assert set(schema["properties"]) == set(tiny.spec().to_dict())
 
 
+def test_the_schema_of_sweep_files_knows_every_kind_of_claim(fleetune: Command):
+    schema = json.loads(fleetune("schema", "--sweep").stdout)
+    assert {"base", "grid", "seeds", "claims"} <= set(schema["properties"])
+    kinds = {kind["$ref"].rpartition("/")[2] for kind in schema["properties"]["claims"]["items"]["anyOf"]}
+    assert kinds == {"Better", "Falls", "Rises", "Peak", "Ratio"}
+    assert {"better", "than", "in", "for", "source"} == set(schema["$defs"]["Better"]["properties"])
+
+
 @pytest.mark.parametrize(
     "arguments", [["runn", "job.yaml"], ["run"], ["run", "job.yaml", "--sett", "a=1"], ["resume"], ["run", "a", "b"]]
 )

@@ -98,8 +98,11 @@ def list_(
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
-def schema() -> None:
+def schema(
+    sweep: Annotated[bool, typer.Option("--sweep", help="The schema of sweep files instead.")] = False,
+) -> None:
     """Print the JSON schema of job files, for completion in editors."""
     from fleetune.spec import json_schema
+    from fleetune.sweep.config import SweepSpec
 
-    print(json.dumps(json_schema(), indent=2))
+    print(json.dumps(SweepSpec.model_json_schema() if sweep else json_schema(), indent=2))

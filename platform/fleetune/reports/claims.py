@@ -9,10 +9,10 @@ from fleetune.reports.html import Cell, Note, Part, Table, markup
 from fleetune.units import NOTHING
 
 ABOUT = (
-    "A claim holds or is reversed if the 95 % interval over seeds excludes the opposite; otherwise so many trials do not "
-    "decide it. The smallest decidable difference is the one that would have been told from zero with this spread and so many "
-    "seeds. Pairs share the seed and every other swept field. Each claim stands by itself: of twenty true ones an interval "
-    "misses one by chance."
+    "A claim holds if the whole 95 % interval over seeds lies where the claim says, and is reversed if it lies wholly elsewhere; "
+    "otherwise so many trials do not decide it. The smallest decidable difference would just have been told from zero with this "
+    "spread and so many seeds. Pairs share the seed and every other swept field. Claims are not corrected for each other: of "
+    "twenty differences that do not exist, one on average is decided by chance."
 )
 
 
