@@ -77,6 +77,7 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "devft": {"initial_capacity": 1},
     "split-lora": {"split_point": 2},
     "dofit": {"domains": 2, "step": 0.05},  # a step of 1 is ten times what a tiny tensor moves in training
+    "fedadapter": {"width": 2, "width_step": 2, "max_width": 4, "trial_seconds": 1e-3},
     "fedprox": {"mu": 0.1},
     "flora": {"ranks": {"jetson-nano": 1}},
     "progfed": {"stages": 2},

@@ -6,6 +6,7 @@ from fleetune.methods.base import Method
 from fleetune.methods.c2a import C2A
 from fleetune.methods.devft import DevFT
 from fleetune.methods.dofit import DoFIT
+from fleetune.methods.fedadapter import FedAdapter
 from fleetune.methods.fedavg import FedAvg, FedIT
 from fleetune.methods.fedprox import FedProx
 from fleetune.methods.fedsa_lora import FedSALoRA
@@ -17,6 +18,7 @@ METHODS: dict[str, type[Method]] = {
     "c2a": C2A,
     "devft": DevFT,
     "dofit": DoFIT,
+    "fedadapter": FedAdapter,
     "fedavg": FedAvg,
     "fedit": FedIT,
     "fedprox": FedProx,

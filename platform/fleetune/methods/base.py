@@ -170,6 +170,8 @@ class Context:
     """The run's seed; a method's own draws begin their addresses with it."""
     num_categories: int = 1
     """Categories of the training examples, those that the partition goes by."""
+    evaluation_interval: int = 1
+    """Rounds between evaluations: when round r begins, from 0, the one before it has been evaluated if this divides r."""
 
     @property
     def num_layers(self) -> int:
@@ -210,6 +212,8 @@ class Method:
     """The method's settings, checked when the job is read."""
     source: ClassVar[str]
     """One line for `fleetune list methods`: what it is and where it comes from."""
+    plan_assumes: ClassVar[str | None] = None
+    """One line that a plan shows if later rounds depend on what only training can tell."""
     axes: Axes = AXES
     """What the axes of the method's tensors count, by the last part of their names. A method with tensors of its own kind adds
     them here, so that they can be cut to a smaller rank and costed on another architecture."""
@@ -241,6 +245,11 @@ class Method:
     def group(self, client: ClientInfo) -> Hashable:
         """The client's group: clients of one group receive one payload. By default all are in one group."""
         return None
+
+    def groups(self, state: State, round_idx: int, clients: Sequence[ClientInfo]) -> list[Hashable]:
+        """The groups of a round's clients, which come by rising id. By default each client's own `group`; a method that deals
+        clients out anew in every round does so here."""
+        return [self.group(client) for client in clients]
 
     def broadcast(self, state: State, round_idx: int, group: Hashable) -> Payload:
         """The payload for the clients of a group."""

@@ -157,6 +157,10 @@ class DevFT(Method):
         """As the inner method groups clients."""
         return self.inner.group(client)
 
+    def groups(self, state: State, round_idx: int, clients: Sequence[ClientInfo]) -> list[Hashable]:
+        """As the inner method deals clients out."""
+        return self.inner.groups(self._inner_state(state), round_idx, clients)
+
     def drawn_from(self, state: State, round_idx: int) -> int:
         """As the inner method says."""
         return self.inner.drawn_from(self._inner_state(state), round_idx)

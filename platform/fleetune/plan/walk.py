@@ -83,6 +83,7 @@ def plan(spec: RunSpec, *, label: str | None = None, cache_dir: Path | None = No
     """
     problem, assumptions = outline(spec, cache_dir=cache_dir)
     assumptions += problem.fleet.rate_notes(spec.cost.precision)
+    assumptions += [problem.method.plan_assumes] if problem.method.plan_assumes else []
     drawn = spec.rounds.num_rounds * spec.rounds.clients_per_round <= MAX_DRAWN
     if not drawn:
         assumptions.append(

@@ -120,6 +120,7 @@ def context_of(spec: RunSpec, inputs: Inputs) -> Context:
         spec.rounds.num_rounds,
         spec.seed,
         inputs.train.num_categories,
+        spec.evaluation.every,
     )
 
 

@@ -177,7 +177,7 @@ class RoundPlanner:
         if (
             self.method.traits.groups
         ):  # otherwise nobody is asked: a plan of a million clients makes no million `ClientInfo`
-            client_groups = [self.method.group(self._info(client_id)) for client_id in client_ids.tolist()]
+            client_groups = self.method.groups(state, round_idx, [self._info(c) for c in client_ids.tolist()])
         groups = list(dict.fromkeys(client_groups)) or [None]  # in the order of their first client, and not of a hash
         payloads = [self.method.broadcast(state, round_idx, group) for group in groups]
         return Work(

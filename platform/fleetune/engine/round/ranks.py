@@ -61,7 +61,9 @@ def filled(tensors: Tensors, sent: Tensors, *, total_weight: float, trained: np.
         if axis is None:
             out[name] = tensor
             continue
-        per_row, rank = rows.view([-1, 1] if axis == 0 else [1, -1]), tensor.shape[axis]
+        along = [1] * tensor.dim()
+        along[axis] = -1
+        per_row, rank = rows.view(along), tensor.shape[axis]
         full = _or_zeros(sent.get(name), tensor, axis, len(trained)) * ((per_row == 0) * total_weight)
         full.narrow(axis, 0, rank).add_(tensor / per_row.narrow(axis, 0, rank))
         out[name] = full
