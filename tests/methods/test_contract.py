@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,19 @@ import torch
 from torch import Tensor
 
 from fleetune import spec as specs
+from fleetune.cost.trace import PARTS
 from fleetune.methods import METHODS
 from fleetune.methods.base import Report, State
 from fleetune.models import architectures as shapes
+from fleetune.pricing.mapping import CostedModel
+from fleetune.pricing.tracing import Tracing, WorkShape
 from fleetune.tensors import num_bytes
 from fleetune.training.plan import ClientTask
 from support import REPOSITORY, runs, tiny
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "devft+fedsa-lora": ("devft", {"method.aggregation": "fedsa-lora"}),
+    "fwdllm sampled and paced": ("fwdllm", {"method.candidates": 3, "method.threshold": 0.5}),
     "split-lora in_turn": ("split-lora", {"method.server": "in_turn"}),
     "split-lora per_client": ("split-lora", {"method.server": "per_client"}),
 }
@@ -44,6 +49,12 @@ def spec_of(case: str, **overrides: Any) -> specs.RunSpec:
 def reference(case: str) -> tuple[runs.Finished, list[runs.Passed]]:
     """The case's plain run, with all that crossed the seam."""
     return runs.recorded(spec_of(case))
+
+
+def at_rate_zero(case: str) -> dict[str, float]:
+    """The fields of all steps that are taken, set to 0: the clients' steps, and the server's if the method has a rate for it."""
+    has_own = "learning_rate" in type(spec_of(case).method).model_fields
+    return {"local.learning_rate": 0.0, **({"method.learning_rate": 0.0} if has_own else {})}
 
 
 def untrained(done: runs.Finished) -> State:
@@ -105,7 +116,7 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(case: str, tmp_path: Path):
 @every_method
 def test_learning_rate_zero_leaves_the_model_as_it_is(case: str):
     """Nobody learns: the state is that of rounds without clients, B stays 0, and the loss is the untrained model's."""
-    done = runs.run(spec_of(case, **{"local.learning_rate": 0.0}))
+    done = runs.run(spec_of(case, **at_rate_zero(case)))
     fresh = untrained(done).tensors
     assert fresh.keys() <= done.state.tensors.keys()
     runs.close_tensors({name: done.state.tensors[name] for name in fresh}, fresh)
@@ -183,7 +194,10 @@ def test_a_round_of_refused_clients_changes_nothing(case: str, heavy: str):
 
 @every_method
 def test_only_what_the_plan_names_changes_and_travels(case: str):
-    """One client's work: every trainable tensor moves, the others and all inputs keep their bits."""
+    """One client's work: every trainable tensor moves, the others and all inputs keep their bits.
+
+    What goes up beside the adapter's tensors (slopes) is the method's own; of the adapter it is what the plan names.
+    """
     done, passed = reference(case)
     method = done.problem.method
     key, tasks = tasks_of(passed[0])
@@ -195,8 +209,9 @@ def test_only_what_the_plan_names_changes_and_travels(case: str):
     runs.same_tensors(payload.tensors, sent)
     runs.same_tensors(done.problem.inputs.base.weights, weights)
     assert update.upload is not None
-    assert set(update.upload.shapes) == {name for name in start if plan.uploads(name)}
-    for name, tensor in update.upload.client(0).items():
+    of_adapter = {name: tensor for name, tensor in update.upload.client(0).items() if name in start}
+    assert set(of_adapter) == {name for name in start if plan.uploads(name)}
+    for name, tensor in of_adapter.items():
         assert torch.equal(tensor, start[name]) != plan.trainable(name), name
 
 
@@ -247,12 +262,46 @@ def test_stacked_work_is_in_the_order_of_its_tasks(case: str):
     payload, worker = passed[0].payloads[key], runs.worker(done.problem)
     both = method.local_update(worker, payload, [short, tasks[1]])
     assert both.upload is not None
+    summed = method.summand(payload, both.upload, [short, tasks[1]])
     for k, task in enumerate((short, tasks[1])):
         alone = method.local_update(worker, payload, [task])
         assert alone.upload is not None
+        alone_summed = method.summand(payload, alone.upload, [task])
         assert both.losses[k] == pytest.approx(alone.losses[0], rel=1e-5)
         assert both.num_tokens[k] == alone.num_tokens[0]
-        runs.close_tensors(both.upload.client(k), alone.upload.client(0), rtol=1e-4, atol=1e-5)
+        runs.close_tensors(summed.client(k), alone_summed.client(0), rtol=1e-4, atol=1e-5)
+
+
+@every_method
+def test_gradients_are_computed_if_and_only_if_the_method_says_so(case: str, monkeypatch: pytest.MonkeyPatch):
+    """A method of forward passes alone never starts a backward pass, and its trace keeps nothing for one.
+
+    Every way into autograd is watched in one client's real work, and the trace's parts that only a backward pass needs are 0.
+    """
+    done, passed = reference(case)
+    method = done.problem.method
+    key, tasks = tasks_of(passed[0])
+    payload, calls = passed[0].payloads[key], []
+    for owner, name in ((Tensor, "backward"), (torch.autograd, "backward"), (torch.autograd, "grad")):
+        monkeypatch.setattr(owner, name, watched(getattr(owner, name), calls, forbidden=not method.traits.backward))
+    method.local_update(runs.worker(done.problem), payload, tasks[:1])
+    assert bool(calls) == method.traits.backward
+    spec, model = done.problem.spec, CostedModel(done.problem.inputs.base, axes=method.axes)
+    found = Tracing(model, method, spec.model.lora, spec.local, None).trace(payload, WorkShape())
+    of_backward = [PARTS.index(name) for name in ("gradients", "optimizer", "saved")]
+    kept = found.saved.any() or found.moments[:, of_backward].any()
+    assert bool(kept) == method.traits.backward
+
+
+def watched(function: Callable[..., Any], calls: list[str], *, forbidden: bool) -> Callable[..., Any]:
+    """The function, noting that it is called; it raises instead if it is forbidden."""
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        assert not forbidden, f"{function.__name__} is called"
+        calls.append(function.__name__)
+        return function(*args, **kwargs)
+
+    return wrapper
 
 
 @pytest.mark.parametrize("name", METHODS)

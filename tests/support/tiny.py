@@ -80,6 +80,7 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "fedadapter": {"width": 2, "width_step": 2, "max_width": 4, "trial_seconds": 1e-3},
     "fedprox": {"mu": 0.1},
     "flora": {"ranks": {"jetson-nano": 1}},
+    "fwdllm": {"directions": 2, "h": 0.1, "learning_rate": 0.01},
     "progfed": {"stages": 2},
 }
 

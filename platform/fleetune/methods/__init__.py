@@ -11,6 +11,7 @@ from fleetune.methods.fedavg import FedAvg, FedIT
 from fleetune.methods.fedprox import FedProx
 from fleetune.methods.fedsa_lora import FedSALoRA
 from fleetune.methods.flora import FLoRA
+from fleetune.methods.fwdllm import FwdLLM
 from fleetune.methods.progfed import ProgFed
 from fleetune.methods.split_lora import SplitLoRA
 
@@ -24,6 +25,7 @@ METHODS: dict[str, type[Method]] = {
     "fedprox": FedProx,
     "fedsa-lora": FedSALoRA,
     "flora": FLoRA,
+    "fwdllm": FwdLLM,
     "progfed": ProgFed,
     "split-lora": SplitLoRA,
 }

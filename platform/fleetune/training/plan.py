@@ -112,6 +112,8 @@ class CohortUpdate:
     """The server's own tensors, trained meanwhile by its half of the model (split learning); they cross no link."""
     cut_bytes: np.ndarray | None = None
     """(2, K) int: bytes that each client sent over the cut and received over it (split learning)."""
+    upload_bytes: np.ndarray | None = None
+    """(K,) int: bytes of each client's upload, if some rows of ``upload`` are filled up to the length of others; else None."""
     diverged_at: np.ndarray | None = None
     """(K,) float: when each client's loss was first not finite, in any unit of time; inf if it never was. Only for clients that
     share something while they work (a server's half): there the first to diverge spoils the others, and is alone to blame."""
@@ -125,6 +127,7 @@ class CohortUpdate:
             return Stack(there[0].shapes, torch.cat([part.data for part in there])) if there else None
 
         cuts = [u.cut_bytes for u in updates if u.cut_bytes is not None]
+        sizes = [u.upload_bytes for u in updates if u.upload_bytes is not None]
         times = [u.diverged_at for u in updates if u.diverged_at is not None]
         return cls(
             upload=stacked([u.upload for u in updates]),
@@ -133,5 +136,6 @@ class CohortUpdate:
             num_tokens=np.concatenate([u.num_tokens for u in updates]),
             server=weighted_sum((1.0, u.server) for u in updates),
             cut_bytes=np.concatenate(cuts, axis=1) if cuts else None,
+            upload_bytes=np.concatenate(sizes) if sizes else None,
             diverged_at=np.concatenate(times) if times else None,
         )

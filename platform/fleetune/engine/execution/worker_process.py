@@ -157,7 +157,8 @@ def _collect(
     # The sum is made here and not by the coordinator: what travels is one upload per unit, however many clients it has.
     counted = [k for k, task in enumerate(tasks) if task.weight > 0]
     if update.upload is not None and update.upload.shapes:
-        reply.upload_bytes[span] = update.upload.data[0].nbytes
+        full = update.upload.data[0].nbytes
+        reply.upload_bytes[span] = full if update.upload_bytes is None else update.upload_bytes
         if method.traits.partial_sums and counted:
             rows = update.upload if len(counted) == len(tasks) else update.upload.rows(counted)
             senders = [tasks[k] for k in counted]
