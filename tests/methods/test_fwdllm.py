@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from fleetune.cost.polynomials import monomials
+from fleetune.engine.round.ranks import filled
 from fleetune.errors import UserError
 from fleetune.methods.base import Payload, State, Update
 from fleetune.methods.fwdllm import HALVES, LAST, SUM, FwdLLM, variance_of
 from fleetune.models.network import Network
+from fleetune.plan.walk import plan
 from fleetune.pricing.mapping import CostedModel
 from fleetune.pricing.tracing import Tracing, WorkShape
 from fleetune.tensors import Stack, Tensors
@@ -234,6 +236,34 @@ def test_clients_are_charged_four_bytes_for_each_number_of_their_own_steps(candi
         assert one.reply.upload_bytes.tolist() == (4 * 2 * numbers * steps).tolist()
         table = done.clients[done.clients["round"] == one.unit.round_idx + 1].set_index("client_id")
         assert table.loc[one.unit.client_ids, "uplink_bytes"].tolist() == one.reply.upload_bytes.tolist()
+
+
+def test_a_plan_prices_what_a_run_is_charged():
+    """Also on another architecture, whose steps are traced on shallow models: slopes are as many, the adapter is larger."""
+    sampled = {"method.candidates": 2, "cost.model": "llama2-7b", "fleet.devices": {"server-a100": 1.0}}
+    planned, done = plan(spec_of(**sampled)), runs.run(spec_of(**sampled))
+    for name in ("uplink_bytes", "downlink_bytes", "sim_seconds"):
+        assert [row[name] for row in planned.rounds] == done.rounds[name].tolist()
+    assert done.rounds["uplink_bytes"].tolist() == [3 * 2 * 2 * 4, 3 * 2 * 2 * 8, 3 * 2 * 2 * 8]
+    first, second, third = done.rounds["downlink_bytes"].tolist()
+    assert first == 3 * 4 * 32 * 2 * 2 * (4096 + 4096)  # clients, bytes, blocks, layers, rank, in and out
+    assert second == third == 2 * first  # with the last gradient
+
+
+def test_ranks_that_nobody_trains_receive_no_gradient():
+    """Clients cut to rank 1 of 2: the second rank of every pair keeps its bits."""
+    problem, method, payload = made(method__candidates=2)
+    narrow = method.narrowed(payload, 1)
+    one = task([[0, 1]])
+    update = method.local_update(runs.worker(problem), narrow, [one])
+    assert update.upload is not None
+    total = method.summand(narrow, update.upload, [one]).client(0)
+    full = filled(total, payload.tensors, total_weight=1.0, trained=np.array([1.0, 0.0]), axes=method.axes)
+    after = method.aggregate(State(payload.tensors, method.start().values), [Update(full, 1.0, (0,))], 0)
+    for name, tensor in payload.tensors.items():
+        axis = 0 if name.endswith("lora_A") else 1
+        assert torch.equal(after.tensors[name].select(axis, 1), tensor.select(axis, 1))
+        assert not torch.equal(after.tensors[name].select(axis, 0), tensor.select(axis, 0))
 
 
 class Inference(FwdLLM):

@@ -114,7 +114,7 @@ class FwdLLM(Method):
             share = 1.0 / max(1, len(task.rows) * self.config.directions)
             total, halves, weights = torch.zeros(size), torch.zeros(2, size_monitored), torch.zeros(2, 1)
             # A client's slopes take turns. A coin says which half has the first: it may be the client's only one.
-            coin = seed_of(task.seed, "half")
+            coin = seed_of(task.seed, "half") % 2
             measured = slopes_and_directions(task, sent["slopes"], sent.get("numbers"), size)
             for index, (slope, direction) in enumerate(measured):
                 total.add_(direction, alpha=slope * share)
@@ -182,12 +182,13 @@ class FwdLLM(Method):
 
     def local_update(self, worker: Worker, payload: Payload, tasks: Sequence[ClientTask]) -> CohortUpdate:
         """Slopes along every client's own directions, for all clients of the cohort at once."""
+        adapter = self.client_adapter(payload)
         with part(ADAPTERS):
-            last = [t.reshape(-1) for name, t in payload.tensors.items() if name.startswith(LAST)]
+            last = [payload.tensors[LAST + name].reshape(-1) for name in adapter if LAST + name in payload.tensors]
             towards = torch.cat(last) if last else None
         found = measure_slopes(
             worker.network(self.model(payload)),
-            self.client_adapter(payload),
+            adapter,
             tasks,
             data=worker.data,
             num_directions=self.config.directions,
