@@ -204,7 +204,7 @@ def test_the_step_is_along_the_mean_of_all_gradients_that_waited():
 def test_a_large_threshold_steps_in_every_round_and_zero_in_none():
     """With one that nothing exceeds the run is that without pacing. With 0 the adapter keeps its bits, and the clients of the
     first round are asked again for work on the same examples."""
-    plain, always = runs.run(spec_of()), runs.run(spec_of(method__threshold=1e300))
+    plain, always = runs.run(spec_of()), runs.run(spec_of(method__threshold=1e12))
     assert not always.rounds["waiting"].any()
     runs.same_tensors(plain.state.tensors, always.state.tensors)
     never = runs.run(spec_of(method__threshold=0.0))

@@ -54,7 +54,7 @@ class FwdLLMConfig(MethodConfig):
     """Rounds in which the step size rises linearly to its full value."""
     schedule: Literal["constant", "linear"] = "constant"
     """Step size after the warm-up: constant, or falling linearly to 0 at the end of the run, as the authors' code has it."""
-    threshold: float | None = Field(None, ge=0)
+    threshold: float | None = Field(None, ge=0, le=1e12)
     """Variance above which gradients wait for more directions; null: every round takes a step, and nothing is measured. The
     paper takes 0.1 to 0.2, but the variance scales with the square of the loss's slope and falls with every direction more."""
     candidates: int = Field(1, ge=1, le=1000)
