@@ -46,7 +46,7 @@ def by_hand(server: SideWork | None = None) -> StepTrace:
     moments[0, PARTS.index("saved")] = polynomial(BS=4e6)
     client = side((3, polynomial(BS=1e9), polynomial(one=1e6)), moved=polynomial(one=2e6), num_ops=10)
     nothing = side(moved=np.zeros(NUM))
-    return StepTrace(client, server or nothing, moments, polynomial(BS=4e6), np.zeros((2, NUM)))
+    return StepTrace(client, server or nothing, moments, polynomial(BS=4e6), np.zeros((2, NUM)), np.zeros(2))
 
 
 def cost_of(trace: StepTrace, devices: tuple[str, ...] = ("jetson-agx-orin-64gb",), **changes: Any) -> CostTable:
@@ -196,7 +196,7 @@ def test_every_operator_takes_the_longer_of_its_flops_and_its_bytes():
     assert costs.flops[0] == 10 * 3 * 1.28e11
     starved = StepTrace(
         side((3, polynomial(BS=1.0), polynomial(one=1e9)), moved=np.zeros(NUM)), by_hand().server, by_hand().moments,
-        by_hand().saved, by_hand().cut,
+        by_hand().saved, by_hand().cut, by_hand().upload,
     )  # fmt: skip
     assert cost_of(starved).compute_seconds[0] == pytest.approx(10 * 3 * 1e9 / bandwidth)
 
