@@ -204,6 +204,12 @@ class MethodConfig(Config):
         """
         return Traits()
 
+    def check_job(self, job: Any) -> None:
+        """Raises UserError if these settings contradict another part of the job, ``job``: a `fleetune.spec.RunSpec`.
+
+        Called when a job file is read; what needs the model or the data is for `Method.check`.
+        """
+
 
 class Method:
     """Base of all methods: average what clients upload, weighted by their numbers of examples (McMahan et al. 2017)."""

@@ -8,7 +8,8 @@ Tensors that matter:  the k of largest ||.||_F^2 in G_j;  shared: those that are
 For each shared tensor, with m = mean_j G_j:              G_j <- G_j + sc |G_j - m| / ||G_j - m||_F     (DoFIT)
                                                           G_j <- m                                      (DoFIT-base)
 
-Each domain goes on from its own G_j. A client belongs to the domain of the category that most of its examples have.
+Each domain goes on from its own G_j. A client belongs to the domain of the category that most of its examples have. The authors
+sample clients of every domain in every round; here a domain may be without any, and is then left out of that round's step.
 Where a domain agrees with the mean the formula is 0 / 0, which the code gives as NaN; here the tensor stays as it is. One domain
 is FedAvg.
 """
@@ -57,6 +58,16 @@ class DoFITConfig(MethodConfig):
         """The clients of a domain form a group."""
         return Traits(groups=True)
 
+    def check_job(self, job: Any) -> None:
+        """Every domain needs a client."""
+        if self.domains is not None and self.domains > job.fleet.num_clients:
+            raise UserError(
+                f"exceeds the fleet of {job.fleet.num_clients} clients: a domain would have none",
+                field="method.domains",
+                value=self.domains,
+                hint="lower it, or raise fleet.num_clients",
+            )
+
 
 class DoFIT(Method):
     """Server state: one adapter for each domain, ``domain.<j>.layers…``."""
@@ -94,18 +105,24 @@ class DoFIT(Method):
         return Payload(_of_domain(state, group or 0))
 
     def aggregate(self, state: State, updates: Iterable[Update], round_idx: int) -> State:
-        """Average within the domains that took part, then the step between all domains."""
+        """Average within the domains that took part, then the step between them; the others stay as they are."""
         totals: dict[int, Tensors] = {}
         weights: dict[int, float] = {}
         for update in updates:
             domain = int(update.group)  # type: ignore[call-overload]
             add_weighted(totals.setdefault(domain, {}), update.tensors, update.weight)
             weights[domain] = weights.get(domain, 0.0) + update.total_weight
-        domains = [_of_domain(state, j) for j in range(self.num_domains)]
-        for j, total in totals.items():
-            domains[j] = {name: tensor / weights[j] if len(weights) > 1 else tensor for name, tensor in total.items()}
-        exchanged = exchange(domains, top_k=self.config.top_k, step=self.config.step, rule=self.config.exchange)
-        return State({f"domain.{j}.{name}": t for j, domain in enumerate(exchanged) for name, t in domain.items()})
+        averages = [
+            {name: tensor / weights[j] if len(weights) > 1 else tensor for name, tensor in totals[j].items()}
+            for j in sorted(totals)
+        ]
+        exchanged = exchange(averages, top_k=self.config.top_k, step=self.config.step, rule=self.config.exchange)
+        changed = {
+            f"domain.{j}.{name}": tensor
+            for j, domain in zip(sorted(totals), exchanged, strict=True)
+            for name, tensor in domain.items()
+        }
+        return State({**state.tensors, **changed})
 
     def evaluated(self, state: State, private: PrivateStates) -> Mapping[str, GlobalModel]:
         """Every domain's model; the run's quality is their mean."""
@@ -119,14 +136,17 @@ class DoFIT(Method):
 
 
 def exchange(domains: list[Tensors], *, top_k: int, step: float, rule: str) -> list[Tensors]:
-    """The step between domains (DoFIT, main_sft.py): each domain's adapter, its shared tensors replaced."""
-    if len(domains) == 1:
+    """The step between domains (DoFIT, main_sft.py): each domain's adapter, its shared tensors replaced.
+
+    ``step``: sc. ``rule``: ``perturb`` or ``mean``, as in `DoFITConfig.exchange`. The domains given are not changed.
+    """
+    if len(domains) < 2:
         return domains
     largest = [sorted(domain, key=lambda name: -float(domain[name].norm() ** 2))[:top_k] for domain in domains]
     shared = set(largest[0]).intersection(*largest[1:])
     out = [dict(domain) for domain in domains]
     for name in shared:
-        mean = torch.stack([domain[name] for domain in domains]).mean(dim=0)
+        mean = torch.stack([domain[name] for domain in domains]).mean(dim=0)  # m
         for domain, new in zip(domains, out, strict=True):
             distance = (domain[name] - mean).abs()
             length = float(distance.norm())

@@ -18,12 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
-from fleetune.errors import UserError
+from fleetune.errors import UserError, unknown_name
 from fleetune.methods.base import (
     ClientInfo,
     GlobalModel,
@@ -48,7 +48,7 @@ class FLoRAConfig(MethodConfig):
     """Settings of FLoRA."""
 
     name: Literal["flora"] = "flora"
-    ranks: dict[str, int] = Field(default_factory=dict)
+    ranks: dict[str, Annotated[int, Field(ge=1, le=65_536)]] = Field(default_factory=dict)
     """Rank of the clients on each device type, such as `{jetson-nano: 2, jetson-agx-orin-64gb: 16}`; model.lora.rank on those
     that are not named. The paper's mixed setting is 64, 32, 16, 16, 8, 8, 4, 4, 4, 4 for ten clients."""
 
@@ -56,6 +56,12 @@ class FLoRAConfig(MethodConfig):
     def traits(self) -> Traits:
         """Clients of one rank form a group."""
         return Traits(groups=bool(self.ranks))
+
+    def check_job(self, job: Any) -> None:
+        """Ranks are given to devices that the fleet has: a misspelt one would be trained at another rank in silence."""
+        for device in self.ranks:
+            if device not in job.fleet.devices:
+                raise unknown_name("device in fleet.devices", device, job.fleet.devices, field="method.ranks")
 
 
 class FLoRA(Method):
@@ -65,14 +71,15 @@ class FLoRA(Method):
     source: ClassVar[str] = "stack the clients' pairs into the base model (Wang et al. 2024, arXiv 2409.05976)"
 
     def check(self) -> None:
-        """Ranks are positive, and no larger than a matrix can use."""
+        """No rank is larger than a matrix can use."""
         largest = max(min(sizes) for sizes in self.context.sites.values())
         for device, rank in self.config.ranks.items():
-            if not 1 <= rank <= largest:
+            if rank > largest:
                 raise UserError(
-                    f"must be from 1 to {largest}, the smaller side of the largest adapted matrix",
+                    f"exceeds {largest}, the smaller side of the largest adapted matrix",
                     field=f"method.ranks.{device}",
                     value=rank,
+                    hint="lower it",
                 )
 
     # -- server ---------------------------------------------------------------------------------------------------------

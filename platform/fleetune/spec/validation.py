@@ -104,3 +104,4 @@ def check_rules(spec: RunSpec) -> None:
         from fleetune.models.architectures import architecture
 
         architecture(spec.cost.model)  # raises UserError for an unknown name
+    spec.method.check_job(spec)

@@ -251,15 +251,3 @@ class RoundPlanner:
         leaves = fleet.dropped(self.spec.seed, round_idx, client_ids)
         turn = costs["sim_seconds"] - np.where(leaves, costs["uplink_seconds"], 0.0)
         return leaves | (stays < costs["sim_seconds"]), np.minimum(turn, stays)
-
-
-def provision_bytes(work: Work, client_ids: np.ndarray, provisioned: Mapping[int, str]) -> np.ndarray:
-    """Bytes of the weights that each client must be sent because it does not hold them yet, (n,) float."""
-    out = np.zeros(len(client_ids))
-    if all(payload.provision is None for payload in work.payloads):
-        return out  # so for most methods; spares a loop over all clients
-    for i, client_id in enumerate(client_ids.tolist()):
-        provision = work.payloads[work.payload_of[i]].provision
-        if provision is not None and provisioned.get(client_id) != provision.key:
-            out[i] = provision.num_bytes
-    return out
