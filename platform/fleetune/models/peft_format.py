@@ -80,16 +80,20 @@ def to_peft(adapter: Tensors) -> Tensors:
 
 
 def as_pairs(adapter: Tensors, *, scaling: float) -> Tensors:
-    """The same adapter with pairs in place of third factors and dense matrices; tensors of other kinds as they are."""
+    """The same adapter with pairs in place of third factors and dense matrices; tensors of other kinds as they are.
+
+    A site with a pair and a dense matrix gets one pair for both: their factors stand side by side, and their ranks add up.
+    """
     out = dict(adapter)
-    for name, tensor in adapter.items():
-        site, _, kind = name.rpartition(".")
-        if kind == "lora_E":
-            out[f"{site}.lora_B"] = adapter[f"{site}.lora_B"] * tensor  # B diag(E)
-            del out[name]
-        elif kind == "delta":
-            out[f"{site}.lora_A"], out[f"{site}.lora_B"] = factors(tensor, scaling=scaling)
-            del out[name]
+    for name in [name for name in adapter if name.endswith(".lora_E")]:
+        name_b = name.removesuffix("lora_E") + "lora_B"
+        out[name_b] = out[name_b] * out.pop(name)  # B diag(E)
+    for name in [name for name in adapter if name.endswith(".delta")]:
+        site = name.removesuffix(".delta")
+        a, b = factors(out.pop(name), scaling=scaling)
+        if f"{site}.lora_A" in out:
+            a, b = torch.cat([out[f"{site}.lora_A"], a]), torch.cat([out[f"{site}.lora_B"], b], dim=1)
+        out[f"{site}.lora_A"], out[f"{site}.lora_B"] = a, b
     return out
 
 
