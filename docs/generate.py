@@ -115,7 +115,7 @@ def _limit(rule: Any) -> str:
 
 def _name(annotation: Any) -> str:
     """A type as a reader of YAML sees it."""
-    plain = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null"}
+    plain = {Any: "any value", str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null"}
     if annotation in plain:
         return plain[annotation]
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)

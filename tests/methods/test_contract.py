@@ -31,6 +31,8 @@ from support import REPOSITORY, runs, tiny
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "devft+fedsa-lora": ("devft", {"method.aggregation": "fedsa-lora"}),
     "fwdllm sampled and paced": ("fwdllm", {"method.candidates": 3, "method.threshold": 0.5}),
+    "devft+fedprox": ("devft", {"method.aggregation": "fedprox", "method.inner.mu": 0.1}),
+    "devft+dofit": ("devft", {"method.aggregation": "dofit", "method.inner": {"domains": 2, "step": 0.05}}),
     "split-lora in_turn": ("split-lora", {"method.server": "in_turn"}),
     "split-lora per_client": ("split-lora", {"method.server": "per_client"}),
 }
@@ -39,6 +41,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {**{name: (name, {}) for name in 
 WHEN_STACKED: dict[str, dict[str, Any]] = {
     # A step of fixed length along |G - m| blows up the rounding of domains that nearly agree, and AdamW that of gradients near 0.
     "dofit": {"method.exchange": "mean", "local.optimizer": "sgd", "local.learning_rate": 0.5},
+    "devft+dofit": {"method.inner.exchange": "mean", "local.optimizer": "sgd", "local.learning_rate": 0.5},
 }
 """What is set otherwise where cohorts of different sizes are compared, and why."""
 

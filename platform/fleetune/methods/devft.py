@@ -6,7 +6,7 @@ Stage s trains a submodel of L_s blocks (L_s = initial capacity x growth rate^s,
 
 1. DGLG groups the L blocks: spectral clustering of the cosine similarity of their flattened parameters, adapters included.
 2. DBLF fuses each group into one block around its first one: theta_a + beta sum_j (theta_j - theta_a).
-3. Clients tune the submodel's adapter under another method's rule (FedIT by default, FedSA-LoRA, …).
+3. Clients tune the submodel's adapter under another method's rule (FedIT by default, FedSA-LoRA, FedProx, DoFIT).
 4. At the stage's end each fused block's adapter is written back to every block of its group.
 
 The last stage holds every block by itself, so it is the inner method on the full model. Where the paper is silent we take
@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fleetune.errors import UserError
 from fleetune.methods.base import (
@@ -35,16 +35,13 @@ from fleetune.methods.base import (
     State,
     Update,
 )
-from fleetune.methods.fedavg import FedIT
-from fleetune.methods.fedsa_lora import FedSALoRA
 from fleetune.methods.layer_groups import Groups, fuse, group_layers
 from fleetune.methods.traits import Traits
+from fleetune.methods.wrapping import INNER, block_first, inner_fields, inner_settings, own_name
 from fleetune.models.submodel import Submodel
 from fleetune.tensors import Stack, Tensors
 from fleetune.training.plan import ClientTask, CohortUpdate, LocalPlan
 from fleetune.training.worker import Worker
-
-INNER: dict[str, type[Method]] = {"fedit": FedIT, "fedsa-lora": FedSALoRA}
 
 
 class DevFTConfig(MethodConfig):
@@ -65,21 +62,33 @@ class DevFTConfig(MethodConfig):
     """Weight of the differences in DBLF; the paper takes 0.1 for 7B and 8B models, 0.15 for 13B."""
     laplacian: Literal["unnormalised", "normalised"] = "unnormalised"
     """Laplacian of the spectral clustering: D - W (the paper), or the symmetric normalised one (balanced groups)."""
-    aggregation: Literal["fedit", "fedsa-lora"] = "fedit"
+    aggregation: Literal["dofit", "fedavg", "fedit", "fedprox", "fedsa-lora"] = "fedit"
     """The method whose rule the clients and the server follow inside a stage."""
+    inner: dict[str, Any] = Field(default_factory=dict)
+    """Settings of that method, such as `{mu: 0.1}` for fedprox."""
     ship_submodel: bool = False
     """Charge each client for downloading the stage's fused weights. Off: devices hold the base model, as with every other
     method, and fuse it themselves from the groups and beta."""
 
     @property
-    def inner(self) -> MethodConfig:
+    def inner_settings(self) -> MethodConfig:
         """The inner method's settings."""
-        return INNER[self.aggregation].Config(name=self.aggregation)
+        return inner_settings(self.aggregation, self.inner)
+
+    @model_validator(mode="after")
+    def _inner_method_takes_them(self) -> DevFTConfig:
+        assert self.inner_settings  # raises UserError if it does not
+        return self
 
     @property
     def traits(self) -> Traits:
         """Those of the inner method."""
-        return self.inner.traits
+        return self.inner_settings.traits
+
+    def check_job(self, job: Any) -> None:
+        """As the inner method's settings demand."""
+        with inner_fields():
+            self.inner_settings.check_job(job)
 
 
 def capacities(initial: int, growth_rate: int, num_layers: int) -> list[int]:
@@ -98,12 +107,14 @@ class DevFT(Method):
 
     def __init__(self, config: Any, context: Any):
         super().__init__(config, context)
-        self.inner = INNER[config.aggregation](config.inner, context)
+        self.inner = INNER[config.aggregation](config.inner_settings, context)
         self.axes = self.inner.axes
         self.capacities = capacities(config.initial_capacity, config.growth_rate, context.num_layers)
 
     def check(self) -> None:
-        """Raises UserError unless the first stage fits into the model and every stage has a round."""
+        """Raises UserError unless the first stage fits into the model, every stage has a round, and the inner method fits."""
+        with inner_fields():
+            self.inner.check()
         if self.config.initial_capacity > self.context.num_layers:
             raise UserError(
                 f"exceeds the model's {self.context.num_layers} blocks",
@@ -125,9 +136,13 @@ class DevFT(Method):
         return round_idx * len(self.capacities) // self.context.num_rounds
 
     def start(self) -> State:
-        """The adapter of all blocks, under ``global.``. Stage -1: the first stage's own is made when the first round begins."""
+        """The adapter of all blocks, under ``global.``. Stage -1: the first stage's own is made when the first round begins.
+
+        Names begin with their block (`block_first`), also where the inner method puts something before it.
+        """
         inner = self.inner.start()
-        return State({f"global.{n}": t for n, t in inner.tensors.items()}, {"stage": -1, "groups": []})
+        tensors = {f"global.{block_first(n)}": t for n, t in inner.tensors.items()}
+        return State(tensors, {"stage": -1, "groups": [], "inner": inner.values})
 
     def begin_round(self, state: State, round_idx: int, report: Report) -> State:
         """In a stage's first round: write the former stage's adapter back, group the blocks anew, and fuse them.
@@ -151,7 +166,8 @@ class DevFT(Method):
         submodel = fuse(groups, fusion=self.config.fusion, beta=self.config.beta)
         tensors = {f"global.{n}": t for n, t in full.items()}
         tensors.update({f"stage.{n}": t.clone() for n, t in submodel.fuse_adapter(full).items()})
-        return State(tensors, {"stage": stage, "groups": groups, "submodel": submodel.to_values()})
+        values = {"stage": stage, "groups": groups, "submodel": submodel.to_values(), "inner": state.values["inner"]}
+        return State(tensors, values)
 
     def group(self, client: ClientInfo) -> Hashable:
         """As the inner method groups clients."""
@@ -182,8 +198,13 @@ class DevFT(Method):
         """The inner method's rule on the stage's adapter."""
         inner = self.inner.aggregate(self._inner_state(state), updates, round_idx)
         tensors = {n: t for n, t in state.tensors.items() if n.startswith("global.")}
-        tensors.update({f"stage.{n}": t for n, t in inner.tensors.items()})
-        return State(tensors, state.values)
+        tensors.update({f"stage.{block_first(n)}": t for n, t in inner.tensors.items()})
+        return State(tensors, {**state.values, "inner": inner.values})
+
+    def expected(self, state: State, updates: Iterable[Update], round_idx: int) -> State:
+        """As the inner method expects it of the stage's adapter."""
+        inner = self.inner.expected(self._inner_state(state), updates, round_idx)
+        return State(state.tensors, {**state.values, "inner": inner.values})
 
     def evaluated(self, state: State, private: PrivateStates) -> GlobalModel | Mapping[str, GlobalModel]:
         """The stage's submodel, which is what clients train; in the last stage the full model."""
@@ -202,11 +223,13 @@ class DevFT(Method):
 
     def deployed(self, state: State, private: PrivateStates) -> GlobalModel:
         """All blocks, each with the adapter of its group."""
-        return self.inner.deployed(State(self._written_back(state)), private)
+        whole = {own_name(n): t for n, t in self._written_back(state).items()}
+        return self.inner.deployed(State(whole, state.values["inner"]), private)
 
     def columns(self, state: State) -> dict[str, float]:
-        """Blocks of the stage's submodel."""
-        return {"depth": float(len(state.values["groups"]) or self.context.num_layers)}
+        """Blocks of the stage's submodel, and the inner method's own."""
+        depth = float(len(state.values["groups"]) or self.context.num_layers)
+        return {**self.inner.columns(self._inner_state(state)), "depth": depth}
 
     def shrunk(self, payload: Payload, num_layers: int) -> Payload:
         """The payload with neighbouring groups of the stage merged into ``num_layers``, fused by the stage's rule.
@@ -224,6 +247,10 @@ class DevFT(Method):
             provision = self._weights(f"{provision.key}-{num_layers}", num_layers)
         tensors = fuse(merged, **rule).fuse_adapter(payload.tensors)
         return replace(payload, tensors=tensors, values={**payload.values, **values}, provision=provision)
+
+    def narrowed(self, payload: Payload, rank: int) -> Payload:
+        """As the inner method cuts ranks."""
+        return self.inner.narrowed(payload, rank)
 
     def grown(self, upload: Tensors, payload: Payload) -> Tensors:
         """Every block of the stage gets the adapter of the block that it was merged into, as blocks do at a stage's end."""
@@ -250,13 +277,14 @@ class DevFT(Method):
 
     # -- parts ----------------------------------------------------------------------------------------------------------
     def _inner_state(self, state: State) -> State:
-        return State({n.removeprefix("stage."): t for n, t in state.tensors.items() if n.startswith("stage.")})
+        """The stage as the inner method knows it, under its own names."""
+        return State({own_name(n): t for n, t in _of_stage(state).items()}, state.values["inner"])
 
     def _written_back(self, state: State) -> Tensors:
         """The adapter of all blocks as the stage has left it."""
         if state.values["stage"] < 0:
             return {n.removeprefix("global."): t for n, t in state.tensors.items()}
-        return write_back(self._inner_state(state).tensors, state.values["groups"])
+        return write_back(_of_stage(state), state.values["groups"])
 
     def _weights(self, key: str, num_blocks: int) -> Provision:
         """The fused weights of so many blocks as a download; all blocks have the sizes of the base's first."""
@@ -265,6 +293,11 @@ class DevFT(Method):
             n.replace(".layers.0.", f".layers.{block}.", 1): w for block in range(num_blocks) for n, w in first.items()
         }
         return Provision(key, lambda last: [named])
+
+
+def _of_stage(state: State) -> Tensors:
+    """The tensors of the stage's blocks, each name beginning with its block."""
+    return {n.removeprefix("stage."): t for n, t in state.tensors.items() if n.startswith("stage.")}
 
 
 def _on(submodel: Submodel, found: GlobalModel) -> GlobalModel:
