@@ -88,7 +88,7 @@ MISTAKES: dict[str, tuple[list[str], str, Any, str]] = {
     "unknown network": (["fleet.network=wify"], "fleet.network", "wify", "did you mean 'wifi'?"),
     "unknown architecture": (["cost.model=llama2-7"], "cost.model", "llama2-7", "did you mean 'llama2-7b'?"),
     "unknown method": (["method.name=devf"], "method.name", "devf", "did you mean 'devft'?"),
-    "method without a name": (["method={}"], "method.name", None, "the method needs a name (one of devft, fedavg"),
+    "method without a name": (["method={}"], "method.name", None, "the method needs a name (one of "),
     "capacity beyond the model": (
         ["method.name=devft", "method.initial_capacity=5"],
         "method.initial_capacity",

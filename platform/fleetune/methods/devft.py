@@ -77,7 +77,7 @@ class DevFTConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _inner_method_takes_them(self) -> DevFTConfig:
-        assert self.inner_settings  # raises UserError if it does not
+        inner_settings(self.aggregation, self.inner)  # raises UserError for the first mistake
         return self
 
     @property
