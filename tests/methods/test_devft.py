@@ -2,126 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from fleetune.errors import UserError
 from fleetune.methods.base import Report
-from fleetune.methods.devft import DevFT, capacities, write_back
-from fleetune.methods.layer_groups import fuse, group_layers, layer_similarity, spectral_groups
-from fleetune.models.base import BaseModel
+from fleetune.methods.devft import DevFT, write_back
+from fleetune.methods.layer_groups import fuse
+from fleetune.reports.figures.block_groups import block_groups
 from support import runs, tiny
 
 FAST = {"evaluation.generate": False}
-
-
-@pytest.mark.parametrize(
-    ("initial", "growth_rate", "num_layers", "expected"),
-    [
-        (4, 2, 32, [4, 8, 16, 32]),
-        (5, 2, 40, [5, 10, 20, 40]),
-        (4, 4, 32, [4, 16, 32]),
-        (4, 8, 32, [4, 32]),
-        (5, 4, 40, [5, 20, 40]),
-        (5, 8, 40, [5, 40]),
-        (1, 2, 32, [1, 2, 4, 8, 16, 32]),
-        (32, 2, 32, [32]),
-    ],
-)
-def test_capacities_of_the_papers_settings(initial: int, growth_rate: int, num_layers: int, expected: list[int]):
-    assert capacities(initial, growth_rate, num_layers) == expected
 
 
 def test_stages_are_of_equal_length():
     """3 stages (1, 2, 4 blocks) in 6 rounds: two rounds each."""
     method = runs.problem(tiny.spec({"rounds.num_rounds": 6}, method="devft")).method
     assert [method.stage(t) for t in range(6)] == [0, 0, 1, 1, 2, 2]
-
-
-@pytest.mark.parametrize(("size", "beta"), [(1, 0.1), (3, 0.1), (4, 0.15), (11, 0.1)])
-def test_fusion_weights_sum_to_one(size: int, beta: float):
-    """The anchor is the group's first block with 1 - beta (n - 1), every other has beta."""
-    group = list(range(2, 2 + size))
-    (combination,) = fuse([group], fusion="dblf", beta=beta).layers
-    assert [j for j, _ in combination] == group
-    weights = [w for _, w in combination]
-    assert sum(weights) == pytest.approx(1.0)
-    assert weights[0] == pytest.approx(1 - beta * (size - 1))
-    assert weights[1:] == [beta] * (size - 1)
-
-
-def test_fusion_of_a_group_of_one_is_the_block_itself():
-    for fusion in ("dblf", "r_one", "sum"):
-        assert fuse([[3]], fusion=fusion, beta=0.1).layers == (((3, 1.0),),)
-
-
-def test_other_fusions():
-    """r_one keeps the first block; sum adds all."""
-    assert fuse([[0, 2], [1]], fusion="r_one", beta=0.1).layers == (((0, 1.0),), ((1, 1.0),))
-    assert fuse([[0, 2], [1]], fusion="sum", beta=0.1).layers == (((0, 1.0), (2, 1.0)), ((1, 1.0),))
-
-
-def test_fusing_numbers():
-    """theta_a + beta sum_j (theta_j - theta_a) of blocks 1, 2, 6 with beta 0.1: 1 + 0.1 (1 + 5) = 1.6."""
-    adapter = {f"layers.{j}.x.lora_A": torch.tensor([v]) for j, v in enumerate([1.0, 2.0, 6.0])}
-    fused = fuse([[0, 1, 2]], fusion="dblf", beta=0.1).fuse_adapter(adapter)
-    assert list(fused) == ["layers.0.x.lora_A"]
-    assert fused["layers.0.x.lora_A"].item() == pytest.approx(1.6)
-    assert adapter["layers.0.x.lora_A"].item() == 1.0
-
-
-@pytest.mark.parametrize("laplacian", ["unnormalised", "normalised"])
-def test_groups_of_a_block_diagonal_similarity_are_its_blocks(laplacian: str):
-    """Nothing is similar across the blocks {0, 2, 5}, {1, 4} and {3}, so every k-means seed finds them."""
-    blocks = [[0, 2, 5], [1, 4], [3]]
-    similarity = np.zeros((6, 6))
-    for block in blocks:
-        similarity[np.ix_(block, block)] = 0.8
-    np.fill_diagonal(similarity, 1.0)
-    for seed in range(10):
-        assert spectral_groups(similarity, 3, laplacian=laplacian, seed=seed) == blocks
-
-
-def test_similarity_is_the_cosine_of_whole_blocks():
-    """Two tensors per block and an adapter: the cosine of the flattened concatenation, all three together."""
-    generator = torch.Generator().manual_seed(0)
-    weights = {
-        f"model.layers.{j}.{n}.weight": torch.randn(3, 2, generator=generator) for j in range(4) for n in ("p", "q")
-    }
-    adapter = {f"layers.{j}.p.lora_A": torch.randn(5, generator=generator) for j in range(4)}
-    base = BaseModel("four", {"num_hidden_layers": 4}, {**weights, "model.norm.weight": torch.ones(9)}, "none", "")
-    flat = [
-        torch.cat([*(weights[f"model.layers.{j}.{n}.weight"].flatten() for n in "pq"), adapter[f"layers.{j}.p.lora_A"]])
-        for j in range(4)
-    ]
-    expected = torch.nn.functional.cosine_similarity(torch.stack(flat)[:, None], torch.stack(flat)[None], dim=2)
-    np.testing.assert_allclose(layer_similarity(base, adapter), expected.numpy(), atol=1e-6)
-
-
-def test_coinciding_blocks_still_fill_every_group():
-    """k-means merges points that coincide; groups are split until none is empty."""
-    groups = spectral_groups(np.ones((6, 6)), 4, laplacian="normalised", seed=0)
-    assert len(groups) == 4
-    assert sorted(j for group in groups for j in group) == list(range(6))
-
-
-@pytest.mark.parametrize("grouping", ["random", "even", "dglg"])
-def test_groupings_are_partitions_in_order_of_their_first_block(grouping: str):
-    base = runs.base_model(tiny.model_folder(8), "none")
-    for stage, num_groups in enumerate((1, 2, 5, 8)):
-        groups = group_layers(
-            base, {}, num_groups, grouping=grouping, laplacian="unnormalised", run_seed=0, stage=stage
-        )
-        assert sorted(j for group in groups for j in group) == list(range(8))
-        assert len(groups) == num_groups
-        assert [group[0] for group in groups] == sorted(group[0] for group in groups)
-        assert all(group == sorted(group) for group in groups)
-    if grouping == "even":
-        assert group_layers(base, {}, 2, grouping="even", laplacian="unnormalised", run_seed=0, stage=0) == [
-            [0, 1, 2, 3],
-            [4, 5, 6, 7],
-        ]
 
 
 def test_write_back_gives_every_block_the_adapter_of_its_group():
@@ -171,9 +72,21 @@ def test_four_doubling_stages_send_15_32_of_the_inner_method(inner: str):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"grouping": "random"}, {"grouping": "even"}, {"fusion": "r_one"}, {"fusion": "sum"}]
+    "setting",
+    [
+        {"grouping": "random"},
+        {"grouping": "even"},
+        {"grouping": "strided"},
+        {"contiguous": True},
+        {"similarity": "adapter"},
+        {"fusion": "r_one"},
+        {"fusion": "random_one"},
+        {"fusion": "sum"},
+        {"fusion": "mean"},
+    ],
+    ids=lambda setting: next(iter(setting)) + "-" + str(next(iter(setting.values()))),
 )
-def test_the_ablations_run(setting: dict[str, str]):
+def test_the_ablations_run(setting: dict[str, Any]):
     done = runs.run(tiny.spec({**FAST, **{f"method.{k}": v for k, v in setting.items()}}, method="devft"))
     assert np.isfinite(done.rounds["eval_loss"].iloc[-1])
     assert done.rounds["depth"].tolist() == [1, 2, 4]
@@ -209,10 +122,61 @@ def test_shipping_the_submodel_is_charged_once_per_stage_and_client():
 
 @pytest.mark.parametrize(
     ("overrides", "field"),
-    [({"method.initial_capacity": 5}, "method.initial_capacity"), ({"rounds.num_rounds": 2}, "rounds.num_rounds")],
+    [
+        ({"method.initial_capacity": 5}, "method.initial_capacity"),
+        ({"rounds.num_rounds": 2}, "rounds.num_rounds"),
+        ({"method.stage_lengths": [1, 1]}, "method.stage_lengths"),
+        ({"method.stage_lengths": [1, 1, 8]}, "method.stage_lengths"),
+        ({"method.grouping": "strided", "method.contiguous": True}, "method.grouping"),
+    ],
 )
-def test_what_does_not_fit_is_refused(overrides: dict[str, int], field: str):
-    """Five blocks of four; three stages in two rounds."""
+def test_what_does_not_fit_is_refused(overrides: dict[str, Any], field: str):
+    """Five blocks of four; three stages in two rounds; two lengths for three stages; a stage without a round of three; runs
+    of consecutive blocks that are every second block.
+    """
     with pytest.raises(UserError) as raised:
         runs.problem(tiny.spec(overrides, method="devft"))
     assert raised.value.field == field
+
+
+def test_stages_last_as_long_as_they_are_given():
+    """Lengths 1, 2, 3 of 12 rounds, in rounds: 2, 4, 6; blocks 1, 2, 4."""
+    lengths = {"rounds.num_rounds": 12, "method.stage_lengths": [1, 2, 3]}
+    method = runs.problem(tiny.spec(lengths, method="devft")).method
+    assert [method.stage(t) for t in range(12)] == [0] * 2 + [1] * 4 + [2] * 6
+
+
+def test_every_stage_leaves_its_groups_on_record():
+    """Three stages of 1, 2, 4 blocks; what moved in the last one is what the adapter changed since the stage began."""
+    done = runs.run(tiny.spec(FAST, method="devft"))
+    kept = done.run_dir.stages()
+    assert [len(kept[stage]["groups"]) for stage in range(3)] == [1, 2, 4]
+    for stage in range(3):
+        similarity = np.array(kept[stage]["similarity"])
+        assert similarity.shape == (4, 4)
+        np.testing.assert_allclose(similarity, similarity.T)
+        np.testing.assert_allclose(similarity.diagonal(), 1.0)
+        assert len(kept[stage]["moved"]) == len(kept[stage]["groups"])
+        assert min(kept[stage]["moved"]) > 0
+    begun = {n.removeprefix("global."): t for n, t in done.state.tensors.items() if n.startswith("global.")}
+    squares = [
+        sum(
+            float((t - begun[n]).double().square().sum())
+            for n, t in done.deployed.adapter.items()
+            if n.startswith(f"layers.{j}.")
+        )
+        for j in range(4)
+    ]
+    assert kept[2]["moved"] == pytest.approx([square**0.5 for square in squares])
+    assert kept[2]["contiguous"]
+
+
+def test_the_groups_are_drawn(tmp_path: Path):
+    """As one of the run's figures, which MLflow gets with the others; a method that keeps nothing has no such figure."""
+    done = runs.run(tiny.spec(FAST, method="devft"))
+    drawn = block_groups(done.run_dir, path=tmp_path / "groups.png")
+    assert drawn is not None
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    plain = runs.run(tiny.spec({**FAST, "rounds.num_rounds": 1, "evaluation.every": 1}))
+    assert plain.run_dir.stages() == {}
+    assert block_groups(plain.run_dir, path=tmp_path / "none.png") is None

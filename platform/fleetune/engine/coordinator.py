@@ -55,6 +55,8 @@ class Coordinator:
         try:
             for round_idx in range(progress.next_round, self.spec.rounds.num_rounds):
                 self._check(state, progress)
+                if round_idx and self.method.stage(round_idx) != self.method.stage(round_idx - 1):
+                    self._record_stage(state, round_idx - 1)
                 started = time.perf_counter()
 
                 # 1. Plan: what the server sends, to whom, and what it costs each; so who is refused, leaves, or comes too late.
@@ -153,7 +155,14 @@ class Coordinator:
         model = self.method.deployed(state, self._private_states)
         save_adapter(self.run_dir.path / "adapter", model, self.problem.inputs.base, self.spec.model.lora)
 
+    def _record_stage(self, state: State, last_round: int) -> None:
+        """Write what the method keeps of the stage that ends with this round. A resumed run may write the same once more."""
+        records = self.method.records(state)
+        if records:
+            self.run_dir.write_stage(self.method.stage(last_round), records)
+
     def _finish(self, state: State, progress: Progress) -> Event:
+        self._record_stage(state, self.spec.rounds.num_rounds - 1)
         self._ship(state)
         self.run_dir.consolidate()
         rows = self.run_dir.round_rows(first_round=self.spec.rounds.num_rounds)

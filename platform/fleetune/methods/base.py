@@ -299,6 +299,13 @@ class Method:
         """The method's own columns of rounds.parquet, with their values for this round."""
         return {}
 
+    def records(self, state: State) -> dict[str, Any]:
+        """What is to be kept of a stage beside its rounds' columns, as plain data for ``method/stage_<n>.json``; {}: nothing.
+
+        ``state``: after the stage's last round. It is asked once a stage, so it may take as long as a round does.
+        """
+        return {}
+
     def shrunk(self, payload: Payload, num_layers: int) -> Payload:
         """The payload for a client that holds only so many blocks; for methods that have submodels of any depth."""
         raise NotImplementedError

@@ -10,11 +10,13 @@ Stage s trains a submodel of L_s blocks (L_s = initial capacity x growth rate^s,
 4. At the stage's end each fused block's adapter is written back to every block of its group.
 
 The last stage holds every block by itself, so it is the inner method on the full model. Where the paper is silent we take
-stages of equal length, re-group from base and adapter at each stage's start, and fuse A and B separately.
+stages of equal length, re-group from base and adapter at each stage's start, and fuse A and B separately (`growth`,
+`layer_groups`).
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -22,7 +24,6 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from fleetune.errors import UserError
 from fleetune.methods.base import (
     ClientInfo,
     GlobalModel,
@@ -35,7 +36,9 @@ from fleetune.methods.base import (
     State,
     Update,
 )
-from fleetune.methods.layer_groups import Groups, fuse, group_layers
+from fleetune.methods.growth import GrowthSettings, capacities, check_growth, stage_starts
+from fleetune.methods.layer_groups import Groups, GroupSettings, check_groups, fuse, group_layers
+from fleetune.methods.stage_record import stage_record
 from fleetune.methods.traits import Traits
 from fleetune.methods.wrapping import INNER, block_first, inner_fields, inner_settings, own_name
 from fleetune.models.submodel import Submodel
@@ -44,24 +47,12 @@ from fleetune.training.plan import ClientTask, CohortUpdate, LocalPlan
 from fleetune.training.worker import Worker
 
 
-class DevFTConfig(MethodConfig):
+class DevFTConfig(GrowthSettings, GroupSettings):
     """Settings of DevFT."""
 
     counts_blocks: ClassVar[tuple[str, ...]] = ("initial_capacity",)
 
     name: Literal["devft"] = "devft"
-    initial_capacity: int = Field(4, ge=1, le=10_000)
-    """Blocks of the first stage's submodel."""
-    growth_rate: int = Field(2, ge=2, le=10_000)
-    """Factor by which the submodel grows from stage to stage."""
-    grouping: Literal["dglg", "random", "even"] = "dglg"
-    """How blocks are grouped: by similarity (the paper), at random, or into equal runs."""
-    fusion: Literal["dblf", "r_one", "sum"] = "dblf"
-    """How a group becomes one block: around its first block (the paper), the first block alone, or the plain sum."""
-    beta: float = Field(0.1, ge=0, le=1)
-    """Weight of the differences in DBLF; the paper takes 0.1 for 7B and 8B models, 0.15 for 13B."""
-    laplacian: Literal["unnormalised", "normalised"] = "unnormalised"
-    """Laplacian of the spectral clustering: D - W (the paper), or the symmetric normalised one (balanced groups)."""
     aggregation: Literal["dofit", "fedavg", "fedit", "fedprox", "fedsa-lora"] = "fedit"
     """The method whose rule the clients and the server follow inside a stage."""
     inner: dict[str, Any] = Field(default_factory=dict)
@@ -91,14 +82,6 @@ class DevFTConfig(MethodConfig):
             self.inner_settings.check_job(job)
 
 
-def capacities(initial: int, growth_rate: int, num_layers: int) -> list[int]:
-    """Blocks per stage: {c, c g, c g^2, …} up to the full model. 4, 2, 32 -> [4, 8, 16, 32]; 4, 4, 32 -> [4, 16, 32]."""
-    out = [initial]
-    while out[-1] < num_layers:
-        out.append(min(out[-1] * growth_rate, num_layers))
-    return out
-
-
 class DevFT(Method):
     """Wraps another method: that one sees the stage's submodel as its model."""
 
@@ -112,28 +95,17 @@ class DevFT(Method):
         self.capacities = capacities(config.initial_capacity, config.growth_rate, context.num_layers)
 
     def check(self) -> None:
-        """Raises UserError unless the first stage fits into the model, every stage has a round, and the inner method fits."""
+        """Raises UserError unless the stages fit the model and the run, the options agree, and the inner method fits."""
         with inner_fields():
             self.inner.check()
-        if self.config.initial_capacity > self.context.num_layers:
-            raise UserError(
-                f"exceeds the model's {self.context.num_layers} blocks",
-                field="method.initial_capacity",
-                value=self.config.initial_capacity,
-                hint="lower it, or take a deeper model",
-            )
-        if len(self.capacities) > self.context.num_rounds:
-            raise UserError(
-                f"has fewer rounds than DevFT has stages ({self.capacities} blocks)",
-                field="rounds.num_rounds",
-                value=self.context.num_rounds,
-                hint="raise it, or raise method.initial_capacity or method.growth_rate",
-            )
+        check_growth(self.config, self.context.num_layers, self.context.num_rounds)
+        check_groups(self.config)
 
     # -- server ---------------------------------------------------------------------------------------------------------
     def stage(self, round_idx: int) -> int:
-        """Stages of equal length: floor(round * S / T), with S stages and T rounds."""
-        return round_idx * len(self.capacities) // self.context.num_rounds
+        """The last stage that has begun by this round."""
+        starts = stage_starts(len(self.capacities), self.context.num_rounds, self.config.stage_lengths)
+        return bisect_right(starts, round_idx) - 1
 
     def start(self) -> State:
         """The adapter of all blocks, under ``global.``. Stage -1: the first stage's own is made when the first round begins.
@@ -154,16 +126,9 @@ class DevFT(Method):
         if stage == state.values["stage"]:
             return state
         full = self._written_back(state)
-        groups = group_layers(
-            self.context.base,
-            full,
-            self.capacities[stage],
-            grouping=self.config.grouping,
-            laplacian=self.config.laplacian,
-            run_seed=self.context.seed,
-            stage=stage,
-        )
-        submodel = fuse(groups, fusion=self.config.fusion, beta=self.config.beta)
+        base, seed = self.context.base, self.context.seed
+        groups = group_layers(base, full, self.capacities[stage], self.config, run_seed=seed, stage=stage)
+        submodel = fuse(groups, fusion=self.config.fusion, beta=self.config.beta, run_seed=seed)
         tensors = {f"global.{n}": t for n, t in full.items()}
         tensors.update({f"stage.{n}": t.clone() for n, t in submodel.fuse_adapter(full).items()})
         values = {"stage": stage, "groups": groups, "submodel": submodel.to_values(), "inner": state.values["inner"]}
@@ -231,6 +196,13 @@ class DevFT(Method):
         depth = float(len(state.values["groups"]) or self.context.num_layers)
         return {**self.inner.columns(self._inner_state(state)), "depth": depth}
 
+    def records(self, state: State) -> dict[str, Any]:
+        """The stage's groups, the similarities of all blocks when it began, and how far each group's adapter has moved."""
+        if state.values["stage"] < 0:
+            return {}
+        full = {n.removeprefix("global."): t for n, t in state.tensors.items() if n.startswith("global.")}
+        return stage_record(self.context.base, self.config, state.values, full, _of_stage(state))
+
     def shrunk(self, payload: Payload, num_layers: int) -> Payload:
         """The payload with neighbouring groups of the stage merged into ``num_layers``, fused by the stage's rule.
 
@@ -240,7 +212,9 @@ class DevFT(Method):
         groups: Groups = payload.values["groups"]
         merged = [part.tolist() for part in np.array_split(np.arange(len(groups)), num_layers)]
         fused = [[j for n in part for j in groups[n]] for part in merged]
-        rule = {"fusion": self.config.fusion, "beta": self.config.beta}
+        # A merged group takes its first block, as it would not draw the one whose adapter it holds.
+        fusion = "r_one" if self.config.fusion == "random_one" else self.config.fusion
+        rule = {"fusion": fusion, "beta": self.config.beta}
         values = {"submodel": fuse(fused, **rule).to_values(), "groups": fused, "merged": merged}
         provision = payload.provision
         if provision is not None:

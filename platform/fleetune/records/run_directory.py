@@ -1,7 +1,7 @@
 """A run's directory: the truth about a run, from which MLflow, figures and reports are fed.
 
 ``spec.yaml`` (resolved), ``rounds.parquet``, ``clients.parquet``, ``result.json``, ``trace.json``,
-``adapter/``, ``figures/`` and ``checkpoint/``. A finished round is one file under ``checkpoint/records/``;
+``method/``, ``adapter/``, ``figures/`` and ``checkpoint/``. A finished round is one file under ``checkpoint/records/``;
 ``consolidate`` (:mod:`fleetune.records.round_store`) moves these parts into the two Parquet files. Every file is written beside
 its place and renamed into it, so a reader never sees half a file, whenever the writer was killed; what is read
 back holds a checksum (:mod:`fleetune.files`). One process writes, any number read.
@@ -143,6 +143,16 @@ class RunDirectory(RoundStore):
     def result(self) -> dict[str, Any] | None:
         """The result, or None while the run goes on."""
         return self._read_json("result.json")
+
+    def write_stage(self, stage: int, records: Mapping[str, Any]) -> None:
+        """Writes what the method keeps of a stage, ``method/stage_<n>.json``."""
+        self._write_json(f"method/stage_{stage}.json", records)
+
+    def stages(self) -> dict[int, dict[str, Any]]:
+        """Stage, from 0 -> what the method has kept of it, in order; stages of which it keeps nothing are not there."""
+        names = [path.name for path in (self.path / "method").glob("stage_*.json")]
+        numbers = sorted(int(Path(name).stem.removeprefix("stage_")) for name in names)
+        return {n: self._read_json(f"method/stage_{n}.json") or {} for n in numbers}
 
     def check(self) -> None:
         """Raises `files.Damaged` if a file of a finished run is not as it was written, or if a result has no records."""

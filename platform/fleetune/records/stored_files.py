@@ -75,6 +75,8 @@ def content_of(name: str) -> str:
     """Names what a file holds, for the message that it is damaged."""
     if name.startswith("round_"):
         return f"the records of round {int(Path(name).stem.removeprefix('round_'))}"
+    if name.startswith("method/stage_"):
+        return f"what the method keeps of stage {Path(name).stem.removeprefix('stage_')}"
     kinds = {
         "clients.parquet": "the clients' records",
         "rounds.parquet": "the rounds' records",

@@ -13,6 +13,7 @@ from fleetune.records.run_directory import RunDirectory
 from fleetune.records.sweep_directory import SweepDirectory
 from fleetune.reports.client_report import profile_sections
 from fleetune.reports.figures import runs as figures
+from fleetune.reports.figures.block_groups import block_groups
 from fleetune.reports.figures.devices import cost_by_device
 from fleetune.reports.figures.timeline import timeline
 from fleetune.reports.html import Cell, Note, Page, Part, Section, Table, image
@@ -71,6 +72,7 @@ def runs_report(runs: Sequence[RunDirectory], out: Path) -> Path:
         Section("Learning curves", [image(figures.learning_curve(runs, path=folder / "learning_curve.png"))]),
         *_swept(runs, folder),
         Section("Accuracy against cost", [image(figures.accuracy_vs_cost(runs, path=folder / "accuracy_vs_cost.png"))]),
+        *_groups(runs, folder),
         Section("Cost per device class", _device_costs(runs, folder)),
         *(profile_sections(runs[0].clients(), folder) if len(runs) == 1 and len(runs[0].clients()) else []),
         Section("Timeline", _timelines(runs, folder)),
@@ -136,6 +138,12 @@ def _swept(runs: Sequence[RunDirectory], folder: Path) -> list[Section]:
     """The effect of the varied fields, if several runs vary one."""
     effect = figures.sweep_effect(runs, path=folder / "sweep_effect.png") if len(runs) > 1 else None
     return [Section("What the varied fields do", [image(effect)])] if effect else []
+
+
+def _groups(runs: Sequence[RunDirectory], folder: Path) -> list[Section]:
+    """How blocks were grouped, of a single run whose method has kept that."""
+    groups = block_groups(runs[0], path=folder / "block_groups.png") if len(runs) == 1 else None
+    return [Section("Groups of blocks", [image(groups)])] if groups else []
 
 
 def _device_costs(runs: Sequence[RunDirectory], folder: Path) -> list[Part]:

@@ -26,7 +26,7 @@ from fleetune.tracking.metrics import RoundMetrics, number, of_baseline
 from fleetune.tracking.stored_run import StoredRun
 from fleetune.tracking.system_metrics import SystemMetrics
 
-# Artifacts of a run, where they exist. The adapter and the figures are folders.
+# Artifacts of a run, where they exist. The last three are folders.
 ARTIFACTS = (
     "spec.yaml",
     "sweep.yaml",
@@ -38,6 +38,7 @@ ARTIFACTS = (
     "clients.parquet",
     "trace.json",
     "report.html",
+    "method",
     "adapter",
     "figures",
 )
