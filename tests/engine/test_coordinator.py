@@ -21,7 +21,7 @@ from fleetune.methods.base import ClientInfo, GlobalModel, Payload, State, Updat
 from fleetune.methods.fedavg import FedIT
 from fleetune.methods.traits import Traits
 from fleetune.records.run_directory import RunDirectory
-from fleetune.training.evaluate import EvalSums
+from fleetune.training.evaluate import EvalSums, totals
 from fleetune.training.plan import ClientTask, CohortUpdate
 from fleetune.training.worker import Worker
 from support import runs, tiny
@@ -267,6 +267,22 @@ def test_evaluation_is_every_so_many_rounds_and_at_the_end():
     assert np.isfinite(done.rounds["eval_loss"]).tolist() == [False, True, False, True, True]
     assert done.rounds["eval_accuracy"].dropna().between(0, 1).all()
     assert set(done.events[0]["baseline"]) == {"eval_loss", "eval_accuracy"}
+
+
+def test_answers_of_the_first_examples_alone():
+    """The loss is that of all eight examples, as where all are answered; the accuracy that of the first three, as if there were
+    no others, whether they lie in one chunk or not.
+    """
+    one_round = {"rounds.num_rounds": 1, "evaluation.every": 1}
+    everything, three = runs.run(tiny.spec(one_round)), runs.run(tiny.spec({**one_round, "data.num_eval_examples": 3}))
+    for batch_size in (8, 2):
+        chunks = {"evaluation.num_answers": 3, "evaluation.batch_size": batch_size}
+        some = runs.run(tiny.spec({**one_round, **chunks}))
+        assert some.rounds["eval_loss"].tolist() == pytest.approx(everything.rounds["eval_loss"].tolist(), rel=1e-5)
+        assert some.rounds["eval_accuracy"].tolist() == three.rounds["eval_accuracy"].tolist()
+    # Two chunks: two right of three answers, and a chunk without any. Loss (6 + 2) / (4 + 4).
+    parts = [EvalSums(6.0, 4, 2, 3), EvalSums(2.0, 4, 0, 0)]
+    assert totals(parts) == {"eval_loss": 1.0, "eval_accuracy": pytest.approx(2 / 3)}
 
 
 class Tardy(SerialExecutor):

@@ -34,6 +34,8 @@ class EvaluationConfig(Config):
     """Rounds between evaluations; the last round is always evaluated, and so is the untrained model."""
     generate: bool = True
     """Generate answers and count exact matches (eval_accuracy); off: loss only."""
+    num_answers: int | None = Field(None, ge=1, le=1_000_000_000)
+    """Held-out examples, the first so many, whose answers are generated; null: all. The loss is that of all."""
     max_new_tokens: int = Field(64, ge=1, le=1_048_576)
     """Longest generated answer."""
     batch_size: int = Field(64, ge=1, le=1_000_000)

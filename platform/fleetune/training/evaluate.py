@@ -29,8 +29,9 @@ class EvalSums:
     num_tokens: int
     """Counted tokens."""
     num_correct: int | None
-    """Examples whose generated answer is right; None if nothing was generated."""
-    num_examples: int
+    """Examples whose generated answer is right; None if nothing was to be generated."""
+    num_answers: int
+    """Examples for which an answer was generated."""
 
 
 @torch.inference_mode()
@@ -44,10 +45,12 @@ def evaluate_rows(
     reader: AnswerReader | None,
     max_new_tokens: int | None,
     answer_pattern: str,
+    num_answers: int | None = None,
 ) -> EvalSums:
     """Sums over the examples ``rows (n,)`` of ``data``, for one adapter {name: shape of one client}.
 
-    ``responses``: the reference text of every example of ``data``. Nothing is generated without ``max_new_tokens`` or ``reader``.
+    ``responses``: the reference text of every example of ``data``. Nothing is generated without ``max_new_tokens`` or ``reader``,
+    and only for the first ``num_answers`` examples of ``data`` (None: all).
     """
     from fleetune.data.batches import collate
 
@@ -56,11 +59,12 @@ def evaluate_rows(
     loss, counts = cohort_loss(network, network.blocks(network.embed(ids)), labels, 1)
     num_tokens = int(counts.sum())
     num_correct = None
+    answered = rows if num_answers is None else rows[rows < num_answers]
     if max_new_tokens is not None and reader is not None:
-        answers = _generate(network, data, rows, reader, max_new_tokens)
-        num_correct = _count_correct(answers, [responses[i] for i in rows], answer_pattern)
+        answers = _generate(network, data, answered, reader, max_new_tokens) if len(answered) else []
+        num_correct = _count_correct(answers, [responses[i] for i in answered], answer_pattern)
     network.set_adapter(None)
-    return EvalSums(float(loss.sum()) * num_tokens, num_tokens, num_correct, len(rows))
+    return EvalSums(float(loss.sum()) * num_tokens, num_tokens, num_correct, len(answered))
 
 
 def _generate(
@@ -88,5 +92,5 @@ def totals(parts: Iterable[EvalSums]) -> dict[str, float]:
     num_tokens = sum(p.num_tokens for p in parts)
     out = {"eval_loss": sum(p.loss for p in parts) / max(1, num_tokens)}
     if parts and all(p.num_correct is not None for p in parts):
-        out["eval_accuracy"] = sum(p.num_correct or 0 for p in parts) / sum(p.num_examples for p in parts)
+        out["eval_accuracy"] = sum(p.num_correct or 0 for p in parts) / sum(p.num_answers for p in parts)
     return out

@@ -56,6 +56,7 @@ class WorkerProcess:
             rows=rows,
             reader=self.inputs.reader,
             max_new_tokens=config.max_new_tokens if config.generate else None,
+            num_answers=config.num_answers,
             answer_pattern=self.spec.data.answer_pattern,
         )
 
