@@ -27,7 +27,7 @@ FOLDERS = {
     "platform/fleetune/assets/": "the built-in model",
     "jobs/methods/": "one job per method",
     "jobs/sweeps/": "sweeps: one question each",
-    "jobs/paper/": "papers' settings, whose costs are compared with what the papers say",
+    "jobs/paper/": "papers' settings, whose costs are compared with what the papers say; papers' studies as sweeps",
     "cluster/kubernetes/": "KubeRay's manifests",
     "cluster/mlflow/": "the MLflow container's command",
     "cluster/ray/": "clusters for `ray up`",

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from fleetune.config import flatten
 from fleetune.errors import UserError
 from fleetune.spec import RunSpec, apply_overrides, from_dict, load, parse_overrides
+from support import is_sweep
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted(path for path in (ROOT / "jobs").rglob("*.yaml") if path.parent.name != "sweeps")
+FILES = sorted(path for path in (ROOT / "jobs").rglob("*.yaml") if not is_sweep(path))
 JOBS = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in FILES]
 FIELDS = sorted({path for job in JOBS for path in flatten(from_dict(job).to_dict())})
 
