@@ -171,6 +171,19 @@ def test_every_stage_leaves_its_groups_on_record():
     assert kept[2]["contiguous"]
 
 
+def test_a_resumed_run_leaves_the_same_records(tmp_path: Path):
+    """Stopped after the first stage's last round, before or after its record was written; a record that is damaged is named."""
+    spec = tiny.spec(FAST, method="devft")
+    whole = runs.run(spec).run_dir.stages()
+    runs.run(spec, folder=tmp_path, stop_after=1)
+    resumed = runs.run(spec, folder=tmp_path).run_dir
+    assert resumed.stages() == whole
+    record = resumed.path / "method" / "stage_1.json"
+    record.write_bytes(record.read_bytes().replace(b"groups", b"troups"))
+    with pytest.raises(UserError, match="stage_1"):
+        resumed.stages()
+
+
 def test_the_groups_are_drawn(tmp_path: Path):
     """As one of the run's figures, which MLflow gets with the others; a method that keeps nothing has no such figure."""
     done = runs.run(tiny.spec(FAST, method="devft"))
