@@ -158,6 +158,7 @@ CASES = [
     ("checkpointing", "split-lora", "checkpointing", True),
     ("rank", "fedprox", "rank", 1),
     ("rank", "fedsa-lora", "rank", 1),
+    ("rank", "adalora", "rank", 1),
     ("capacity", "devft", "depth", 1),
 ]
 
@@ -246,6 +247,15 @@ def test_rank_rows_are_averaged_over_those_that_trained_them():
     summed = {name: 0.75 * tensor for name, tensor in uploads[1].items()}  # a partial sum has its weights inside
     inside = filled(summed, sent, total_weight=0.75, trained=trained)["x.lora_A"].flatten().tolist()
     assert inside == pytest.approx([6.0, 5.0, 0.75 * 9.0])
+
+
+def test_a_third_factor_is_averaged_row_by_row_too():
+    """E (r,) has its ranks on its one axis. Weights as above: 1/4 · 4 + 3/4 · 8 = 7, 5 of client 2, and 9 as it was sent."""
+    sent = {"x.lora_E": torch.tensor([0.0, 0.0, 9.0])}
+    uploads = [{"x.lora_E": torch.tensor([4.0])}, {"x.lora_E": torch.tensor([8.0, 5.0])}]
+    trained = weight_per_row(np.array([1, 2]), np.array([0.25, 0.75]), 3)
+    parts = [filled(upload, sent, total_weight=1.0, trained=trained)["x.lora_E"] for upload in uploads]
+    assert (0.25 * parts[0] + 0.75 * parts[1]).tolist() == [7.0, 5.0, 9.0]
 
 
 def test_what_is_kept_at_a_smaller_rank_lies_over_what_was_there():

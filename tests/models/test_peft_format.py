@@ -120,7 +120,7 @@ def test_what_was_written_is_read_under_our_own_names(kind: str, tmp_path: Path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([config, "adapter_model.safetensors"])
 
 
-@pytest.mark.parametrize("method", ["fedit", "devft", "split-lora", "fedsa-lora", "dofit", "progfed"])
+@pytest.mark.parametrize("method", ["fedit", "devft", "split-lora", "fedsa-lora", "dofit", "progfed", "adalora"])
 def test_a_finished_run_leaves_an_adapter_that_loads(method: str):
     """Every tensor of the file has its place in the model, and none is missing."""
     from peft import PeftModel, get_peft_model_state_dict

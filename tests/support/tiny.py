@@ -74,6 +74,7 @@ SPEC: dict[str, Any] = {
 # What each method needs beyond its defaults to run on four blocks and three rounds.
 METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "c2a": {"units": 3, "code_size": 2, "latent_size": 4},
+    "adalora": {"target_rank": 1},
     "devft": {"initial_capacity": 1},
     "split-lora": {"split_point": 2},
     "dofit": {"domains": 2, "step": 0.05},  # a step of 1 is ten times what a tiny tensor moves in training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fleetune.methods.adalora import AdaLoRA
 from fleetune.methods.base import Method
 from fleetune.methods.c2a import C2A
 from fleetune.methods.devft import DevFT
@@ -17,6 +18,7 @@ from fleetune.methods.split_lora import SplitLoRA
 
 METHODS: dict[str, type[Method]] = {
     "c2a": C2A,
+    "adalora": AdaLoRA,
     "devft": DevFT,
     "dofit": DoFIT,
     "fedadapter": FedAdapter,

@@ -78,8 +78,16 @@ def is_pair(name: str) -> bool:
 
 
 def adds_nothing(adapter: Tensors) -> bool:
-    """True if the adapter is made of pairs alone whose B are all zero, so that the model is the base model."""
-    return all(is_pair(name) and not (name.endswith(".lora_B") and tensor.any()) for name, tensor in adapter.items())
+    """True if the adapter is made of pairs, with a third factor or without, whose products are all zero: of no pair are both B
+    and the third factor E, where there is one, other than zero. The model is then the base model."""
+
+    def is_silent(name: str, tensor: Tensor) -> bool:
+        site, _, kind = name.rpartition(".")
+        if kind == "lora_B":
+            return not (tensor.any() and adapter.get(f"{site}.lora_E", tensor).any())
+        return kind in ("lora_A", "lora_E")
+
+    return all(is_silent(name, tensor) for name, tensor in adapter.items())
 
 
 class Bottleneck:

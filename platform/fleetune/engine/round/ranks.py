@@ -61,9 +61,8 @@ def filled(tensors: Tensors, sent: Tensors, *, total_weight: float, trained: np.
         if axis is None:
             out[name] = tensor
             continue
-        along = [1] * tensor.dim()
-        along[axis] = -1
-        per_row, rank = rows.view(along), tensor.shape[axis]
+        per_row = rows.view([-1 if n == axis else 1 for n in range(tensor.dim())])  # lies along the tensor's ranks
+        rank = tensor.shape[axis]
         full = _or_zeros(sent.get(name), tensor, axis, len(trained)) * ((per_row == 0) * total_weight)
         full.narrow(axis, 0, rank).add_(tensor / per_row.narrow(axis, 0, rank))
         out[name] = full
