@@ -62,7 +62,7 @@ def test_a_job_builds(path: Path):
     else:
         spec = load(path, {"data.num_examples": 400, "data.num_eval_examples": 8})
     problem = build_problem(spec, load_inputs(spec))
-    assert problem.fleet.num_clients == spec.fleet.num_clients
+    assert problem.fleet.num_clients == problem.spec.fleet.num_clients  # of a pooled method one: the server
     assert len(problem.eligible) >= spec.rounds.clients_per_round
     dealt = np.sort(problem.partition.indices)
     assert np.array_equal(dealt, np.arange(len(problem.inputs.train)))

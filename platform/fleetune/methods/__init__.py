@@ -5,6 +5,7 @@ from __future__ import annotations
 from fleetune.methods.adalora import AdaLoRA
 from fleetune.methods.base import Method
 from fleetune.methods.c2a import C2A
+from fleetune.methods.centralized import Centralized
 from fleetune.methods.devft import DevFT
 from fleetune.methods.dofit import DoFIT
 from fleetune.methods.fedadapter import FedAdapter
@@ -19,6 +20,7 @@ from fleetune.methods.split_lora import SplitLoRA
 METHODS: dict[str, type[Method]] = {
     "c2a": C2A,
     "adalora": AdaLoRA,
+    "centralized": Centralized,
     "devft": DevFT,
     "dofit": DoFIT,
     "fedadapter": FedAdapter,

@@ -33,7 +33,7 @@ from fleetune.scopes import on_server
 from fleetune.tensors import Stack, Tensors, add_weighted, select
 from fleetune.training.config import LocalConfig
 from fleetune.training.loss import cohort_loss
-from fleetune.training.optimizer import StackedAdamW, StackedSGD, clip_rows, make_optimizer
+from fleetune.training.optimizer import Optimizer, clip_rows, make_optimizer, moments, restore_moments
 from fleetune.training.plan import ClientTask, CohortUpdate, LocalPlan
 from fleetune.training.trainer import (
     StackedAdapters,
@@ -171,7 +171,9 @@ class _SplitRound:
         self.server = StackedAdapters([server] * copies, LocalPlan(self.plan.model), self.network.device)
         self.server_optimizer = make_optimizer(self.local, self.server.trained.data, rates[:copies])
         if config.server != "per_client":
-            _restore_moments(self.server_optimizer, payload, self.server.trained)
+            restore_moments(
+                self.server_optimizer, payload.server, payload.values["num_server_steps"], self.server.trained
+            )
 
     def step(self, step: int, worker: Worker) -> None:
         """Client forward, cut, server forward, backward and step, cut, client backward and step."""
@@ -234,7 +236,7 @@ class _SplitRound:
         self,
         adapters: StackedAdapters,
         leaves: Tensors,
-        optimizer: StackedSGD | StackedAdamW,
+        optimizer: Optimizer,
         num_active: int,
     ) -> None:
         grads = adapters.gather_gradients(leaves, num_active)
@@ -273,7 +275,7 @@ class _SplitRound:
             server = self.server.trained.to("cpu").weighted_sum(weights)
         else:
             server = self.server.trained.to("cpu").client(0)
-            server.update(_moments(self.server_optimizer, self.server.trained))
+            server.update(moments(self.server_optimizer, self.server.trained))
         return CohortUpdate(
             upload=upload,
             server=server,
@@ -282,24 +284,3 @@ class _SplitRound:
             cut_bytes=self.cut_bytes[:, back],
             diverged_at=self.diverged_at[back],
         )
-
-
-def _moments(optimizer: StackedSGD | StackedAdamW, form: Stack) -> Tensors:
-    """The shared half's moments and step count as tensors of the server's state; ``form`` has their names and shapes."""
-    if isinstance(optimizer, StackedSGD):
-        return {}
-    out = {f"adam.mean.{n}": t[0] for n, t in form.views(optimizer.mean.cpu()).items()}
-    out.update({f"adam.square.{n}": t[0] for n, t in form.views(optimizer.square.cpu()).items()})
-    out["server.num_steps"] = torch.tensor(optimizer.num_steps)
-    return out
-
-
-def _restore_moments(optimizer: StackedSGD | StackedAdamW, payload: Payload, form: Stack) -> None:
-    """Give a new optimizer the moments that the payload brought; in the first round there are none, and it starts at zero."""
-    if isinstance(optimizer, StackedSGD) or "num_server_steps" not in payload.values:
-        return
-    optimizer.num_steps = int(payload.values["num_server_steps"])
-    for kind, buffer in (("mean", optimizer.mean), ("square", optimizer.square)):
-        for name, view in form.views(buffer).items():
-            if f"adam.{kind}.{name}" in payload.server:
-                view.copy_(payload.server[f"adam.{kind}.{name}"][None])

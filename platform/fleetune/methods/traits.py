@@ -25,3 +25,5 @@ class Traits:
     """Clients keep tensors of their own from one round to the next."""
     ranked: bool = True
     """Adapters have ranks, and a client may train only the first of them (`Method.narrowed`)."""
+    pooled: bool = False
+    """There is no federation: the server holds the examples of all clients and works on them alone (`problem.pooled`)."""

@@ -26,6 +26,7 @@ from fleetune.models.load import check_unchanged, load_base, load_tokenizer
 from fleetune.models.network import linear_sites
 from fleetune.problem.content import Content, check_devices, fleet_content, model_content
 from fleetune.problem.input_checks import check_adapt, check_answers, check_length, within_vocabulary
+from fleetune.problem.pooled import one_shard, server_alone
 from fleetune.spec import RunSpec
 
 
@@ -64,6 +65,7 @@ class Problem:
     """One run's inputs, and what follows from them by the spec."""
 
     spec: RunSpec
+    """The job; of a pooled method that of the server alone (`problem.pooled`)."""
     inputs: Inputs
     fleet: Fleet
     partition: Partition
@@ -155,6 +157,9 @@ def build_problem(spec: RunSpec, inputs: Inputs) -> Problem:
             value=spec.rounds.clients_per_round,
             hint="lower it, raise data.partition.alpha, or use more examples",
         )
+    if method.traits.pooled:
+        alone = server_alone(spec)
+        return Problem(alone, inputs, build_fleet(alone.fleet, spec.seed), one_shard(len(inputs.keys)), method)
     return problem
 
 

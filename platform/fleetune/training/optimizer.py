@@ -6,11 +6,13 @@ Shape legend: K clients, P trained parameters of each, n clients that still trai
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fleetune.scopes import OPTIMIZER, part
+from fleetune.tensors import Stack, Tensors
 from fleetune.training.config import LocalConfig
 
 
@@ -66,8 +68,35 @@ class StackedAdamW:
         params.sub_(torch.div(mean, denominator, out=denominator).mul_(rates * step_size))
 
 
-def make_optimizer(config: LocalConfig, params: Tensor, learning_rates: Tensor) -> StackedSGD | StackedAdamW:
+Optimizer = StackedSGD | StackedAdamW
+MakeOptimizer = Callable[[LocalConfig, Tensor, Tensor], Optimizer]
+"""(local, params (K, P), learning rates (K, 1)) -> an optimizer over them, as `make_optimizer`."""
+
+
+def make_optimizer(config: LocalConfig, params: Tensor, learning_rates: Tensor) -> Optimizer:
     """The optimizer that the job file names, over ``params (K, P)`` with ``learning_rates (K, 1)``."""
     if config.optimizer == "sgd":
         return StackedSGD(params, learning_rates)
     return StackedAdamW(params, learning_rates, config.weight_decay)
+
+
+def moments(optimizer: Optimizer, form: Stack) -> Tensors:
+    """The moments and step count of the first client, as tensors for the server's state; ``form`` has the parameters' names and
+    shapes. SGD has none."""
+    if isinstance(optimizer, StackedSGD):
+        return {}
+    out = {f"adam.mean.{n}": t[0] for n, t in form.views(optimizer.mean.cpu()).items()}
+    out.update({f"adam.square.{n}": t[0] for n, t in form.views(optimizer.square.cpu()).items()})
+    out["server.num_steps"] = torch.tensor(optimizer.num_steps)
+    return out
+
+
+def restore_moments(optimizer: Optimizer, stored: Tensors, num_steps: int, form: Stack) -> None:
+    """Give a new optimizer the moments that `moments` returned. In the first round there are none, and it starts at zero."""
+    if isinstance(optimizer, StackedSGD):
+        return
+    optimizer.num_steps = num_steps
+    for kind, buffer in (("mean", optimizer.mean), ("square", optimizer.square)):
+        for name, view in form.views(buffer).items():
+            if f"adam.{kind}.{name}" in stored:
+                view.copy_(stored[f"adam.{kind}.{name}"][None])

@@ -15,7 +15,7 @@ from fleetune.tensors import Stack, Tensors, select
 from fleetune.training.config import LocalConfig
 from fleetune.training.device import on_device
 from fleetune.training.loss import cohort_loss
-from fleetune.training.optimizer import clip_rows, make_optimizer
+from fleetune.training.optimizer import MakeOptimizer, clip_rows, make_optimizer
 from fleetune.training.plan import ClientTask, CohortUpdate, LocalPlan
 
 if TYPE_CHECKING:
@@ -78,8 +78,11 @@ def train_cohort(
     *,
     data: TokenizedDataset,
     local: LocalConfig,
+    make: MakeOptimizer = make_optimizer,
 ) -> CohortUpdate:
     """Train every client of the cohort from ``start``, {name: shape of one client}, overlaid with its own private tensors.
+
+    ``make`` makes the optimizer, by default a fresh one for the round.
 
     Inside the stack the clients with more steps come first. Those that are done are always its last rows and are left out of
     the next step, so that no work is spent on them. Results are in the order of ``tasks``.
@@ -89,7 +92,7 @@ def train_cohort(
     adapters = StackedAdapters([_start_of(task, start, plan, data) for task in ranked], plan, network.device)
     compute_loss = plan.loss or cohort_loss
     rates = torch.tensor([[task.learning_rate] for task in ranked]).to(network.device)
-    optimizer = make_optimizer(local, adapters.trained.data, rates)
+    optimizer = make(local, adapters.trained.data, rates)
     initial = Stack(adapters.trained.shapes, adapters.trained.data.clone()) if plan.penalty else None
     losses = np.zeros(len(tasks))  # (K,) sums over steps, in the stack's order
     num_tokens = np.zeros(len(tasks), np.int64)  # (K,)

@@ -84,7 +84,7 @@ def _finds_room(spec: RunSpec, node_cores: Sequence[int], gpus: Sequence[int]) -
 def _resolved(spec: RunSpec, device: str, node_cores: Sequence[int], most_workers: Sequence[int]) -> RunSpec:
     """The spec with everything decided; ``most_workers``: how many each node may hold, whatever their threads."""
     chosen = spec.execution
-    per_round = spec.rounds.clients_per_round
+    per_round = 1 if spec.method.traits.pooled else spec.rounds.clients_per_round
     if chosen.workers != "auto" and int(chosen.workers) > _room(1, node_cores, most_workers):
         # They do not fit. Serially, one process stands for all of them; on Ray, the caller refuses the job.
         most_workers = node_cores
