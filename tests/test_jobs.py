@@ -63,7 +63,7 @@ def test_a_job_builds(path: Path):
         spec = load(path, {"data.num_examples": 400, "data.num_eval_examples": 8})
     problem = build_problem(spec, load_inputs(spec))
     assert problem.fleet.num_clients == problem.spec.fleet.num_clients  # of a pooled method one: the server
-    assert len(problem.eligible) >= spec.rounds.clients_per_round
+    assert len(problem.eligible) >= problem.spec.rounds.clients_per_round
     dealt = np.sort(problem.partition.indices)
     assert np.array_equal(dealt, np.arange(len(problem.inputs.train)))
 

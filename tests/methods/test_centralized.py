@@ -8,6 +8,8 @@ import pytest
 from fleetune.engine.launch.resolve import resolve_execution
 from fleetune.engine.round.planner import RoundPlanner
 from fleetune.models.network import Network
+from fleetune.plan.summary import by_stage
+from fleetune.plan.walk import plan
 from fleetune.problem.pooled import server_alone
 from fleetune.training.plan import ClientTask, LocalPlan
 from fleetune.training.trainer import train_cohort
@@ -77,3 +79,11 @@ def test_one_worker_is_enough():
     spec = tiny.spec({"execution": "auto"}, method="centralized")
     chosen = resolve_execution(spec, node_cores=[8], node_gpus=[0]).execution
     assert (chosen.workers, chosen.cohort, chosen.kind) == (1, 1, "serial")
+
+
+def test_its_plan_names_the_server_and_has_the_costs_of_the_run():
+    spec = tiny.spec(FAST, method="centralized")
+    done, planned = runs.run(spec), plan(spec)
+    for name in ("sim_seconds", "energy_joules", "peak_memory_bytes_max"):
+        assert [row[name] for row in planned.rounds] == done.rounds[name].tolist()
+    assert [row["device"] for row in by_stage(planned)] == ["server-a100"]

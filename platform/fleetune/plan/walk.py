@@ -98,6 +98,8 @@ def plan(spec: RunSpec, *, label: str | None = None, cache_dir: Path | None = No
     for row, clients in walk(problem, planner):
         rounds.append(row)
         devices += by_device(problem, row, clients)
+    if problem.method.traits.pooled:
+        spec = problem.spec  # of the server alone, whose device the rows name
     return Plan(label or spec.method.name, spec, rounds, devices, assumptions)
 
 
