@@ -22,9 +22,9 @@ from fleetune.cost.trace import PARTS
 from fleetune.methods import METHODS
 from fleetune.methods.base import Report, State
 from fleetune.models import architectures as shapes
+from fleetune.models.peft_format import as_pairs
 from fleetune.pricing.mapping import CostedModel
 from fleetune.pricing.tracing import Tracing, WorkShape
-from fleetune.models.peft_format import as_pairs
 from fleetune.tensors import num_bytes, select
 from fleetune.training.plan import ClientTask
 from support import REPOSITORY, runs, tiny

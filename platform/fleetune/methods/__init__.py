@@ -18,8 +18,8 @@ from fleetune.methods.progfed import ProgFed
 from fleetune.methods.split_lora import SplitLoRA
 
 METHODS: dict[str, type[Method]] = {
-    "c2a": C2A,
     "adalora": AdaLoRA,
+    "c2a": C2A,
     "centralized": Centralized,
     "devft": DevFT,
     "dofit": DoFIT,
