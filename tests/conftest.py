@@ -21,6 +21,8 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+pytest.register_assert_rewrite("fleetune.check.contract", "fleetune.check.runs")  # failures show the values
+
 warnings.filterwarnings("ignore", message=".*MatMul8bitLt.*")
 
 

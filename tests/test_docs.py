@@ -156,8 +156,9 @@ def test_the_example_of_a_new_method_works(tmp_path: Path, monkeypatch: pytest.M
     """FFA-LoRA from docs/guides/adding_a_method.md: B alone goes down and up, A is drawn by the client and stays."""
     text = (DOCS / "guides" / "adding_a_method.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
-    assert len(blocks) == 1
-    (tmp_path / "ffa_lora.py").write_text(blocks[0], encoding="utf-8")
+    assert len(blocks) == 2
+    assert blocks[0] == (ROOT / "tests" / "support" / "server_rate.py").read_text(encoding="utf-8")
+    (tmp_path / "ffa_lora.py").write_text(blocks[1], encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     module: Any = importlib.import_module("ffa_lora")
     problem = runs.problem(tiny.spec())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +16,9 @@ from fleetune.engine.execution.work_units import WorkUnit, WorkUnitReply
 from fleetune.engine.launch import backends
 from fleetune.engine.launch.cluster import Cluster
 from fleetune.errors import UserError
+from fleetune.methods import find
 from fleetune.methods.base import Payload
-from support import ray_runs, runs, tiny
+from support import REPOSITORY, ray_runs, runs, tiny
 from support.ray_runs import (
     CASES,
     GPU_FRACTION,
@@ -55,6 +58,18 @@ def test_any_number_of_workers_gives_the_bits_of_a_serial_run(workers: list[Any]
     run = runs.run(spec_of(case), on(Borrowed(workers, num_workers)))
     runs.same_runs(run, serially(case))
     same_adapters(run, serially(case))
+
+
+def test_a_method_from_outside_is_found_by_workers_in_the_folder_of_its_job(
+    workers: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The workers were started before anybody knew of the folder."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(find, "_folders", [])
+    (tmp_path / "of_a_user.py").write_text((REPOSITORY / "tests" / "support" / "server_rate.py").read_text())
+    find.look_in(tmp_path)
+    spec = spec_of("fedit", method={"name": "of_a_user:ServerRate", "server_rate": 0.5})
+    runs.same_runs(runs.run(spec, on(Borrowed(workers, 2))), runs.run(spec))
 
 
 class Apart(Borrowed):

@@ -10,14 +10,22 @@ import typer
 
 from fleetune.cli.options import Json
 from fleetune.cli.output import print_json
-from fleetune.errors import unknown_name
+from fleetune.errors import UserError, unknown_name
 
 
 def methods() -> list[dict[str, Any]]:
-    """All methods."""
+    """All methods: the built-in ones, and those that installed packages offer."""
     from fleetune.methods import METHODS
+    from fleetune.methods.find import find_method, installed_methods
 
-    return [{"name": name, "about": method.source} for name, method in METHODS.items()]
+    rows = [{"name": name, "about": method.source} for name, method in METHODS.items()]
+    for name, point in installed_methods().items():
+        try:
+            about = f"{find_method(name).source} [{point.value}]"
+        except UserError as error:
+            about = f"cannot be used: {error.rule} [{point.value}]"
+        rows.append({"name": name, "about": about})
+    return rows
 
 
 def devices() -> list[dict[str, Any]]:
@@ -82,7 +90,7 @@ def list_(
     kind: Annotated[str, typer.Argument(metavar="KIND", help="methods, devices, networks, models or datasets.")],
     as_json: Json = False,
 ) -> None:
-    """List the built-in methods, devices, networks, models or datasets, with their sources."""
+    """List the methods, devices, networks, models or datasets that a job can name, with their sources."""
     if kind not in CATALOGUES:
         raise unknown_name("list", kind, CATALOGUES, field="KIND")
     rows = CATALOGUES[kind]()

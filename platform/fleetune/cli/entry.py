@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from fleetune.cli.catalogue import list_, schema
+from fleetune.cli.check import check
 from fleetune.cli.jobs import plan, resume, run, sweep
 from fleetune.cli.output import complain
 from fleetune.cli.results import report, sync, ui
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "sync": sync,
     "report": report,
     "list": list_,
+    "check": check,
     "ui": ui,
     "schema": schema,
 }

@@ -30,9 +30,9 @@ def run(
     # Ray needs seconds to start, and so does the import of PyTorch below: they go on side by side.
     if not debug and (address is not None or cluster.names_ray(job, assignments or [])):
         cluster.join(address)
-    from fleetune.spec import job_text, load, parse_overrides
+    from fleetune.spec import job_text, load, named_method, parse_overrides
 
-    spec = load(job, parse_overrides(assignments or []))
+    spec = load(job, parse_overrides(assignments or [], method=named_method(job)))
     meta = {"text": job_text(job, assignments or [])}
     from fleetune.cli.progress import make_progress
     from fleetune.engine.launch import run as launch

@@ -7,9 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fleetune.errors import UserError, unknown_name
-from fleetune.methods import METHODS
-from fleetune.spec import RunSpec, from_dict, parse_overrides, read_yaml, split_assignment, value_of, yaml_value
+from fleetune.errors import UserError
+from fleetune.methods.find import find_method
+from fleetune.spec import (
+    RunSpec,
+    from_dict,
+    named_method,
+    parse_overrides,
+    read_yaml,
+    split_assignment,
+    value_of,
+    yaml_value,
+)
 
 MAX_VARIANTS = 200  # assumed: nobody reads a longer table
 
@@ -18,7 +27,7 @@ def variants(
     job: Path, assignments: Sequence[str], *, compare: str | None = None, vary: Sequence[str] = ()
 ) -> list[tuple[str, RunSpec]]:
     """(label, spec) of every plan: each method with each combination of the varied fields' values."""
-    values, overrides = read_yaml(job), parse_overrides(list(assignments))
+    values, overrides = read_yaml(job), parse_overrides(list(assignments), method=named_method(job))
     axes = {field: _listed(field, text) for field, text in map(split_assignment, vary)}
     own = from_dict(values, overrides).method.name if not compare else ""
     names = [name.strip() for name in compare.split(",")] if compare else [own]
@@ -38,9 +47,7 @@ def variants(
 
 def _of_method(name: str, values: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     """The job's fields with this method; settings that it does not have are left out."""
-    if name not in METHODS:
-        raise unknown_name("method", name, METHODS, field="--compare")
-    settings = METHODS[name].Config.model_fields
+    settings = find_method(name, field="--compare").Config.model_fields
     fitting = {path: value for path, value in fields.items() if _field(path) is None or _field(path) in settings}
     own = values.get("method", {})
     if isinstance(own, dict) and own.get("name") == name:

@@ -24,6 +24,7 @@ from fleetune.cost.trace import StepTrace
 from fleetune.cost.tracer import PAYLOAD, WEIGHTS, Tracer
 from fleetune.data.dataset import TokenizedDataset
 from fleetune.methods.base import Method, Payload
+from fleetune.methods.find import code_of
 from fleetune.models.config import LoRAConfig
 from fleetune.models.meta import MetaNetwork, meta_base
 from fleetune.models.model import Model
@@ -96,6 +97,7 @@ class Tracing:
         facts = [
             code_version(), asdict(self.model.shape), self.model.trained.num_layers, self.lora.model_dump(), local,
             method.config.model_dump(), asdict(shape), plan.submodel.num_layers, plan.split, roles, tensors, POINTS,
+            code_of(type(method)),  # `code_version` has that of all others
         ]  # fmt: skip
         return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 

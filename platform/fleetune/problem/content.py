@@ -1,7 +1,8 @@
 """Digests of all that a run reads from outside. With the spec's hash they are the run's identity.
 
 A part is named by the field that names it, a model's files by field and file: ``data.dataset``, ``data.eval_dataset``,
-``model.base/model.safetensors``, ``model.base/tokenizer.json``, ``fleet.availability.path``, ``fleet.device_files/my.yaml``.
+``model.base/model.safetensors``, ``model.base/tokenizer.json``, ``fleet.availability.path``, ``fleet.device_files/my.yaml``;
+a file with the code of a method from outside is ``method.name/my_module.py``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from fleetune.data.sources import read_content
 from fleetune.digests import digest_of, file_digest
 from fleetune.errors import UserError
 from fleetune.fleet.fleet import FleetConfig
+from fleetune.methods.find import code_of, find_method
 from fleetune.models.load import base_content
 from fleetune.spec import RunSpec
 
@@ -50,6 +52,11 @@ def fleet_content(fleet: FleetConfig) -> Content:
     return content
 
 
+def code_content(spec: RunSpec) -> Content:
+    """The parts of a method from outside: the files that it is written in. None for a built-in one."""
+    return {f"method.name/{name}": digest for name, digest in code_of(find_method(spec.method.name)).items()}
+
+
 def check_devices(fleet: FleetConfig, content: Mapping[str, str]) -> None:
     """Raises UserError if a file of devices is no longer the one that ``content`` notes.
 
@@ -74,6 +81,7 @@ class Contents:
             **self._once(f"data {data.model_dump_json(exclude=NOT_READ)}", lambda: read_content(data)),
             **self._once(f"model {model}", lambda: model_content(base_content(model))),
             **fleet_content(spec.fleet),
+            **code_content(spec),
         }
 
     def _once(self, key: str, read: Callable[[], Content]) -> Content:

@@ -18,13 +18,13 @@ from fleetune.data.tokenize import continuations, tokenize
 from fleetune.errors import UserError
 from fleetune.fleet.availability_trace import AvailabilityTrace
 from fleetune.fleet.fleet import Fleet, build_fleet, read_availability
-from fleetune.methods import METHODS
 from fleetune.methods.base import Context, Method
+from fleetune.methods.find import find_method
 from fleetune.models.architectures import architecture
 from fleetune.models.base import BaseModel
 from fleetune.models.load import check_unchanged, load_base, load_tokenizer
 from fleetune.models.network import linear_sites
-from fleetune.problem.content import Content, check_devices, fleet_content, model_content
+from fleetune.problem.content import Content, check_devices, code_content, fleet_content, model_content
 from fleetune.problem.input_checks import check_adapt, check_answers, check_length, within_vocabulary
 from fleetune.problem.pooled import one_shard, server_alone
 from fleetune.spec import RunSpec
@@ -70,6 +70,11 @@ class Problem:
     fleet: Fleet
     partition: Partition
     method: Method
+
+    @property
+    def content(self) -> Content:
+        """Digests of all that was read, and of the code of a method from outside."""
+        return {**self.inputs.content, **code_content(self.spec)}
 
     @property
     def eligible(self) -> np.ndarray:
@@ -143,7 +148,7 @@ def build_problem(spec: RunSpec, inputs: Inputs) -> Problem:
                 value=spec.data.max_tokens,
                 hint="lower it, or cost another model",
             )
-    method = METHODS[spec.method.name](spec.method, context_of(spec, inputs))
+    method = find_method(spec.method.name)(spec.method, context_of(spec, inputs))
     method.check()
     check_adapt(spec, method)
     shards = partition(spec.data.partition, num_clients=spec.fleet.num_clients, keys=inputs.keys, seed=spec.seed)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from fleetune.errors import UserError
-from fleetune.methods import METHODS
+from fleetune.methods.find import find_method, known_methods
 from fleetune.spec.run_spec import RunSpec
 from fleetune.yaml_text import NOT_YAML, DuplicateKey
 from fleetune.yaml_text import load as load_yaml
 
 
-def parse_overrides(assignments: list[str]) -> dict[str, Any]:
-    """``["method.growth_rate=4"]`` -> ``{"method.growth_rate": 4}``; each value as its field takes it (`value_of`)."""
+def parse_overrides(assignments: list[str], *, method: str | None = None) -> dict[str, Any]:
+    """``["method.growth_rate=4"]`` -> ``{"method.growth_rate": 4}``; each value as its field takes it (`value_of`).
+
+    ``method``: the job's method, if it is known. One from outside has settings that are not known before it is imported.
+    """
+    named = [text for field, text in map(split_assignment, assignments) if field == "method.name"]
+    for name in named or ([method] if method is not None else []):
+        with contextlib.suppress(UserError):  # it is found again, and refused, when the job is checked
+            find_method(name)
     return {field: value_of(field, text) for field, text in map(split_assignment, assignments)}
 
 
@@ -62,7 +70,7 @@ def _annotation(path: str) -> Any:
         if dict in [get_origin(kind) for kind in (current, *get_args(current))]:
             current = float  # the only mappings are fractions and limits by device or network
             continue
-        parts = [method.Config for method in METHODS.values()] if current == "method" else [current]
+        parts = [method.Config for method in known_methods()] if current == "method" else [current]
         fields = [part.model_fields[name] for part in parts if name in getattr(part, "model_fields", {})]
         if not fields:
             return None

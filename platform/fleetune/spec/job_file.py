@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from fleetune.errors import UserError, nearest
+from fleetune.methods import METHODS
+from fleetune.methods.find import find_method, installed_methods, look_in
 from fleetune.redaction import redacted
 from fleetune.spec.run_spec import RunSpec
 from fleetune.spec.validation import as_user_error, check_rules
@@ -19,7 +22,11 @@ from fleetune.yaml_text import load as load_yaml
 
 
 def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunSpec:
-    """The spec in a job file, with overrides like ``{"method.growth_rate": 4}``. Checks all that needs no model and no data."""
+    """The spec in a job file, with overrides like ``{"method.growth_rate": 4}``. Checks all that needs no model and no data.
+
+    A method from outside may lie in the job file's folder.
+    """
+    look_in(Path(path).parent)
     return from_dict(read_yaml(path), overrides)
 
 
@@ -47,6 +54,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def named_method(path: str | Path) -> str | None:
+    """The method that a job file names, before anything is checked. From here on it may lie in the file's folder."""
+    look_in(Path(path).parent)
+    method = read_yaml(path).get("method")
+    name = method.get("name") if isinstance(method, dict) else None
+    return name if isinstance(name, str) else None
+
+
 def job_text(path: str | Path, assignments: list[str]) -> str:
     """A job or sweep file as it was launched: its text without passwords, and each ``--set`` as a comment."""
     lines = [Path(path).read_text(encoding="utf-8").rstrip(), *(f"# --set {each}" for each in assignments)]
@@ -56,6 +71,7 @@ def job_text(path: str | Path, assignments: list[str]) -> str:
 def from_dict(values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> RunSpec:
     """The spec in plain data, with overrides. Raises UserError for the first mistake."""
     merged = apply_overrides(values, overrides or {})
+    merged["method"] = _checked_outside(merged.get("method", {"name": "fedit"}))
     try:
         spec = RunSpec.model_validate(merged)
     except ValidationError as error:
@@ -64,6 +80,31 @@ def from_dict(values: Mapping[str, Any], overrides: Mapping[str, Any] | None = N
     return spec
 
 
+def _checked_outside(settings: Any) -> Any:
+    """The settings of a method from outside, checked by its own class; all others as they are, for `RunSpec` to check."""
+    name = settings.get("name") if isinstance(settings, dict) else None
+    if not isinstance(name, str) or name in METHODS:
+        return settings
+    config = find_method(name).Config
+    try:
+        return config.model_validate(settings)
+    except ValidationError as error:
+        raise as_user_error(error, config, at="method") from None
+
+
 def json_schema() -> dict[str, Any]:
-    """The job file's JSON schema, for editors and for the reference page."""
-    return RunSpec.model_json_schema()
+    """The job file's JSON schema, for editors and for the reference page, with the methods that are installed here."""
+    schema = RunSpec.model_json_schema()
+    for name in installed_methods():
+        with contextlib.suppress(UserError):  # a package that is broken is a matter of `fleetune list methods`
+            _add_installed(schema, name)
+    return schema
+
+
+def _add_installed(schema: dict[str, Any], name: str) -> None:
+    """Add the settings of a method that an installed package offers to the job file's schema."""
+    own = find_method(name).Config.model_json_schema()
+    schema["$defs"] |= own.pop("$defs", {})
+    own["properties"]["name"] = {"const": name, "type": "string"}
+    schema["$defs"][f"method {name}"] = {**own, "required": sorted({*own.get("required", ()), "name"})}
+    schema["properties"]["method"]["oneOf"].append({"$ref": f"#/$defs/method {name}"})

@@ -8,12 +8,13 @@ import json
 import operator
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from pydantic import Discriminator, Field, SerializeAsAny, Tag, WithJsonSchema
 
 from fleetune.config import Config, flatten
 from fleetune.data.config import DataConfig
 from fleetune.fleet.fleet import FleetConfig
 from fleetune.methods import METHODS
+from fleetune.methods.base import MethodConfig
 from fleetune.methods.fedavg import FedITConfig
 from fleetune.models.config import ModelConfig
 from fleetune.spec.run_config import CostConfig, EvaluationConfig, ExecutionConfig, RoundsConfig
@@ -21,11 +22,30 @@ from fleetune.spec.values import MAX_INTEGER
 from fleetune.tracking.config import TrackingConfig
 from fleetune.training.config import LocalConfig
 
+OUTSIDE = "outside"  # stands for all methods that are not part of this package
+
+
+def _kind_of_method(value: Any) -> Any:
+    """The name of a built-in method, or `OUTSIDE` for the settings of another one, which `job_file.from_dict` has checked."""
+    if isinstance(value, MethodConfig):
+        return value.name if value.name in METHODS else OUTSIDE
+    return value.get("name") if isinstance(value, dict) else None
+
+
 if TYPE_CHECKING:
-    from fleetune.methods.base import MethodConfig as AnyMethodConfig
+    AnyMethodConfig = MethodConfig
 else:
-    _configs = functools.reduce(operator.or_, (method.Config for method in METHODS.values()))
-    AnyMethodConfig = Annotated[_configs, Field(discriminator="name")]
+    _built_in = (Annotated[method.Config, Tag(name)] for name, method in METHODS.items())
+    _schema = {
+        "title": "A method from outside",
+        "description": "A class of your own. Its settings are checked when the job is read.",
+        "type": "object",
+        "properties": {"name": {"type": "string", "pattern": r"^[\w.]+:\w+$"}},
+        "required": ["name"],
+    }
+    _outside = Annotated[SerializeAsAny[MethodConfig], WithJsonSchema(_schema), Tag(OUTSIDE)]
+    _any = functools.reduce(operator.or_, (*_built_in, _outside))
+    AnyMethodConfig = Annotated[_any, Discriminator(_kind_of_method)]
 
 # Fields, or parts with all their fields, that change no bit of a result, and why. All others are in the hash.
 NO_RESULT_CHANGES = {

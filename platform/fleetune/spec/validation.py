@@ -21,15 +21,15 @@ FORMER_NAMES = {
 """Fields of job files of earlier versions -> their names now."""
 
 
-def as_user_error(error: ValidationError, root: type[Config]) -> UserError:
+def as_user_error(error: ValidationError, root: type[Config], *, at: str | None = None) -> UserError:
     """The first error of a validation: dotted field, value, rule, and the nearest right name.
 
-    ``root``: the model that was validated, a job or a sweep.
+    ``root``: the model that was validated: a job, a sweep, or the part of a job that stands ``at`` this field.
     """
     errors = error.errors(include_url=False)
     first = errors[0]
     path = _path(first["loc"])
-    field = ".".join(path)
+    field = ".".join([at, *path] if at else path)
     if first["type"] == "extra_forbidden" and field in FORMER_NAMES:
         return UserError("has another name now", field=field, hint=f"it is called {FORMER_NAMES[field]}")
     if first["type"] == "extra_forbidden":

@@ -15,6 +15,7 @@ from fleetune.claims.config import AnyClaim
 from fleetune.columns import HIGHER_IS_BETTER
 from fleetune.config import Config
 from fleetune.errors import UserError
+from fleetune.methods.find import look_in
 from fleetune.spec import MAX_INTEGER, apply_overrides, as_user_error, plain, read_yaml
 
 Metric = Literal["eval_accuracy", "eval_loss", "train_loss", "sim_seconds", "uplink_bytes", "energy_joules"]
@@ -151,10 +152,13 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> SweepS
     """Read a sweep file. ``overrides`` apply to its base job."""
     path = Path(path)
     values = read_yaml(path)
+    look_in(path.parent)
     base = values.get("base")
     if isinstance(base, str):
         candidates = [path.parent / base, Path(base)]
-        values["base"] = read_yaml(next((file for file in candidates if file.is_file()), candidates[-1]))
+        job = next((file for file in candidates if file.is_file()), candidates[-1])
+        look_in(job.parent)
+        values["base"] = read_yaml(job)
     elif base is None:
         raise UserError("a sweep needs a base", field="base", hint="base: jobs/quickstart.yaml")
     if isinstance(values["base"], dict):

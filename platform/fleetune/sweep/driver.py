@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fleetune.engine.launch import run as launch
 from fleetune.engine.launch.directories import git_commit
+from fleetune.methods.find import code_path_elsewhere
 from fleetune.records.sweep_directory import SweepDirectory
 from fleetune.sweep.config import SweepSpec
 from fleetune.sweep.existing_runs import add_trials
@@ -70,7 +71,8 @@ class Driver:
             "text": self.directory.meta.get("text"),
         }
         workspace = self.directory.path.parent.parent
-        return TrialOrder(entry.trial.number, entry.trial.spec.to_dict(), str(workspace), entry.run.path.name, meta)
+        spec, folders = entry.trial.spec.to_dict(), code_path_elsewhere()
+        return TrialOrder(entry.trial.number, spec, str(workspace), entry.run.path.name, meta, folders)
 
     def is_exhausted(self) -> bool:
         """True once every trial has been given out."""

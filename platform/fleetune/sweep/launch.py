@@ -88,7 +88,7 @@ def run(
         rest = "trial(s) were finished by another version of the code; their results are taken as they are"
         warn(f"{existing.num_of_other_code} {rest}")
     if existing.num_outdated:
-        rest = "trial(s) read data or a model that has changed since; they run again, in runs of their own"
+        rest = "trial(s) read data, a model or a method's code that has changed since; they run again, in runs of their own"
         warn(f"{existing.num_outdated} {rest}")
     missing = [entry.trial for entry in sweep_status.entries.values() if entry.status not in OVER]
     is_complete = not missing and len(trials) == sweep_status.num_trials

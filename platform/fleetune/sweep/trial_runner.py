@@ -15,6 +15,7 @@ from fleetune.engine.execution.worker_process import placed_base
 from fleetune.engine.launch.backends import base_key
 from fleetune.engine.launch.directories import locked, run_meta
 from fleetune.engine.launch.run import conclude, finish
+from fleetune.methods.find import look_in
 from fleetune.models.base import BaseModel
 from fleetune.problem import Inputs, Problem, build_problem, load_inputs, set_threads
 from fleetune.problem.content import check_content
@@ -35,6 +36,8 @@ class TrialOrder:
     workspace: str
     run_id: str
     meta: dict[str, Any]
+    folders: tuple[str, ...] = ()
+    """Folders in which the module of a method from outside is looked for."""
 
     @property
     def run_path(self) -> Path:
@@ -80,6 +83,8 @@ class TrialRunner:
         """
         run_dir: RunDirectory | None = None
         try:
+            for folder in reversed(order.folders):
+                look_in(folder)
             spec = from_dict(order.spec)
             problem = build_problem(spec, self.inputs(spec))
             run_dir = self._directory(order, problem)
@@ -142,7 +147,7 @@ class TrialRunner:
     def _directory(self, order: TrialOrder, problem: Problem) -> RunDirectory:
         if (order.run_path / RunDirectory.SPEC).is_file():
             run_dir = RunDirectory.open(order.run_path)
-            check_content(problem.spec, run_dir.meta.get("content"), problem.inputs.content, run=str(order.run_path))
+            check_content(problem.spec, run_dir.meta.get("content"), problem.content, run=str(order.run_path))
             return run_dir
         meta = {**run_meta(problem), **order.meta}
         return RunDirectory.create(order.workspace, order.run_id, problem.spec.to_dict(), meta=meta)

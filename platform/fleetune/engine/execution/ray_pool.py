@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from fleetune.engine.execution.calls import Call, one_line
-from fleetune.engine.execution.ray_worker import PackedModel, PackedPayload, RayWorker, SharedInputs
+from fleetune.engine.execution.ray_worker import PackedJob, PackedModel, PackedPayload, RayWorker, SharedInputs
 from fleetune.engine.execution.work_units import WorkUnit, WorkUnitReply
 from fleetune.errors import RunFailed
 from fleetune.files import WriteFailed
@@ -63,7 +63,7 @@ class RayExecutor:
         # Calls of a run that was broken off may still stand before this one. The number keeps the runs apart on the worker.
         self._run_number += 1
         self._forget()
-        self._setup = (self._run_number, base_key, spec, method, shared.base, shared.rest)
+        self._setup = (self._run_number, base_key, PackedJob.of(spec, method), shared.base, shared.rest)
         self._prepared = [worker.prepare.remote(*self._setup) for worker in self.workers]
 
     def run(self, units: Sequence[WorkUnit], payloads: Mapping[int, Payload]) -> Iterator[WorkUnitReply]:

@@ -6,6 +6,8 @@ round. Workers outlive runs: a further run of the same process finds them warm.
 
 from __future__ import annotations
 
+import pickle
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +17,10 @@ import ray
 
 from fleetune.engine.execution.work_units import WorkUnit, WorkUnitReply
 from fleetune.engine.execution.worker_process import WorkerProcess, placed_base
+from fleetune.errors import UserError
+from fleetune.methods import METHODS
 from fleetune.methods.base import GlobalModel, Method, Payload
+from fleetune.methods.find import code_of, code_path_elsewhere, find_method, look_in
 from fleetune.models.base import BaseModel
 from fleetune.models.config import LoRAConfig
 from fleetune.models.model import Model
@@ -49,6 +54,44 @@ class SharedInputs:
 
 def _inputs(base: Mapping[str, Any], rest: Inputs) -> Inputs:
     return replace(rest, base=base_from_arrays(base))
+
+
+@dataclass(frozen=True)
+class PackedJob:
+    """A job and the class of its method, for another process.
+
+    They are unpacked only when that process knows where the module of a method from outside lies: Ray would unpack the
+    arguments of a call before any code of ours runs there.
+    """
+
+    name: str
+    """The method's name in the job file."""
+    folders: tuple[str, ...]
+    """Where this process looks for modules; relative ones are meant from the other process's current folder."""
+    code: dict[str, str]
+    """Digests of the files that the method is written in."""
+    data: bytes
+
+    @classmethod
+    def of(cls, spec: RunSpec, method: type[Method]) -> PackedJob:
+        """Pack a job. A class of a module that no other process can import, as a test's, travels with it."""
+        return cls(spec.method.name, code_path_elsewhere(), code_of(method), ray.cloudpickle.dumps((spec, method)))
+
+    def unpack(self) -> tuple[RunSpec, type[Method]]:
+        """The job and its method. Raises UserError if this process cannot import the method, or imports other code of it."""
+        for folder in reversed(self.folders):
+            look_in(folder)
+        if self.name not in METHODS:
+            found = code_of(find_method(self.name))
+            changed = sorted(file for file in {*found, *self.code} if found.get(file) != self.code.get(file))
+            if changed:
+                raise UserError(
+                    f"its {changed[0]} on node {socket.gethostname()} is not the one that the run was started with",
+                    field="method.name",
+                    value=self.name,
+                    hint="install the same version on every node, or send the folder with fleetune submit",
+                )
+        return pickle.loads(self.data)
 
 
 @dataclass(frozen=True)
@@ -109,8 +152,7 @@ class RayWorker:
         self,
         run_number: int,
         base_key: str,
-        spec: RunSpec,
-        method: type[Method],
+        job: PackedJob,
         base: Mapping[str, Any],
         rest: Inputs,
     ) -> None:
@@ -118,6 +160,7 @@ class RayWorker:
 
         ``base`` and ``rest`` were passed as references, which Ray has fetched: their arrays are views into the object store.
         """
+        spec, method = job.unpack()
         inputs = _inputs(base, rest)
         key = (base_key, spec.execution.device, spec.execution.precision)
         if self._base is None or self._base[0] != key:

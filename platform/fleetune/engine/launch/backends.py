@@ -93,7 +93,7 @@ class RayBackend(LocalBackend):
 
         What can go wrong: this process is stopped (`_stop`), the run fails (its own error is raised), the coordinator dies.
         """
-        from fleetune.engine.execution.ray_worker import SharedInputs
+        from fleetune.engine.execution.ray_worker import PackedJob, SharedInputs
 
         self.cluster.wait()
         execution = problem.spec.execution
@@ -102,7 +102,7 @@ class RayBackend(LocalBackend):
         is_stored = former is not None and former.key == base.key
         shared = SharedInputs.put(problem.inputs, base=former_ref if is_stored else None)
         self._bases[base_key(problem.spec)] = (base, shared.base)
-        call = (base.key, problem.spec, shared, str(run_dir.path))
+        call = (base.key, PackedJob.of(problem.spec, type(problem.method)), shared, str(run_dir.path))
         # A coordinator that dies is replaced once; the new one goes on after the last round whose state is written. So the events
         # of rounds in between come twice, and begin with a second start event.
         for is_last in (False, True):

@@ -13,6 +13,8 @@ from filelock import Timeout
 
 from fleetune import locks
 from fleetune.errors import UserError
+from fleetune.methods import METHODS
+from fleetune.methods.find import code_path
 from fleetune.problem import Problem
 from fleetune.problem.content import identity
 from fleetune.records.run_directory import RunDirectory
@@ -21,7 +23,7 @@ from fleetune.spec import RunSpec
 
 def run_meta(problem: Problem) -> dict[str, Any]:
     """The content of ``meta.json``: identity, data, models, and the version of the code."""
-    spec, content = problem.spec, problem.inputs.content
+    spec, content = problem.spec, problem.content
     dataset = {
         "name": problem.inputs.dataset_name,
         "source": spec.data.dataset,
@@ -30,7 +32,10 @@ def run_meta(problem: Problem) -> dict[str, Any]:
         "num_eval_examples": len(problem.inputs.evaluation.data),
     }
     model = {"trained": spec.model.base, "costed": spec.cost.model or spec.model.base}
+    # Where a method from outside was found, for `fleetune resume` from another folder.
+    from_outside = {"code_path": list(code_path())} if spec.method.name not in METHODS else {}
     return {
+        **from_outside,
         "spec_hash": spec.spec_hash,
         "identity": identity(spec, content),
         "content": content,

@@ -10,10 +10,9 @@ import ray
 from fleetune.engine.coordinator import Coordinator, Event
 from fleetune.engine.evaluation import Baselines
 from fleetune.engine.execution.ray_pool import RayExecutor
-from fleetune.engine.execution.ray_worker import SharedInputs
+from fleetune.engine.execution.ray_worker import PackedJob, SharedInputs
 from fleetune.problem import build_problem, set_threads
 from fleetune.records.run_directory import RunDirectory
-from fleetune.spec import RunSpec
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
@@ -32,8 +31,9 @@ class RayCoordinator:
         """Handles of the worker actors."""
         return self.executor.workers
 
-    def run(self, base_key: str, spec: RunSpec, shared: SharedInputs, run_path: str) -> Iterator[Event]:
+    def run(self, base_key: str, job: PackedJob, shared: SharedInputs, run_path: str) -> Iterator[Event]:
         """Run a run directory, or go on with it; yields the coordinator's events."""
+        spec, _ = job.unpack()
         problem = build_problem(spec, shared.get())
         self.executor.prepare(base_key, spec, type(problem.method), shared)
         run_dir = RunDirectory.open(run_path)

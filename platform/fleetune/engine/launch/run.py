@@ -17,8 +17,9 @@ from fleetune.engine.divergence import Notices
 from fleetune.engine.launch.backends import LocalBackend, backend_for
 from fleetune.engine.launch.directories import locked, new_run_directory
 from fleetune.errors import RunFailed, Stopped, UserError
+from fleetune.methods.find import look_in
 from fleetune.problem import Problem, build_problem
-from fleetune.problem.content import check_content
+from fleetune.problem.content import check_content, code_content
 from fleetune.records.run_directory import RunDirectory
 from fleetune.records.timeline import write_timeline
 from fleetune.spec import RunSpec, from_dict
@@ -84,11 +85,16 @@ def resume(
 ) -> Result:
     """Go on after the last finished round, with the same bits as a run that was never stopped."""
     run_dir = RunDirectory.open(path)
+    folders = run_dir.meta.get("code_path", ())  # only of a run with a method from outside
+    for folder in reversed(folders):
+        look_in(folder)
     try:
         spec = from_dict(run_dir.spec)
     except files.Damaged:
         raise
     except UserError as error:
+        if folders and error.field == "method.name":  # the file is what it was, but the method is gone
+            raise
         raise files.damaged(run_dir.path / RunDirectory.SPEC, error, holds="what was run") from None
     meta, result = run_dir.meta, run_dir.result()
     recorded = meta.get("spec_hash")
@@ -110,7 +116,7 @@ def resume(
         # No ``auto`` is left in the spec, but there may be fewer cores or GPUs here than it was resolved for.
         spec = backend.placed(backend.resolve(spec))
         inputs = backend.inputs(spec)
-        check_content(spec, meta.get("content"), inputs.content, run=str(path))
+        check_content(spec, meta.get("content"), {**inputs.content, **code_content(spec)}, run=str(path))
         return _execute(backend, build_problem(spec, inputs), run_dir, report=report, warn=warn)
 
 
