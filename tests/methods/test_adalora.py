@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from fleetune.models.adapters import adds_nothing
 from fleetune.models.peft_format import load_tensors
 from fleetune.seeds import seed_of
 from fleetune.spec import RunSpec
+from fleetune.training.plan import ClientTask
 from support import runs, tiny
 
 FAST = {"evaluation.generate": False}
@@ -151,6 +154,24 @@ def test_without_pruning_it_is_fedavg_of_three_factors():
     assert after.tensors.keys() == state.tensors.keys()
     assert all((tensor == 0.75).all() for tensor in after.tensors.values())
     assert after.values == {"budget": 56, "triplets": 56, "is_fixed": True}
+
+
+def test_once_the_set_is_fixed_newcomers_and_others_train_together():
+    """A client that has kept averages and one that never took part make one stack, and keep nothing more."""
+    problem = runs.problem(tiny.spec(FAST, method="adalora"))
+    method, rows = problem.method, np.arange(4).reshape(2, 2)
+    state = method.start()
+    first, last = (
+        method.broadcast(replace(state, values={**state.values, "is_fixed": is_fixed}), 2, None)
+        for is_fixed in (False, True)
+    )
+    kept = {name: t for name, t in method.client_adapter(first).items() if method.local_plan(first).keeps(name)}
+    tasks = [ClientTask(0, 0.5, rows, 0.01, (0, 2), private=kept), ClientTask(1, 0.5, rows, 0.01, (0, 2))]
+    update = method.local_update(runs.worker(problem), last, tasks)
+    assert kept
+    assert update.private is None
+    assert update.upload is not None
+    assert update.upload.shapes.keys() == state.tensors.keys()
 
 
 def test_the_largest_scores_of_all_matrices_are_kept():

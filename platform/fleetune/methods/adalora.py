@@ -17,7 +17,7 @@ the last t_f the set of those that are left is fixed. Before that a pruned E_i m
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -31,7 +31,8 @@ from fleetune.methods.traits import Traits
 from fleetune.models.adapters import AXES, Axes
 from fleetune.seeds import seed_of
 from fleetune.tensors import Tensors, add_weighted
-from fleetune.training.plan import LocalPlan
+from fleetune.training.plan import ClientTask, CohortUpdate, LocalPlan
+from fleetune.training.worker import Worker
 
 FACTORS = ("lora_A", "lora_E", "lora_B")
 INITIAL_DEVIATION = 0.02
@@ -187,6 +188,12 @@ class AdaLoRA(Method):
             penalty=self._not_orthogonal if self.config.orthogonal_weight else None,
             after_backward=_hold_pruned if is_fixed else self._score,
         )
+
+    def local_update(self, worker: Worker, payload: Payload, tasks: Sequence[ClientTask]) -> CohortUpdate:
+        """The plan's work. Once the set is fixed nobody reads the averages that some of the clients still keep."""
+        if payload.values["is_fixed"]:
+            tasks = [replace(task, private=None) for task in tasks]
+        return super().local_update(worker, payload, tasks)
 
     def _not_orthogonal(self, params: Tensors, start: Tensors) -> Tensor:
         """gamma · mean of ||A A^T - I||_F and ||B^T B - I||_F over all matrices of each client, (K,): equation 4.
