@@ -38,8 +38,9 @@ def test_a_job_loads(path: Path):
 
 
 def test_the_methods_jobs_differ_in_the_method_alone():
-    """So that their runs can be compared."""
-    hashes = {load(path, {"method": {"name": "fedit"}}).spec_hash for path in JOBS.glob("methods/*.yaml")}
+    """So that their runs can be compared. FwdLLM's is left out: without gradients it has a protocol of its own."""
+    paths = [path for path in JOBS.glob("methods/*.yaml") if path.stem != "fwdllm"]
+    hashes = {load(path, {"method": {"name": "fedit"}}).spec_hash for path in paths}
     assert len(hashes) == 1
 
 

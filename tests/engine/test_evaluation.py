@@ -24,7 +24,7 @@ class Begun:
 
     def sums(self) -> list[EvalSums]:
         """The same in both chunks."""
-        return [EvalSums(loss=2 * self.loss, num_tokens=2, num_examples=2, num_correct=self.num_correct)] * 2
+        return [EvalSums(loss=2 * self.loss, num_tokens=2, num_answers=2, num_correct=self.num_correct)] * 2
 
 
 def test_one_model_has_no_name():

@@ -129,9 +129,10 @@ def on_ray(num_workers: int = 1) -> RunSpec:
 
 def same_adapters(a: runs.Finished, b: runs.Finished) -> None:
     """The adapters that two runs ship have the same bytes."""
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        both = [(run.run_dir.path / "adapter" / name).read_bytes() for run in (a, b)]
-        assert both[0] == both[1], name
+    both = [sorted((run.run_dir.path / "adapter").iterdir()) for run in (a, b)]
+    assert [path.name for path in both[0]] == [path.name for path in both[1]] != []
+    for one, other in zip(*both, strict=True):
+        assert one.read_bytes() == other.read_bytes(), one.name
 
 
 def same_records(run_path: Path, serial: runs.Finished) -> None:

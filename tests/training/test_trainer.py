@@ -92,7 +92,7 @@ def test_one_client_is_a_plain_torch_loop():
     problem, start = world()
     update = train(problem, start, [task(0, ROWS[0])])
     base = problem.inputs.base
-    network = Network(base, WHOLE.model, problem.spec.model.lora)
+    network = Network(base, WHOLE.submodel, problem.spec.model.lora)
     leaves = {name: t.clone().requires_grad_() for name, t in start.items()}
     optimizer = torch.optim.AdamW(leaves.values(), lr=0.01, weight_decay=0.0)
     losses = []
