@@ -43,7 +43,9 @@ def cluster(nodes: Cluster) -> Cluster:
 
 def lose_node_of(cluster: Cluster, process_name: str) -> None:
     """A node that such a process runs on is gone from one moment to the next, with everything on it."""
-    working = [p.ppid() for p in psutil.process_iter() if process_name in " ".join(p.cmdline())]
+    # With what it is asked for named, the iterator passes over processes that end meanwhile.
+    found = [one.info for one in psutil.process_iter(["cmdline", "ppid"])]
+    working = [info["ppid"] for info in found if process_name in " ".join(info["cmdline"] or ())]
     nodes = [n for n in cluster.worker_nodes if n.all_processes["raylet"][0].process.pid in working]
     cluster.remove_node(nodes[0], allow_graceful=False)
 
