@@ -63,7 +63,9 @@ def test_a_trial_that_fails_or_dies_does_not_stop_the_others(tmp_path: Path):
     def kill_one(sweep_status: SweepStatus) -> None:
         assert not terminal.locked()
         if not killed and any(entry.num_rounds == 2 for entry in sweep_status.entries.values()):
-            process = next(p for p in psutil.process_iter() if "TrialProcess" in " ".join(p.cmdline()))
+            process = next(
+                p for p in psutil.process_iter(["cmdline"]) if "TrialProcess" in " ".join(p.info["cmdline"] or ())
+            )
             killed.append(process.pid)
             process.kill()
 
