@@ -54,3 +54,17 @@ def test_several_are_done_when_all_are(over: tuple[bool, bool]):
     assert pending.is_done() == all(over)
     pending.quality()  # waits
     assert pending.is_done()
+
+
+def test_an_evaluation_of_two_names_is_waited_for_once():
+    """Its sums are handed out once, and then they are gone."""
+
+    class Once(Begun):
+        def sums(self) -> list[EvalSums]:
+            assert self.is_over
+            self.is_over = False
+            return super().sums()
+
+    shared = Once(1.0, None)
+    found = PendingQuality({"main": shared, "stay": shared, "deep": Begun(3.0, None)}).quality()
+    assert found == {"eval_loss": 1.0, "eval_loss/stay": 1.0, "eval_loss/deep": 3.0}

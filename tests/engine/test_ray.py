@@ -31,11 +31,7 @@ from support.ray_runs import (
     started_workers,
 )
 
-pytestmark = [
-    pytest.mark.ray,
-    # Buffers mapped from the object store; nobody writes to them (fleetune.tensors says so where pytest resets no filters).
-    pytest.mark.filterwarnings("ignore:The given NumPy array is not writable"),
-]
+pytestmark = ray_runs.MARKS
 
 NUM_CORES = NUM_WORKERS + 2
 

@@ -15,7 +15,7 @@ from fleetune.models.network import Network
 from fleetune.models.submodel import Submodel
 from fleetune.plan.walk import plan
 from fleetune.pricing.pricing import Pricing
-from fleetune.tensors import Stack, Tensors
+from fleetune.tensors import Stack, Tensors, num_bytes
 from support import random_models as models
 from support import runs, tiny
 
@@ -151,7 +151,7 @@ def test_catching_up_costs_every_missed_stack_or_the_dense_sum_if_that_is_smalle
     assert (BYTES_PER_RANK, DENSE_BYTES) == (7936, 139264)
     lacking = {last: pricing.provision_bytes(payload, last) for last in (None, "1", "2", "3", "4")}
     assert lacking == {None: DENSE_BYTES, "1": 15 * 7936, "2": 10 * 7936, "3": 8 * 7936, "4": 0}
-    assert payload.num_bytes == 0
+    assert num_bytes(payload.tensors) == 0
 
 
 def test_a_run_charges_each_client_for_the_stacks_since_its_last_round():

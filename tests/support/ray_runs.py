@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pytest
 import ray
 
 from fleetune.engine.execution.ray_pool import RayExecutor
@@ -25,6 +26,13 @@ from support import runs, tiny
 
 GPU_FRACTION = 0.25  # of a GPU that Ray counts as well, and on which nothing is computed
 NUM_WORKERS = 3
+
+MARKS = [
+    pytest.mark.ray,
+    # Buffers mapped from the object store; nobody writes to them (fleetune.tensors says so where pytest resets no filters).
+    pytest.mark.filterwarnings("ignore:The given NumPy array is not writable"),
+]
+"""Of every module that starts a cluster of its own."""
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in METHODS},

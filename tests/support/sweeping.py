@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sqlite3
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +50,17 @@ def sweep(
 ) -> sweeps.SweepResult:
     """Run a sweep in this process."""
     return sweeps.run(config.load(path), workspace=workspace, address=address, report=report, warn=print)
+
+
+def kill_after(process: subprocess.Popen[str], workspace: Path, *, num_rounds: int, timeout_seconds: float) -> None:
+    """kill -9 of a sweep's command once its trials have recorded so many rounds together."""
+    deadline = time.monotonic() + timeout_seconds
+    while len(list(workspace.glob("runs/*/checkpoint/records/round_*.arrow"))) < num_rounds:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def one_by_one(path: Path) -> list[runs.Finished]:

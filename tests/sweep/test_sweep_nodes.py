@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ from ray.cluster_utils import Cluster
 from fleetune.records import SweepDirectory
 from fleetune.sweep.status import SweepStatus
 from support.commands import started
-from support.sweeping import local_ray, one_by_one, same_as, sweep, sweep_file
+from support.sweeping import kill_after, local_ray, one_by_one, same_as, sweep, sweep_file
 
 __all__ = ["local_ray"]
 pytestmark = [pytest.mark.ray, pytest.mark.nodes]
@@ -78,13 +75,7 @@ def test_a_sweep_outlives_its_driver_and_a_node(cluster: Cluster, tmp_path: Path
     """kill -9 of the command, and a node gone in the middle of the next launch: the records of trials run one by one."""
     path = sweep_file(tmp_path)
     with started("sweep", path, "-w", tmp_path, "--address", cluster.address) as process:
-        deadline = time.monotonic() + 150
-        while len(list(tmp_path.glob("runs/*/checkpoint/records/round_*.arrow"))) < 2:
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_after(process, tmp_path, num_rounds=2, timeout_seconds=150)
     lost = LoseNode(cluster, "TrialProcess")
     result = sweep(path, tmp_path, lost, address=cluster.address)
     assert lost.is_done

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
-import time
 from pathlib import Path
 
 import psutil
@@ -16,7 +13,17 @@ from fleetune.sweep import config
 from fleetune.sweep.expansion import sweep_id
 from fleetune.sweep.status import SweepStatus
 from support.commands import started
-from support.sweeping import NUM_ROUNDS, children, in_mlflow, local_ray, one_by_one, same_as, sweep, sweep_file
+from support.sweeping import (
+    NUM_ROUNDS,
+    children,
+    in_mlflow,
+    kill_after,
+    local_ray,
+    one_by_one,
+    same_as,
+    sweep,
+    sweep_file,
+)
 
 __all__ = ["local_ray"]
 
@@ -103,13 +110,7 @@ def test_a_killed_sweep_goes_on_bit_for_bit(tmp_path: Path):
     """kill -9 of the command in the middle; the next launch makes the table of an undisturbed sweep, and MLflow has all once."""
     path = sweep_file(tmp_path, base={"tracking.enabled": True})
     with started("sweep", path, "-w", tmp_path) as process:
-        deadline = time.monotonic() + 120
-        while len(list(tmp_path.glob("runs/*/checkpoint/records/round_*.arrow"))) < 3:
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_after(process, tmp_path, num_rounds=3, timeout_seconds=120)
         before = SweepDirectory.open(next((tmp_path / "sweeps").iterdir())).trials()["status"].tolist()
         assert before.count("finished") < 4
         result = sweep(path, tmp_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,10 @@ class TokenizedDataset:
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
+
+    def with_categories(self, keys: np.ndarray) -> TokenizedDataset:
+        """The same examples with categories, numbered in the order of their keys ``(n,)``."""
+        return replace(self, categories=np.unique(keys, return_inverse=True)[1])
 
     @property
     def num_categories(self) -> int:

@@ -60,7 +60,7 @@ class Coordinator:
                 started = time.perf_counter()
 
                 # 1. Plan: what the server sends, to whom, and what it costs each; so who is refused, leaves, or comes too late.
-                if self.method.traits.waits:
+                if self.method.traits.waits:  # its report has the last round's quality, which may still be on its way
                     yield from self._written(everything=True)
                 state = self.method.begin_round(state, round_idx, self._report(progress))
                 now = self.planner.round(
@@ -149,7 +149,7 @@ class Coordinator:
             raise
 
     def _ship(self, state: State) -> None:
-        """Write the run's adapter in PEFT's format."""
+        """Write the run's adapter: in PEFT's format if it can hold it, else in our own."""
         from fleetune.models.peft_format import save_adapter
 
         model = self.method.deployed(state, self._private_states)

@@ -29,7 +29,9 @@ class Evaluator:
         size = self.problem.spec.evaluation.batch_size
         chunks = [np.arange(start, min(start + size, num_examples)) for start in range(0, num_examples, size)]
         named = {"": models} if isinstance(models, GlobalModel) else models
-        return PendingQuality({name: self.executor.evaluate(model, chunks) for name, model in named.items()})
+        distinct = {id(model): model for model in named.values()}  # a model of two names is evaluated once
+        begun = {key: self.executor.evaluate(model, chunks) for key, model in distinct.items()}
+        return PendingQuality({name: begun[id(model)] for name, model in named.items()})
 
     def untrained(self, model: GlobalModel | Mapping[str, GlobalModel]) -> PendingQuality:
         """The quality of the model that a run starts from.

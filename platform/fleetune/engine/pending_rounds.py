@@ -44,7 +44,10 @@ class PendingQuality:
         Of several models each has columns of its own, ``eval_loss/<name>``; the run's are those of `MAIN`, or else their mean.
         """
         if self._quality is None:
-            by_name = {name: totals(one.sums()) for name, one in self._evaluations.items()}
+            # Names may share an evaluation, and a second call of `sums` would find nothing.
+            distinct = {id(one): one for one in self._evaluations.values()}
+            found = {key: totals(one.sums()) for key, one in distinct.items()}
+            by_name = {name: found[id(one)] for name, one in self._evaluations.items()}
             self._quality = by_name[""] if list(by_name) == [""] else _joined(by_name)
         return self._quality
 

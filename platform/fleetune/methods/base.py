@@ -25,7 +25,7 @@ from fleetune.models.config import LoRAConfig
 from fleetune.models.lora import init_lora
 from fleetune.models.model import Model
 from fleetune.models.submodel import Submodel
-from fleetune.tensors import Stack, Tensors, add_weighted, num_bytes
+from fleetune.tensors import Stack, Tensors, add_weighted
 from fleetune.training.plan import ClientTask, CohortUpdate, LocalPlan
 from fleetune.training.trainer import train_cohort
 from fleetune.training.worker import Worker
@@ -77,11 +77,6 @@ class Payload:
     have them already, or make them themselves from what ``provision`` charges."""
     provision: Provision | None = None
     """Weights that the client needs beside the tensors, if it does not hold them yet."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the tensors, which is what each client's downlink is charged for."""
-        return num_bytes(self.tensors)
 
 
 @dataclass(frozen=True)

@@ -171,11 +171,12 @@ class FedAdapter(Method):
     def evaluated(self, state: State, private: PrivateStates) -> Mapping[str, GlobalModel]:
         """The configuration that is kept so far, which is the run's, and in a trial every branch."""
         whole = self.context.whole_model
-        kept = {MAIN: GlobalModel(whole, _of_branch(state, STAY))}
+        kept = GlobalModel(whole, _of_branch(state, STAY))
         branches = self._branches(state)
         if state.values["trial"] == 0 or len(branches) == 1:
-            return kept
-        return kept | {branch: GlobalModel(whole, _of_branch(state, branch)) for branch in branches}
+            return {MAIN: kept}
+        others = {name: GlobalModel(whole, _of_branch(state, name)) for name in branches if name != STAY}
+        return {MAIN: kept, STAY: kept, **others}
 
     def columns(self, state: State) -> dict[str, float]:
         """Depth and width that are kept, and the trial, from 1."""

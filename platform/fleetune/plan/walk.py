@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def outline(spec: RunSpec, *, cache_dir: Path | None = None) -> tuple[Problem, l
     lengths = load_lengths(spec, base, cache_dir=cache_dir)
     if lengths.assumed:
         spec = without_partition(spec)
-    data = replace(lengths.dataset(), categories=np.unique(lengths.keys, return_inverse=True)[1])
+    data = lengths.dataset().with_categories(lengths.keys)
     inputs = Inputs(
         base=base,
         sites=linear_sites(base, spec.model.lora),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def load_inputs(spec: RunSpec, *, base: BaseModel | None = None, cache_dir: Path
     return Inputs(
         base=base,
         sites=linear_sites(base, spec.model.lora),
-        train=replace(train, categories=np.unique(keys, return_inverse=True)[1]),
+        train=train.with_categories(keys),
         keys=keys,
         evaluation=EvalSet(held_out, continuations(records.eval, held_out, tokenizer=tokenizer, config=config)),
         dataset_name=records.name,

@@ -174,9 +174,8 @@ class RoundPlanner:
         """One payload per group of clients, each client's group, and its batches as they were drawn for a round."""
         rows = self._ahead.pop(drawn_from, None) or self.batches(drawn_from, client_ids)
         client_groups: list[Hashable] = [None] * len(client_ids)
-        if (
-            self.method.traits.groups
-        ):  # otherwise nobody is asked: a plan of a million clients makes no million `ClientInfo`
+        # Without groups nobody is asked: a plan of a million clients makes no million `ClientInfo`.
+        if self.method.traits.groups:
             client_groups = self.method.groups(state, round_idx, [self._info(c) for c in client_ids.tolist()])
         groups = list(dict.fromkeys(client_groups)) or [None]  # in the order of their first client, and not of a hash
         payloads = [self.method.broadcast(state, round_idx, group) for group in groups]
