@@ -47,7 +47,9 @@ def _described(value: Any) -> Any:
     """An argument as a part of a key."""
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype
-    return tuple(_described(part) for part in value) if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return tuple(_described(part) for part in value)
+    return type(value), value  # 1, 1.0 and True are equal, and give results of other types
 
 
 def as_fake(values: Any) -> Any:

@@ -203,9 +203,10 @@ def possible_peaks(live: np.ndarray) -> np.ndarray:
     """
     totals = live.sum(axis=1)  # (t, 6)
     order = np.lexsort(totals.T)[::-1]
+    # Largest sums first: a moment can only be exceeded by one that comes before it.
+    left = order[np.argsort(-totals[order].sum(axis=1), kind="stable")]
     peaks: list[int] = []
-    # Largest sums first: a moment can only be exceeded by one that is there already.
-    for index in order[np.argsort(-totals[order].sum(axis=1), kind="stable")]:
-        if not any((totals[other] >= totals[index]).all() for other in peaks):
-            peaks.append(int(index))
+    while len(left):
+        peaks.append(int(left[0]))
+        left = left[(totals[left] > totals[left[0]]).any(axis=1)]
     return live[sorted(peaks)]

@@ -36,6 +36,10 @@ WEIGHTS = "weights"
 # Tensors received from the server. A device trains them in place, so they are not counted on top of the adapters made from them.
 PAYLOAD = "payload"
 ATTENTION = "scaled_dot_product_attention"
+MAX_DERIVED = 20_000
+"""Calls whose results are remembered: some hundred of each pair of model and batch."""
+_derived: dict[tuple, tuple[list[tuple], int]] = {}
+"""By call (`operators.signature`): (size, stride, dtype) of each output, and FLOPs. The same for all tracers of this process."""
 
 
 @dataclass
@@ -78,9 +82,6 @@ class Tracer(TorchDispatchMode):
         self._flops = flop_formulas()
         self._saved: set[int] = set()  # ids of pieces that autograd keeps
         self._blocks: dict[int | None, int | None] = {None: None}  # a block's module, by id -> its number
-        self._results: dict[
-            tuple, tuple[list[tuple], int]
-        ] = {}  # call -> (size, stride, dtype) of each output, and FLOPs
 
     def given(self, tensors: Iterable[Tensor], part: str) -> None:
         """These tensors exist before the work begins. Only a side that reads them holds them (weights: from the start)."""
@@ -90,6 +91,11 @@ class Tracer(TorchDispatchMode):
     def begin_step(self, step: int) -> None:
         """Called when the code asks for the examples of this step."""
         self.step = max(self.step, step)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: torch would wrap every call of `__torch_dispatch__` to keep its compiler off, and nothing is compiled here."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if moves_nothing(func):
@@ -119,8 +125,8 @@ class Tracer(TorchDispatchMode):
     def _result(self, func: Any, name: str, args: tuple, kwargs: dict, inputs: list[Tensor]) -> tuple[Any, int]:
         """The operator's outputs, and its FLOPs.
 
-        torch takes long to derive a meta output, and a step calls the same operators with the same shapes over and over, so
-        that outputs are made from what was derived before.
+        torch takes long to derive a meta output, and steps call the same operators with the same shapes over and over, so that
+        outputs are made from what was derived before.
         """
         if name[-1] == "_" and not kwargs.get("out"):
             return inputs[0], 0  # in place: no operator that computes a product is
@@ -129,7 +135,7 @@ class Tracer(TorchDispatchMode):
         if isinstance(into, Tensor):  # it has the result's shape already
             return into, int(formula(*args, **kwargs, out_val=into)) if formula else 0
         key = signature(func, args, kwargs)
-        stored = self._results.get(key) if key else None
+        stored = _derived.get(key) if key else None
         if stored is not None:
             forms, flops = stored
             made = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in forms]
@@ -139,7 +145,9 @@ class Tracer(TorchDispatchMode):
         outputs = [out] if isinstance(out, Tensor) else list(tensors_in(out))
         # An output that is one of the inputs must stay that tensor: a new one would count its memory twice.
         if key and outputs and all(t.is_meta for t in outputs) and not any(t is u for t in outputs for u in inputs):
-            self._results[key] = [(t.shape, t.stride(), t.dtype) for t in outputs], flops
+            if len(_derived) >= MAX_DERIVED:
+                _derived.clear()
+            _derived[key] = [(t.shape, t.stride(), t.dtype) for t in outputs], flops
         return out, flops
 
     def _block(self) -> int | None:
