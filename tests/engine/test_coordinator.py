@@ -269,6 +269,32 @@ def test_evaluation_is_every_so_many_rounds_and_at_the_end():
     assert set(done.events[0]["baseline"]) == {"eval_loss", "eval_accuracy"}
 
 
+@pytest.mark.parametrize("stop_after", [None, 1, 2])
+def test_a_run_ends_with_the_round_in_which_its_virtual_time_is_over(stop_after: int | None, tmp_path: Path):
+    """The rounds of an unlimited run up to the first that ends at or after the limit, and that one is evaluated: of five rounds
+    the third, for a limit between the ends of the second and the third; also if the run is stopped and resumed on the way.
+    """
+    unlimited = runs.run(tiny.spec({"rounds.num_rounds": 5, "evaluation.every": 5}))
+    second, third = unlimited.rounds["sim_seconds"].iloc[1:3]
+    spec = tiny.spec({"rounds.num_rounds": 5, "evaluation.every": 5, "rounds.max_sim_seconds": (second + third) / 2})
+    if stop_after is not None:
+        runs.run(spec, folder=tmp_path, stop_after=stop_after)
+    done = runs.run(spec, folder=tmp_path)
+    compared = ["train_loss", "sim_seconds", "uplink_bytes"]
+    pd.testing.assert_frame_equal(done.rounds[compared], unlimited.rounds[compared].iloc[:3])
+    assert np.isfinite(done.rounds["eval_loss"]).tolist() == [False, False, True]
+    end = done.events[-1]
+    assert (end["round"], end["num_rounds"], end["sim_seconds"]) == (3, 3, third)
+    assert end["row"]["eval_loss"] == done.rounds["eval_loss"].iloc[-1]
+    assert [e["kind"] for e in runs.run(spec, folder=tmp_path).events] == ["start", "end"]
+
+
+def test_a_limit_that_a_round_just_reaches_is_over():
+    """The clock stands at the limit: no further round begins."""
+    first = runs.run(tiny.spec({"rounds.num_rounds": 1})).rounds["sim_seconds"].iloc[0]
+    assert len(runs.run(tiny.spec({"rounds.num_rounds": 3, "rounds.max_sim_seconds": float(first)})).rounds) == 1
+
+
 def test_answers_of_the_first_examples_alone():
     """The loss is that of all eight examples, as where all are answered; the accuracy that of the first three, as if there were
     no others, whether they lie in one chunk or not.

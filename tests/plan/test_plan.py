@@ -88,6 +88,13 @@ def test_a_plan_is_what_the_run_records(method: str, costs: dict[str, Any], tmp_
             assert as_recorded(column, recorded[name]) == plain(recorded[name]), name
 
 
+def test_a_plan_ends_with_the_virtual_time_as_the_run_does(tmp_path: Path):
+    spec = tiny.spec({"rounds.num_rounds": 4})
+    ends = planned(plan(spec, cache_dir=tmp_path))["sim_seconds"].tolist()
+    limited = tiny.spec({"rounds.num_rounds": 4, "rounds.max_sim_seconds": (ends[0] + ends[1]) / 2})
+    assert planned(plan(limited, cache_dir=tmp_path))["sim_seconds"].tolist() == ends[:2]
+
+
 def test_a_plan_adds_up_its_rounds(tmp_path: Path):
     """Sums over devices are the rounds' own; a stage's row is the mean of its clients that start."""
     spec = tiny.spec({"rounds.num_rounds": 4}, method="devft")

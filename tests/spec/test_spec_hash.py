@@ -107,6 +107,12 @@ def test_what_can_change_results_is_in_the_hash(field: str):
     assert from_dict({}, {field: ANOTHER[field]}).spec_hash != from_dict({}).spec_hash
 
 
+def test_a_field_that_came_later_leaves_the_hash_as_it_was():
+    """The hash of the default job before `rounds.max_sim_seconds` was there; with a limit it is another run."""
+    assert from_dict({}).spec_hash == "9ff79b8682c7b25c"
+    assert from_dict({}, {"rounds.max_sim_seconds": 60}).spec_hash != "9ff79b8682c7b25c"
+
+
 def test_the_hash_does_not_depend_on_how_the_job_was_written():
     """Order, spelt-out defaults and a number as text make no other run."""
     one = from_dict({"seed": 2, "rounds": {"num_rounds": 5, "clients_per_round": 2}})

@@ -53,7 +53,8 @@ class Coordinator:
         state, progress = self._start()
         yield self._event("start", progress)
         try:
-            for round_idx in range(progress.next_round, self.spec.rounds.num_rounds):
+            while not self._is_over(progress):
+                round_idx = progress.next_round
                 self._check(state, progress)
                 if round_idx and self.method.stage(round_idx) != self.method.stage(round_idx - 1):
                     self._record_stage(state, round_idx - 1)
@@ -84,7 +85,7 @@ class Coordinator:
                 row = round_row(self.method.stage(round_idx), now, clients, progress.sim_seconds)
                 row.update(self.method.columns(state))
                 evaluation = None
-                if self._is_evaluated(round_idx):
+                if self._is_evaluated(round_idx, progress.sim_seconds):
                     evaluation = self.evaluator.evaluate(self.method.evaluated(state, self._private_states))
                 row["wall_seconds"] = time.perf_counter() - started
                 _count(progress, row)
@@ -142,7 +143,7 @@ class Coordinator:
     def _check(self, state: State, progress: Progress) -> None:
         """Raises RunFailed if clients do nothing but diverge; what they had learnt before is shipped all the same."""
         try:
-            check_progress(progress, self.spec.rounds.num_rounds)
+            check_progress(progress, self._num_rounds(progress))
         except RunFailed:
             if progress.totals["num_ok"]:
                 self._ship(state)
@@ -162,10 +163,10 @@ class Coordinator:
             self.run_dir.write_stage(self.method.stage(last_round), records)
 
     def _finish(self, state: State, progress: Progress) -> Event:
-        self._record_stage(state, self.spec.rounds.num_rounds - 1)
+        self._record_stage(state, progress.next_round - 1)
         self._ship(state)
         self.run_dir.consolidate()
-        rows = self.run_dir.round_rows(first_round=self.spec.rounds.num_rounds)
+        rows = self.run_dir.round_rows(first_round=progress.next_round)
         return self._event("end", progress, rows[-1][0] if rows else {})
 
     # -- parts of a round -------------------------------------------------------------------------------------------------
@@ -301,14 +302,23 @@ class Coordinator:
     def _private_states(self) -> Iterator[tuple[int, int, Any]]:
         return self.checkpoint.all_private(self.sizes)
 
-    def _is_evaluated(self, round_idx: int) -> bool:
-        return (round_idx + 1) % self.spec.evaluation.every == 0 or round_idx + 1 == self.spec.rounds.num_rounds
+    def _is_over(self, progress: Progress) -> bool:
+        return self.spec.rounds.is_over(progress.next_round, progress.sim_seconds)
+
+    def _num_rounds(self, progress: Progress) -> int:
+        """How many rounds the run has: fewer than its settings say once its virtual time is over."""
+        return progress.next_round if self._is_over(progress) else self.spec.rounds.num_rounds
+
+    def _is_evaluated(self, round_idx: int, sim_seconds: float) -> bool:
+        """``sim_seconds``: virtual time at the round's end. The last round is always evaluated."""
+        num_rounds = round_idx + 1
+        return num_rounds % self.spec.evaluation.every == 0 or self.spec.rounds.is_over(num_rounds, sim_seconds)
 
     def _event(self, kind: str, progress: Progress, row: Event | None = None) -> Event:
         return {
             "kind": kind,
             "round": progress.next_round,
-            "num_rounds": self.spec.rounds.num_rounds,
+            "num_rounds": self._num_rounds(progress),
             "row": row or {},
             "baseline": self.pending.baseline,
             "sim_seconds": progress.sim_seconds,

@@ -23,7 +23,8 @@ def show(plans: Sequence[Plan]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     spec = plans[0].spec
     costed = f", costed as {spec.cost.model}" if spec.cost.model else ""
-    how = f"{spec.rounds.num_rounds} rounds of {spec.rounds.clients_per_round} out of {spec.fleet.num_clients} clients"
+    num_rounds = " or ".join(str(n) for n in dict.fromkeys(len(plan.rounds) for plan in plans))
+    how = f"{num_rounds} rounds of {spec.rounds.clients_per_round} out of {spec.fleet.num_clients} clients"
     console.print(f"[bold]{escape(printable(spec.name))}[/]: {how}, {spec.model.base}{costed}; per client and round")
     if len(plans) <= STAGES_IN_FULL:
         for plan in plans:

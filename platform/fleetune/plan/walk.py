@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,9 @@ def walk(problem: Problem, planner: RoundPlanner) -> Iterator[tuple[Row, dict[st
     busy_until = np.zeros(problem.fleet.num_clients)
     with torch.device("meta"):
         state = method.start()
-    for round_idx in range(problem.spec.rounds.num_rounds):
+    for round_idx in itertools.count():
+        if problem.spec.rounds.is_over(round_idx, sim_seconds):
+            return
         with torch.device("meta"):
             state = method.begin_round(state, round_idx, Report(sim_seconds))
         now = planner.round(state, round_idx, provisioned, busy_until, sim_seconds=sim_seconds)

@@ -15,7 +15,7 @@ class RoundsConfig(Config):
     """How many rounds, how many clients in each, and which replies count."""
 
     num_rounds: int = Field(20, ge=1, le=1_000_000)
-    """Rounds of the run."""
+    """Rounds of the run; the most, if virtual time ends it (max_sim_seconds)."""
     clients_per_round: int = Field(5, ge=1, le=10_000_000)
     """Clients sampled each round, without replacement, among those that hold examples."""
     close: Literal["all", "deadline", "first_k"] = "all"
@@ -25,6 +25,15 @@ class RoundsConfig(Config):
     """Virtual seconds after which replies are late (close: deadline)."""
     first_k: int | None = Field(None, ge=1, le=10_000_000)
     """Replies after which the others are late (close: first_k)."""
+    max_sim_seconds: float | None = Field(None, gt=0, le=1e12)
+    """Virtual seconds after which no round begins: the one in which they are over is the last, and is evaluated. null: no limit.
+    Schedules (learning rates, stages) go by num_rounds all the same."""
+
+    def is_over(self, num_rounds: int, sim_seconds: float) -> bool:
+        """True if no round follows after so many, which took so much virtual time."""
+        return num_rounds >= self.num_rounds or (
+            self.max_sim_seconds is not None and sim_seconds >= self.max_sim_seconds
+        )
 
 
 class EvaluationConfig(Config):

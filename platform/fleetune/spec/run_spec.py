@@ -56,6 +56,10 @@ NO_RESULT_CHANGES = {
     "execution.workers_per_gpu": "which of them share a GPU",
 }
 
+# Fields that came when there were runs on record, with the value at which a run is what it was without them. There they are left
+# out of the hash, so that those runs stay what they are: a sweep finds them again, and `resume` goes on with them.
+ADDED_LATER = {"rounds.max_sim_seconds": None}
+
 
 class RunSpec(Config):
     """Everything that determines a run."""
@@ -96,6 +100,9 @@ class RunSpec(Config):
         The other part is the content of the files that are read (`problem.content`).
         """
         values = {field: value for field, value in flatten(self.to_dict()).items() if changes_results(field)}
+        values = {
+            name: value for name, value in values.items() if name not in ADDED_LATER or value != ADDED_LATER[name]
+        }
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

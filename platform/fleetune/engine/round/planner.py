@@ -142,7 +142,7 @@ class RoundPlanner:
         They depend on who is sampled, and so on the clock and on who is still at work. Both are settled once this round is
         planned; the state, which is still being worked out, has no say in them.
         """
-        if round_idx < self.spec.rounds.num_rounds:
+        if not self.spec.rounds.is_over(round_idx, sim_seconds):
             available = self._opening(round_idx, busy_until, sim_seconds).available
             self._ahead = {round_idx: self.batches(round_idx, self.clients(round_idx, available))}
 
