@@ -20,6 +20,7 @@ GRID = {"method.growth_rate": [2, 4, 8], "method.grouping": ["dglg", "even"]}
 DGLG, EVEN = {"method.grouping": "dglg"}, {"method.grouping": "even"}
 BETTER = {"better": DGLG, "than": EVEN, "in": "eval/accuracy", "source": "table 3"}
 FALLS = {"falls": "eval_accuracy", "over": "method.growth_rate"}
+COST = {**BETTER, "in": "sim_seconds"}
 RATIO = {"of": DGLG, "to": EVEN, "in": "uplink_bytes", "is": 1.0, "within": 0.1}
 
 
@@ -107,7 +108,8 @@ def test_a_sweep_file_keeps_its_claims_as_they_were_written():
         BETTER,
         {**FALLS, "for": EVEN},
         {"peaks_at": {"method.growth_rate": 4}, "in": "eval/loss"},
-        {"ratio": RATIO},
+        {"ratio": RATIO, "until": {"eval/loss": "common"}},
+        {**COST, "until": {"eval_accuracy": 0.4}},
     ]
     values = sweep_of(*claims).model_dump(mode="json", exclude_none=True)
     assert values["claims"] == claims
@@ -146,6 +148,13 @@ def test_claims_in_words():
         ({**BETTER, "in": "accuracy"}, "claims.0.in", "did you mean 'eval_accuracy'?"),
         ({"falls": "cost/uplink_bytes", "over": "method.growth_rate"}, "claims.0.falls", "total/uplink_bytes"),
         ({"ratio": {**RATIO, "in": "bytes"}}, "claims.0.ratio.in", "no such metric"),
+        ({**BETTER, "until": {"eval_loss": 0.2}}, "claims.0.until", "sim_seconds, uplink_bytes"),
+        ({**BETTER, "in": "peak_memory_bytes_max", "until": {"eval_loss": 0.2}}, "claims.0.until", "costs that add up"),
+        ({**COST, "until": {"train_loss": 0.2}}, "claims.0.until", "no such quality"),
+        ({**COST, "until": {"eval_loss": 0}}, "claims.0.until", "must be common, or a level above 0"),
+        ({**COST, "until": {"eval_accuracy": 60}}, "claims.0.until", "at most 1"),
+        ({**COST, "until": {"eval_loss": "usual"}}, "claims.0.until", "must be common"),
+        ({**COST, "until": {"eval_loss": 0.2, "eval_accuracy": 0.4}}, "claims.0.until", "at most 1 item"),
         ({**FALLS, "over": "method.growthrate"}, "claims.0.over", "did you mean 'method.growth_rate'?"),
         ({**FALLS, "over": "method.grouping"}, "claims.0.over", "compare two of them with `better`"),
         ({**FALLS, "over": "seed"}, "claims.0.over", "what pairs are made by"),

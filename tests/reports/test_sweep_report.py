@@ -129,7 +129,8 @@ def test_on_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str], 
     """The sweep's own folder gets the report; a mistake is exit status 2 with the field."""
     sweep = make_sweep(tmp_path, {"method.growth_rate": [2, 4]}, num_rounds=2, num_clients=2)
     done = fleetune(capfd, monkeypatch, "report", sweep.path, "--target", "30%", "--json")
-    assert (done.status, done.document) == (0, {"report": str(sweep.path / "report.html")})
+    assert (done.status, done.document["report"]) == (0, str(sweep.path / "report.html"))
+    assert done.document["comparison"]["qualities"] == [{"metric": "eval_accuracy", "level": 0.3}]
     assert "virtual time to 30.0\u00a0%" in (sweep.path / "report.html").read_text()
     wrong = fleetune(capfd, monkeypatch, "report", sweep.path, "--budget", "12 parsecs")
     assert wrong.status == 2

@@ -105,4 +105,5 @@ def _finals(run: RunDirectory) -> dict[str, float]:
     last = ["train_loss", "eval_loss", "eval_accuracy", "sim_seconds"]
     sums = ["uplink_bytes", "downlink_bytes", "energy_joules", "num_oom", "num_dropped", "num_late"]
     finals = {**{name: float(rounds[name].iloc[-1]) for name in last}, **{n: float(rounds[n].sum()) for n in sums}}
-    return {"num_rounds": len(rounds), **finals}
+    untrained = {f"baseline_{name}": value for name, value in run.meta.get("baseline", {}).items()}
+    return {"num_rounds": len(rounds), **finals, **untrained}

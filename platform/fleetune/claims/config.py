@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, WithJsonSchema
 
+from fleetune.claims.quality import PEAK_MEMORY, QUALITIES, SPENDINGS, Quality
 from fleetune.columns import ROUND_COLUMNS, TRIAL_COLUMNS
 from fleetune.config import Config, flatten
 from fleetune.errors import UserError, nearest, unknown_name
@@ -18,10 +19,11 @@ MAX_CLAIMS = 100  # assumed: a paper's tables hold fewer
 def _metrics() -> dict[str, str]:
     """Every name of a metric -> its column of ``trials.parquet``: the column itself, and MLflow's name of the same number.
 
-    MLflow's metrics of one round alone (``cost/uplink_bytes``) are left out, because a trial's table holds the sum.
+    MLflow's metrics of one round alone (``cost/uplink_bytes``) are left out, because a trial's table holds the sum. Peak memory
+    is the largest of the run's rounds, whose table holds it.
     """
     rounds = {column.name: column for column in ROUND_COLUMNS}
-    names = {}
+    names = {PEAK_MEMORY: PEAK_MEMORY}
     for column in TRIAL_COLUMNS:
         if column.kind not in ("metric", "total"):
             continue
@@ -43,7 +45,22 @@ def _known(name: str) -> str:
     return name
 
 
+def _known_quality(until: dict[str, Any]) -> dict[str, Any]:
+    for name, level in until.items():
+        if METRICS.get(name) not in QUALITIES:
+            raise unknown_name("quality", name, [each for each in METRICS if METRICS[each] in QUALITIES], field="until")
+        highest = 1.0 if METRICS[name] == "eval_accuracy" else 1e9
+        is_number = isinstance(level, int | float) and not isinstance(level, bool)
+        if level != COMMON and not (is_number and 0 < level <= highest):
+            rule = f"must be {COMMON}, or a level above 0 and at most {highest:g}"
+            raise UserError(rule, field="until", value=level, hint=f"until: {{{name}: {COMMON}}}")
+    return until
+
+
+COMMON = "common"
 Metric = Annotated[str, AfterValidator(_known)]
+Level = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "number"}, {"const": COMMON}]})]
+"""A number, or `COMMON`; `_known_quality` checks it."""
 Setting = Annotated[dict[str, Any], Field(min_length=1), AfterValidator(flatten)]
 """Values of swept fields: ``{method.name: devft, method.growth_rate: 2}``."""
 
@@ -56,6 +73,9 @@ class Claim(Config):
 
     only: Annotated[dict[str, Any], AfterValidator(flatten)] = Field({}, alias="for")
     """Only the trials with these values of swept fields count; empty: all."""
+    until: Annotated[dict[str, Level], Field(max_length=1), AfterValidator(_known_quality)] = Field({})
+    """The quality up to which a cost is counted: ``{eval_loss: 0.2}``, or ``{eval_loss: common}`` for the one that all trials of
+    the sweep that learn come to (`claims.quality`); empty: the cost of the whole run."""
     source: str | None = Field(None, min_length=1, max_length=300)
     """Where the claim stands, for the reader: ``table 1``."""
 
@@ -68,6 +88,21 @@ class Claim(Config):
     def column(self) -> str:
         """The metric's column of ``trials.parquet``."""
         return METRICS[self.metric]
+
+    @property
+    def quality(self) -> tuple[str, Level] | None:
+        """The column and the level of `until`; None without it."""
+        return next(((METRICS[name], level) for name, level in self.until.items()), None)
+
+    @property
+    def measured(self) -> str:
+        """What is compared, in words: the metric, and the quality up to which it is counted."""
+        if self.quality is None:
+            return self.metric
+        column, level = self.quality
+        if level == COMMON:
+            return f"{self.metric} to the common {column}"
+        return f"{self.metric} to an {column} of {Quality(column, float(level)).text()}"
 
     def sentence(self) -> str:
         """The claim in words, without its source."""
@@ -95,7 +130,7 @@ class Better(Claim):
         return self.measure
 
     def _words(self) -> str:
-        return f"{setting_text(self.better)} is better than {setting_text(self.than)} in {self.metric}"
+        return f"{setting_text(self.better)} is better than {setting_text(self.than)} in {self.measured}"
 
 
 class Trend(Claim):
@@ -113,7 +148,7 @@ class Trend(Claim):
         return str(getattr(self, self.KIND))
 
     def _words(self) -> str:
-        return f"{self.metric} {self.KIND} over {self.over.rpartition('.')[2]}"
+        return f"{self.measured} {self.KIND} over {self.over.rpartition('.')[2]}"
 
 
 class Falls(Trend):
@@ -152,7 +187,7 @@ class Peak(Claim):
         return self.measure
 
     def _words(self) -> str:
-        return f"{self.metric} peaks at {setting_text(self.peaks_at)}"
+        return f"{self.measured} peaks at {setting_text(self.peaks_at)}"
 
 
 class RatioTerms(Config):
@@ -186,7 +221,7 @@ class Ratio(Claim):
     def _words(self) -> str:
         terms = self.ratio
         size = f"{terms.value:g} ± {terms.within:g} times"
-        return f"{self.metric} of {setting_text(terms.of)} is {size} that of {setting_text(terms.to)}"
+        return f"{self.measured} of {setting_text(terms.of)} is {size} that of {setting_text(terms.to)}"
 
 
 AnyClaim = Better | Falls | Rises | Peak | Ratio
@@ -232,9 +267,13 @@ def _claim(value: Any, field: str) -> AnyClaim:
         hint = f"it has exactly one of {', '.join(KINDS)}" + (f"; did you mean {guess!r}?" if guess else "")
         raise UserError(rule, field=field, value=str(value), hint=hint)
     try:
-        return KINDS[kinds[0]].model_validate(value)
+        claim = KINDS[kinds[0]].model_validate(value)
     except ValidationError as error:
         raise _as_user_error(error, KINDS[kinds[0]], field) from None
+    if claim.until and claim.column not in SPENDINGS:
+        hint = f"it goes with {', '.join(SPENDINGS)}; for other metrics leave it out"
+        raise UserError(f"is for costs that add up, and not for {claim.metric}", field=f"{field}.until", hint=hint)
+    return claim
 
 
 def _as_user_error(error: ValidationError, model: type[AnyClaim], claim: str) -> UserError:

@@ -11,15 +11,16 @@ from typing import Any, Literal
 import numpy as np
 
 from fleetune.claims.config import AnyClaim, Better, Peak, Ratio, Trend, read, setting_text
+from fleetune.claims.measures import Measures
 from fleetune.claims.pairs import Comparison, cells_of, check, compared, key_of, seeds_of
 from fleetune.claims.statistics import Floats, Interval, by_seed, differences, interval, log_ratios, slopes
-from fleetune.columns import HIGHER_IS_BETTER, TRIAL_COLUMNS
+from fleetune.columns import HIGHER_IS_BETTER, ROUND_COLUMNS, TRIAL_COLUMNS
 from fleetune.records.sweep_directory import SweepDirectory
 from fleetune.units import NOTHING, readable
 
 Word = Literal["holds", "reversed", "not decided"]
 WORDS: tuple[Word, ...] = ("holds", "reversed", "not decided")
-UNITS = {column.name: column.unit for column in TRIAL_COLUMNS}
+UNITS = {column.name: column.unit for column in (*ROUND_COLUMNS, *TRIAL_COLUMNS)}
 FEW_SEEDS = 5  # below, the t quantile is above 2.7, and one unusual seed decides
 
 
@@ -45,7 +46,7 @@ class Verdict:
     num_seeds: int
     num_pairs: int
     num_left_out: int
-    """Trials that the claim needs and that are not finished, or have no value of the metric."""
+    """Trials that the claim needs and that are not finished, have no value of the metric, or never came to its quality."""
     remark: str | None = None
     """What the reader should know beside the numbers."""
 
@@ -91,13 +92,13 @@ def verdicts_of(sweep: SweepDirectory) -> list[Verdict]:
     check(claims, grid, seeds)
     if not claims:
         return []
-    cells, known_seeds, rows = cells_of(grid or {}), seeds_of(grid or {}, seeds), sweep.rows()
+    cells, known_seeds, measures = cells_of(grid or {}), seeds_of(grid or {}, seeds), Measures(sweep.rows())
     places = {key_of(cell): place for place, cell in enumerate(cells)}
     found = []
     for i, claim in enumerate(claims):
         comparison = compared(claim, cells, field=f"claims.{i}")
-        values = _values(rows, claim.column, places, known_seeds)
-        found.append(verdict_on(claim, comparison, values))
+        values = _values(measures, claim, places, known_seeds)
+        found.append(verdict_on(claim, comparison, values, remark=measures.remark(claim)))
     return found
 
 
@@ -112,8 +113,10 @@ def as_dicts(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
     return [{**asdict(verdict), "line": verdict.line()} for verdict in verdicts]
 
 
-def verdict_on(claim: AnyClaim, comparison: Comparison, values: Floats) -> Verdict:
-    """The verdict on one claim. ``values`` ``[C, N]``: the metric of each cell and seed, NaN where it is not known."""
+def verdict_on(claim: AnyClaim, comparison: Comparison, values: Floats, *, remark: str | None = None) -> Verdict:
+    """The verdict on one claim. ``values`` ``[C, N]``: the metric of each cell and seed, NaN where it is not known. ``remark``:
+    what is to be said beside the outcome's own.
+    """
     results = values[np.array(comparison.groups)]  # [G, S, N]
     if isinstance(claim, Better):
         outcome = _better(claim, results)
@@ -137,7 +140,7 @@ def verdict_on(claim: AnyClaim, comparison: Comparison, values: Floats) -> Verdi
         num_seeds=int(np.isfinite(by_seed(outcome.pairs)).sum()),
         num_pairs=int(np.isfinite(outcome.pairs).sum()),
         num_left_out=int((~np.isfinite(results)).sum()),
-        remark=_remark(outcome),
+        remark="; ".join(filter(None, (remark, _remark(outcome)))) or None,
     )
 
 
@@ -231,13 +234,11 @@ def _remark(outcome: _Outcome) -> str | None:
     return "; ".join(remarks) or None
 
 
-def _values(rows: Sequence[Mapping[str, Any]], column: str, places: Mapping[Any, int], seeds: Sequence[int]) -> Floats:
-    """A metric of every cell and seed ``[C, N]`` from the table of trials. Only finished trials count: one that was stopped
-    early has spent less and learnt less than its partner.
-    """
+def _values(measures: Measures, claim: AnyClaim, places: Mapping[Any, int], seeds: Sequence[int]) -> Floats:
+    """A claim's number of every cell and seed ``[C, N]``; NaN for a trial that is not finished or has none."""
     values = np.full((len(places), len(seeds)), np.nan)
-    for row in rows:
-        place, value = places.get(key_of(row["overrides"])), row.get(column)
-        if row["status"] == "finished" and place is not None and row["seed"] in seeds and value is not None:
-            values[place, seeds.index(row["seed"])] = value if math.isfinite(value) else np.nan
+    for row in measures.rows:
+        place = places.get(key_of(row["overrides"]))
+        if place is not None and row["seed"] in seeds:
+            values[place, seeds.index(row["seed"])] = measures.value(claim, row)
     return values

@@ -9,6 +9,7 @@ import typer
 
 from fleetune.cli.options import Json, Workspace
 from fleetune.cli.output import print_json, say
+from fleetune.errors import UserError, printable
 
 
 def sync(
@@ -49,27 +50,58 @@ def report(
         list[str] | None,
         typer.Option("--target", help="For a sweep: show the cost to reach 0.6 or 60%. May be given several times."),
     ] = None,
+    as_markdown: Annotated[
+        bool,
+        typer.Option(
+            "--markdown", help="For a sweep: print its comparison and verdicts as Markdown instead of writing the page."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write one HTML file with the learning curves, costs and timelines of runs, or with the results of a sweep."""
+    if as_markdown:
+        _print_markdown(paths, targets or [], as_json, has_page_options=bool(out or budgets))
+        return
     from fleetune.reports.run_report import report as write_report
 
     path = write_report(paths, out, budgets=budgets or (), targets=targets or ())
     if as_json:
-        print_json({"report": str(path), **_claims(paths)})
+        print_json({"report": str(path), **_of_sweep(paths, targets or [])})
     else:
         print(path)
 
 
-def _claims(paths: list[Path]) -> dict[str, Any]:
-    """The verdicts on a sweep's claims; nothing for runs, and for a sweep without claims."""
+def _print_markdown(paths: list[Path], targets: list[str], as_json: bool, *, has_page_options: bool) -> None:
+    """The comparison and the verdicts of one sweep on stdout. Raises UserError for runs, and for options of the page."""
+    if as_json or has_page_options:
+        rule = "goes with --target alone: it writes no page, and --json has the same numbers"
+        raise UserError(rule, field="--markdown", hint="leave the other options out")
+    if len(paths) != 1 or not _is_sweep(paths):
+        rule = "only a sweep has configurations to compare"
+        value = ", ".join(map(str, paths))
+        raise UserError(rule, field="--markdown", value=value, hint="give one sweep directory: sweeps/<name>-<id>")
+    from fleetune.reports.sweep_report import sweep_markdown
+
+    print(printable(sweep_markdown(paths[0], targets=targets)))
+
+
+def _of_sweep(paths: list[Path], targets: list[str]) -> dict[str, Any]:
+    """A sweep's comparison, and the verdicts on its claims if it has some; nothing for runs."""
+    if not _is_sweep(paths):
+        return {}
     from fleetune.claims.verdicts import as_dicts, verdicts_of
     from fleetune.records.sweep_directory import SweepDirectory
+    from fleetune.reports.sweep_report import sweep_comparison
 
-    if not (paths[0] / SweepDirectory.SPEC).is_file():
-        return {}
     verdicts = verdicts_of(SweepDirectory.open(paths[0]))
-    return {"claims": as_dicts(verdicts)} if verdicts else {}
+    comparison = sweep_comparison(paths[0], targets=targets).to_dict()
+    return {"comparison": comparison, **({"claims": as_dicts(verdicts)} if verdicts else {})}
+
+
+def _is_sweep(paths: list[Path]) -> bool:
+    from fleetune.records.sweep_directory import SweepDirectory
+
+    return (paths[0] / SweepDirectory.SPEC).is_file()
 
 
 def ui(

@@ -11,11 +11,13 @@ import pandas as pd
 from fleetune.claims.verdicts import as_dicts, verdicts_of
 from fleetune.records.sweep_directory import SweepDirectory
 from fleetune.reports.claims import claim_parts
+from fleetune.reports.comparison import Comparison, comparison_of, comparison_parts
 from fleetune.reports.figures import devices as device_figures
 from fleetune.reports.figures import sweep as sweep_figures
 from fleetune.reports.figures import swept_fields as sweep_field_figures
 from fleetune.reports.figures.style import PALETTE
 from fleetune.reports.html import Cell, Items, Note, Page, Part, Section, Table, image, markup
+from fleetune.reports.markdown import markdown
 from fleetune.reports.run_stats import RUN_COSTS, STATUSES, paid
 from fleetune.reports.sweep_protocols import budget_parts, dropout_parts, pareto_parts, target_parts
 from fleetune.reports.sweep_results import (
@@ -53,6 +55,7 @@ def sweep_report(
         sweep.write_verdicts(as_dicts(verdicts))
     sections = [
         Section("Ranking", _ranking(results)),
+        Section("Comparison", comparison_parts(comparison_of(results, own_targets))),
         *([Section("Claims", claim_parts(verdicts))] if verdicts else []),
         Section("Learning curves", _curves(results, folder)),
         Section(
@@ -66,6 +69,18 @@ def sweep_report(
         Section("Trials", [_trials(results, out.parent)]),
     ]
     return Page(results.name, _subtitle(results), sections, lead=[_answer(results)]).write(out)
+
+
+def sweep_comparison(path: str | Path, *, targets: Iterable[str] = ()) -> Comparison:
+    """The comparison of a sweep's configurations, as its report shows it. Raises UserError as `sweep_report` does."""
+    return comparison_of(results_of(SweepDirectory.open(path)), parse_targets(targets))
+
+
+def sweep_markdown(path: str | Path, *, targets: Iterable[str] = ()) -> str:
+    """The comparison of a sweep's configurations and the verdicts on its claims as Markdown. Raises UserError likewise."""
+    verdicts = verdicts_of(SweepDirectory.open(path))
+    parts = comparison_parts(sweep_comparison(path, targets=targets))
+    return markdown([*parts, *(claim_parts(verdicts) if verdicts else [])])
 
 
 # ---------------------------------------------------------------------- the outcome
