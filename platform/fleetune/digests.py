@@ -36,6 +36,11 @@ def file_digest(path: Path) -> str:
     return _digests[key]
 
 
+def content_digest(content: bytes) -> str:
+    """The digest of bytes that were read from a file: what `file_digest` gives for it."""
+    return hashlib.sha256(content).hexdigest()[:LENGTH]
+
+
 def file_digests(paths: Sequence[Path]) -> dict[str, str]:
     """Name -> digest of files of one folder, read side by side."""
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing lets other threads run

@@ -71,6 +71,38 @@ def data_file(num_examples: int = 120) -> str:
     return str(path)
 
 
+@functools.cache
+def library_folder(ranks: tuple[int, ...] = (2, 3, 2), num_layers: int = 4, seed: int = 0) -> str:
+    """A library of random adapters ``skill-0``, ``skill-1``, … for `model_folder`, one of each rank, in PEFT's format."""
+    import torch
+    from safetensors.torch import save_file
+
+    from fleetune.models.peft_format import CONFIG, WEIGHTS, to_peft
+
+    sizes = {"self_attn": dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (32, 32))}
+    sizes["mlp"] = {"gate_proj": (32, 48), "up_proj": (32, 48), "down_proj": (48, 32)}
+    sites = {
+        f"layers.{n}.{part}.{name}": size
+        for n in range(num_layers)
+        for part, names in sizes.items()
+        for name, size in names.items()
+    }
+    library = _folder("tiny-library-")
+    for i, rank in enumerate(ranks):
+        generator = torch.Generator().manual_seed(1000 * seed + i)
+        tensors = {}
+        for site, (num_in, num_out) in sites.items():
+            tensors[f"{site}.lora_A"] = torch.randn(rank, num_in, generator=generator) / num_in**0.5
+            tensors[f"{site}.lora_B"] = 0.3 * torch.randn(num_out, rank, generator=generator)
+        folder = library / f"skill-{i}"
+        folder.mkdir()
+        save_file(to_peft(tensors), folder / WEIGHTS)
+        names = sorted({site.rpartition(".")[2] for site in sites})
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": names}
+        (folder / CONFIG).write_text(json.dumps(config))
+    return str(library)
+
+
 SPEC: dict[str, Any] = {
     "name": "tiny",
     "model": {"lora": {"rank": 2, "alpha": 4.0}},

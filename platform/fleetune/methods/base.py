@@ -205,6 +205,13 @@ class MethodConfig(Config):
         Called when a job file is read; what needs the model or the data is for `Method.check`.
         """
 
+    def content(self) -> dict[str, str]:
+        """Part -> digest of the files that these settings name and the method reads, as they are now, for the run's identity.
+
+        A part begins with the field that names the file, as ``method.adapters/<file>``. Raises UserError if one is gone.
+        """
+        return {}
+
 
 class Method:
     """Base of all methods: average what clients upload, weighted by their numbers of examples (McMahan et al. 2017)."""
@@ -226,6 +233,10 @@ class Method:
     # -- server ---------------------------------------------------------------------------------------------------------
     def check(self) -> None:
         """Raises UserError if the configuration does not fit the model; called before any work starts."""
+
+    def content(self) -> dict[str, str]:
+        """As `MethodConfig.content`, for files that the method has read by now: their digests when it read them."""
+        return self.config.content()
 
     def start(self) -> State:
         """The server's state before the first round."""

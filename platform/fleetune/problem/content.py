@@ -2,7 +2,7 @@
 
 A part is named by the field that names it, a model's files by field and file: ``data.dataset``, ``data.eval_dataset``,
 ``model.base/model.safetensors``, ``model.base/tokenizer.json``, ``fleet.availability.path``, ``fleet.device_files/my.yaml``;
-a file with the code of a method from outside is ``method.name/my_module.py``.
+a file with the code of a method from outside is ``method.name/my_module.py``, one that a method reads ``method.adapters/…``.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ class Contents:
             **self._once(f"model {model}", lambda: model_content(base_content(model))),
             **fleet_content(spec.fleet),
             **code_content(spec),
+            **spec.method.content(),
         }
 
     def _once(self, key: str, read: Callable[[], Content]) -> Content:

@@ -73,8 +73,8 @@ class Problem:
 
     @property
     def content(self) -> Content:
-        """Digests of all that was read, and of the code of a method from outside."""
-        return {**self.inputs.content, **code_content(self.spec)}
+        """Digests of all that was read, by the method as well, and of the code of a method from outside."""
+        return {**self.inputs.content, **code_content(self.spec), **self.method.content()}
 
     @property
     def eligible(self) -> np.ndarray:

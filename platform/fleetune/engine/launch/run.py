@@ -116,7 +116,9 @@ def resume(
         # No ``auto`` is left in the spec, but there may be fewer cores or GPUs here than it was resolved for.
         spec = backend.placed(backend.resolve(spec))
         inputs = backend.inputs(spec)
-        check_content(spec, meta.get("content"), {**inputs.content, **code_content(spec)}, run=str(path))
+        check_content(
+            spec, meta.get("content"), {**inputs.content, **code_content(spec), **spec.method.content()}, run=str(path)
+        )
         return _execute(backend, build_problem(spec, inputs), run_dir, report=report, warn=warn)
 
 
