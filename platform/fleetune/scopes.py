@@ -36,6 +36,16 @@ def on_server() -> Iterator[None]:
 
 
 @contextmanager
+def on_client() -> Iterator[None]:
+    """Work inside counts as the client's again, in the midst of the server's: a head that the client holds."""
+    before, current.side = current.side, CLIENT
+    try:
+        yield
+    finally:
+        current.side = before
+
+
+@contextmanager
 def part(name: str) -> Iterator[None]:
     """Tensors made inside count for this part of the memory. Inside `SIMULATION` neither tensors nor work count for a device."""
     before, current.part = current.part, name

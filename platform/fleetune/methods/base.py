@@ -11,6 +11,7 @@ counted from 0 within the (sub)model; `models.adapters` has the other kinds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
@@ -187,7 +188,7 @@ class MethodConfig(Config):
     """The method's part of a job file."""
 
     counts_blocks: ClassVar[tuple[str, ...]] = ()
-    """Fields that count the model's blocks: with ``cost.model`` they are mapped by fraction of the depth."""
+    """Fields that count the model's blocks (`num_blocks`): with ``cost.model`` they are mapped by fraction of the depth."""
 
     name: str
 
@@ -348,6 +349,14 @@ class Method:
         plan = self.local_plan(payload)
         network = worker.network(plan.model)
         return train_cohort(network, plan, self.client_adapter(payload), tasks, data=worker.data, local=worker.local)
+
+
+def num_blocks(value: int | float, depth: int) -> int:
+    """Blocks that a setting means in a model of ``depth`` blocks: an integer is their number, a float a fraction of the depth.
+
+    A fraction means the nearest number of blocks; a half goes up.
+    """
+    return value if isinstance(value, int) else math.floor(value * depth + 0.5)
 
 
 def is_lora_a(name: str) -> bool:

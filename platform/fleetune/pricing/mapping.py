@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fleetune.methods.base import Method, Payload
+from fleetune.methods.base import Method, Payload, num_blocks
 from fleetune.models.adapters import AXES, Axes, axes_of
 from fleetune.models.architectures import ModelShape
 from fleetune.models.base import BaseModel
@@ -55,7 +55,8 @@ class CostedModel:
         """The method, set up for the costed architecture's depth and sizes."""
         context, config = method.context, method.config
         blocks = {
-            name: min(self.layers(getattr(config, name)), self.shape.num_layers - 1) for name in config.counts_blocks
+            name: min(self.layers(num_blocks(getattr(config, name), context.num_layers)), self.shape.num_layers - 1)
+            for name in config.counts_blocks
         }
         sites = linear_sites(self.base, context.lora)
         costed = replace(context, base=self.base, sites=sites)
