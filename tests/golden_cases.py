@@ -68,7 +68,11 @@ RENAMED: dict[str, str] = {
     "hosts": "workers",
     "hosts_per_gpu": "workers_per_gpu",
 }
-ADDED: set[str] = {"server_seconds"}  # in plans: one table of columns says what is summed up
+ADDED: set[str] = {
+    "server_seconds",  # in plans: one table of columns says what is summed up
+    "num_personal",  # in rounds.parquet, and so are the next ones; empty unless clients are evaluated (evaluation.personal)
+    *(f"eval_personal_{name}{end}" for name in ("loss", "accuracy") for end in ("", "_std", "_worst")),
+}
 """Names that recordings made before do not have."""
 GONE: set[str] = set()
 """Names that only recordings made before have."""

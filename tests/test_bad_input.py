@@ -54,6 +54,20 @@ MISTAKES: dict[str, tuple[list[str], str, Any, str]] = {
     "no worker": (["execution.workers=0"], "execution.workers", 0, "auto"),
     "no such choice": (["rounds.close=never"], "rounds.close", "never", "'all', 'deadline'"),
     "unknown target": (["model.lora.targets=[qproj]"], "model.lora.targets", ["qproj"], "q_proj, k_proj"),
+    "personal without a held-out part": (
+        ["evaluation.personal=last"],
+        "evaluation.personal",
+        "last",
+        "data.held_out is 0",
+    ),
+    "a held-out part for nothing": (["data.held_out=0.2"], "data.held_out", 0.2, "evaluation.personal is none"),
+    "all is held out": (["data.held_out=1"], "data.held_out", 1, "less than 1"),
+    "clients of a pooled method": (
+        ["method.name=centralized", "data.held_out=0.2", "evaluation.personal=last"],
+        "evaluation.personal",
+        "last",
+        "it has no clients",
+    ),
     "too many clients a round": (
         ["rounds.clients_per_round=7"],
         "rounds.clients_per_round",

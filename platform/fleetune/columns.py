@@ -121,6 +121,18 @@ CLIENT_COLUMNS: tuple[Column, ...] = (
     Column("wall_seconds", "double", "real time the simulation of this client took"),
 )
 
+PERSONAL_COLUMNS: tuple[Column, ...] = (
+    Column("run_id", "string", "the run"),
+    Column("round", "int32", "round after which the client was evaluated, from 1"),
+    Column("client_id", "int32", "client, from 0"),
+    Column("device", "string", "device class of the client"),
+    Column("shard_examples", "int64", "training examples that the client holds"),
+    Column("held_out_examples", "int64", "examples that it holds out, on which its own model is evaluated"),
+    Column("held_out_tokens", "int64", "counted tokens of these examples"),
+    Column("eval_loss", "double", "loss of the client's own model on them, in nats per token"),
+    Column("eval_accuracy", "double", "share right of its own answers to them, 0 to 1; empty if none are generated"),
+)
+
 ROUND_COLUMNS: tuple[Column, ...] = (
     Column("run_id", "string", "the run"),
     Column("round", "int32", "round, from 1"),
@@ -143,6 +155,40 @@ ROUND_COLUMNS: tuple[Column, ...] = (
     Column("eval_loss", "double", "loss on the evaluation set; empty in rounds without evaluation", metric="eval/loss"),
     Column(
         "eval_accuracy", "double", "share right on the evaluation set, 0 to 1; empty likewise", metric="eval/accuracy"
+    ),
+    Column(
+        "num_personal", "int32", "clients whose own model was evaluated; this and what follows: evaluation.personal"
+    ),
+    Column(
+        "eval_personal_loss",
+        "double",
+        "loss of a client's own model on the examples that it holds out, mean over clients",
+        metric="eval/personal_loss",
+    ),
+    Column("eval_personal_loss_std", "double", "its standard deviation over clients", metric="eval/personal_loss_std"),
+    Column(
+        "eval_personal_loss_worst",
+        "double",
+        "its mean over the tenth of the clients whose loss is highest",
+        metric="eval/personal_loss_worst",
+    ),
+    Column(
+        "eval_personal_accuracy",
+        "double",
+        "share right of a client's own model on the examples that it holds out, mean over clients",
+        metric="eval/personal_accuracy",
+    ),
+    Column(
+        "eval_personal_accuracy_std",
+        "double",
+        "its standard deviation over clients",
+        metric="eval/personal_accuracy_std",
+    ),
+    Column(
+        "eval_personal_accuracy_worst",
+        "double",
+        "its mean over the tenth of the clients that have fewest right",
+        metric="eval/personal_accuracy_worst",
     ),
     Column(
         "sim_seconds",
@@ -211,6 +257,29 @@ TRIAL_COLUMNS: tuple[Column, ...] = (
     Column(
         "baseline_eval_accuracy", "double", "share right of the untrained model", kind="metric", higher_is_better=True
     ),
+    Column(
+        "eval_personal_loss",
+        "double",
+        "loss of clients' own models on the examples that they hold out, mean over clients",
+        kind="metric",
+    ),
+    Column("eval_personal_loss_std", "double", "its standard deviation over clients", kind="metric"),
+    Column("eval_personal_loss_worst", "double", "its mean over the worst tenth of the clients", kind="metric"),
+    Column(
+        "eval_personal_accuracy",
+        "double",
+        "share right of clients' own models on these examples, mean over clients",
+        kind="metric",
+        higher_is_better=True,
+    ),
+    Column("eval_personal_accuracy_std", "double", "its standard deviation over clients", kind="metric"),
+    Column(
+        "eval_personal_accuracy_worst",
+        "double",
+        "its mean over the worst tenth of the clients",
+        kind="metric",
+        higher_is_better=True,
+    ),
     Column("sim_seconds", "double", "virtual time of the run", kind="total"),
     Column("uplink_bytes", "double", "bytes that all clients sent", kind="total"),
     Column("downlink_bytes", "double", "bytes that all clients received", kind="total"),
@@ -226,6 +295,9 @@ def names(columns: tuple[Column, ...], *kinds: str) -> tuple[str, ...]:
     """The names of the columns of these kinds, in their order."""
     return tuple(column.name for column in columns if column.kind in kinds)
 
+
+PERSONAL = tuple(column.name for column in TRIAL_COLUMNS if column.name.startswith("eval_personal_"))
+"""How well clients' own models do, in rounds.parquet and trials.parquet."""
 
 HIGHER_IS_BETTER = frozenset(column.name for column in TRIAL_COLUMNS if column.higher_is_better)
 """Results of a trial that should be high; all others should be low."""

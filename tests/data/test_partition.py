@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from fleetune.data.config import PartitionConfig
-from fleetune.data.partition import partition, partition_keys
+from fleetune.data.partition import Partition, hold_out, partition, partition_keys
 from fleetune.data.records import Examples
 from fleetune.errors import UserError
 
@@ -160,3 +160,27 @@ def test_faults_name_the_field_and_the_way_out():
         deal(100, 60, kind="shards")
     with pytest.raises(ValidationError, match="min_examples must be 0"):
         PartitionConfig(kind="by_key", min_examples=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shard_is_divided_into_a_training_part_and_a_held_out_part(kind):
+    """Of n examples a fifth, rounded, is held out; the seed decides which; nothing is lost."""
+    dealt, _ = deal(300, 7, kind=kind)
+    (train, own), (same, _), (other, _) = (hold_out(dealt, 0.2, seed=seed) for seed in (1, 1, 2))
+    for client in range(7):
+        parts = [train.shard(client), own.shard(client)]
+        assert sorted(np.concatenate(parts).tolist()) == dealt.shard(client).tolist()
+        assert all((np.diff(part) > 0).all() for part in parts)
+    assert own.sizes.tolist() == [max(1, round(0.2 * n)) if n > 1 else 0 for n in dealt.sizes.tolist()]
+    assert np.array_equal(train.indices, same.indices)
+    assert not np.array_equal(train.indices, other.indices)
+
+
+@pytest.mark.parametrize(
+    ("size", "fraction", "held"), [(0, 0.5, 0), (1, 0.9, 0), (2, 0.01, 1), (2, 0.99, 1), (10, 0.99, 9)]
+)
+def test_a_client_keeps_an_example_to_train_on(size, fraction, held):
+    """At least one of two or more is held out, at most all but one; a single one is trained on."""
+    shards = Partition(np.arange(size), np.array([0, size]))
+    train, own = hold_out(shards, fraction, seed=0)
+    assert (train.sizes.tolist(), own.sizes.tolist()) == ([size - held], [held])

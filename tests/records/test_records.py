@@ -354,5 +354,6 @@ def test_trace_samples_clients_of_a_large_run(tmp_path: Path):
 def test_the_documented_columns_are_the_columns():
     text = (REPOSITORY / "docs" / "reference" / "records.md").read_text()
     assert schema.markdown_table(schema.CLIENT_COLUMNS) in text
+    assert schema.markdown_table(schema.PERSONAL_COLUMNS) in text
     assert schema.markdown_table(schema.ROUND_COLUMNS) in text
     assert schema.markdown_table(schema.TRIAL_COLUMNS) in text

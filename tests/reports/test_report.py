@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fleetune.records import RunDirectory
+from fleetune.reports.client_stats import own_models
 from fleetune.reports.figures import runs as figures
 from fleetune.reports.run_report import report
 from fleetune.reports.run_stats import device_costs, run_totals
@@ -89,3 +90,32 @@ def test_report_escapes_names(tmp_path: Path):
     page = report([make_run(tmp_path, "a", spec=spec).path], tmp_path / "r.html").read_text()
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert" in page
+
+
+def test_what_clients_paid_stands_beside_how_well_they_do(tmp_path: Path):
+    """Client 0: two turns of 3 J that counted and a refused one; client 1: one of 3 J. Only the last evaluation is shown."""
+    run = RunDirectory.create(tmp_path, "a", make_spec())
+    turn = {
+        "device": ["nano", "orin"],
+        "sim_seconds": 2.0,
+        "downlink_bytes": 4,
+        "uplink_bytes": 6,
+        "energy_joules": 3.0,
+    }
+    own = {"client_id": [0, 1], "device": ["nano", "orin"], "held_out_examples": [5, 5]}
+    for number, status, losses in ((1, ["ok", "ok"], [2.0, 3.0]), (2, ["ok", "oom"], [1.0, 2.5])):
+        row = {"round": number, "num_clients": 2, "sim_seconds": 2.0 * number}
+        clients = {"client_id": [0, 1], "status": status, "peak_memory_bytes": 1, "budget_bytes": 2, **turn}
+        clients["refused_by"], clients["refused_hint"] = [
+            [None, "memory" if status[1] == "oom" else None],
+            [None, "nothing smaller" if status[1] == "oom" else None],
+        ]
+        run.append_round(row, clients, {**own, "eval_loss": losses})
+    found = own_models(run.clients(), run.personal())
+    assert found["eval_loss"].tolist() == [1.0, 2.5]
+    assert found["num_turns"].tolist() == [2, 1]
+    assert found["energy_joules"].tolist() == [6.0, 3.0]
+    assert found["link_bytes"].tolist() == [20, 10]
+    page = report([run.path], tmp_path / "out").read_text()
+    assert "Clients&#39; own models" in page or "Clients' own models" in page
+    assert (tmp_path / "out" / "figures" / "own_models.png").read_bytes().startswith(PNG)

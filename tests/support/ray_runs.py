@@ -55,6 +55,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "devft",
         {"fleet.adapt": "capacity", "fleet.budgets.bytes_per_round": {"jetson-nano": 8000}},  # 7,936 for one block
     ),
+    "clients' own models": (
+        "fedsa-lora",
+        {"data.held_out": 0.25, "evaluation.personal": "every", "evaluation.every": 1, "evaluation.batch_size": 8},
+    ),
     "bf16": ("fedit", {"execution.precision": "bf16", "evaluation.generate": True}),
     "generated answers": ("fedit", {"evaluation.generate": True, "evaluation.batch_size": 3, "evaluation.every": 1}),
 }

@@ -17,7 +17,7 @@ import torch
 from fleetune.engine.checkpoint.checkpoint import Checkpoint
 from fleetune.engine.checkpoint.client_store import slot_of
 from fleetune.engine.coordinator import Coordinator, Event
-from fleetune.engine.execution.executor import Evaluation, Executor, SerialExecutor
+from fleetune.engine.execution.executor import Evaluation, Executor, OwnChunk, SerialExecutor
 from fleetune.engine.execution.work_units import WorkUnit, WorkUnitReply
 from fleetune.methods.base import GlobalModel, Payload, State
 from fleetune.models.config import ModelConfig
@@ -26,6 +26,7 @@ from fleetune.problem import Inputs, Problem, build_problem, load_inputs
 from fleetune.records.run_directory import RunDirectory
 from fleetune.spec import RunSpec
 from fleetune.tensors import Packed, Tensors
+from fleetune.training.evaluate import EvalSums
 from fleetune.training.worker import Worker
 
 MakeExecutor = Callable[[Problem], Executor]
@@ -50,6 +51,11 @@ class Finished:
     def clients(self) -> pd.DataFrame:
         """Rows of clients.parquet, all that must be the same for the same spec."""
         return self.run_dir.clients().drop(columns="wall_seconds")
+
+    @property
+    def personal(self) -> pd.DataFrame:
+        """Rows of personal.parquet."""
+        return self.run_dir.personal()
 
     @property
     def deployed(self) -> GlobalModel:
@@ -145,9 +151,13 @@ class Recorder:
             self.passed.append(Passed(unit, dict(payloads), reply, reply.partial_sums.get(0), given[unit.index], kept))
             yield reply
 
-    def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> Evaluation:
+    def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> Evaluation[EvalSums]:
         """Pass on."""
         return self.inner.evaluate(model, chunks)
+
+    def evaluate_clients(self, chunks: Sequence[OwnChunk]) -> Evaluation[list[EvalSums]]:
+        """Pass on."""
+        return self.inner.evaluate_clients(chunks)
 
 
 def recorded(spec: RunSpec) -> tuple[Finished, list[Passed]]:
@@ -185,3 +195,4 @@ def same_runs(a: Finished, b: Finished) -> None:
         same_tensors(a.private[client], b.private[client])
     pd.testing.assert_frame_equal(a.rounds, b.rounds, check_exact=True)
     pd.testing.assert_frame_equal(a.clients, b.clients, check_exact=True)
+    pd.testing.assert_frame_equal(a.personal, b.personal, check_exact=True)

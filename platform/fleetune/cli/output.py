@@ -57,6 +57,9 @@ def print_result(result: Any, as_json: bool) -> None:
         print(f"accuracy   {start}{accuracy:.1%}")
     if metrics.get("eval_loss") is not None:
         print(f"eval loss  {metrics['baseline_eval_loss']:.3f} → {metrics['eval_loss']:.3f}")
+    if metrics.get("eval_personal_loss") is not None:
+        worst = metrics["eval_personal_loss_worst"]
+        print(f"own loss   {metrics['eval_personal_loss']:.3f}, worst tenth of the clients {worst:.3f}")
     print(f"virtual    {duration(totals['sim_seconds'])}, {energy(totals['energy_joules'])} on all devices")
     print(f"links      {size(totals['uplink_bytes'])} up, {size(totals['downlink_bytes'])} down")
     if totals.get("num_oom", 0) + totals.get("num_refused", 0) > 0:

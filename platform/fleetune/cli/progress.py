@@ -44,6 +44,8 @@ def describe(row: dict[str, Any]) -> str:
         parts.append(f"eval loss {row['eval_loss']:.3f}")
     if row.get("eval_accuracy") is not None:
         parts.append(f"accuracy {row['eval_accuracy']:.1%}")
+    if row.get("eval_personal_loss") is not None:
+        parts.append(f"clients' own {row['eval_personal_loss']:.3f}")
     if "depth" in row:
         parts.append(f"depth {row['depth']:.0f}")
     for name in NOT_OK:

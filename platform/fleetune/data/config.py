@@ -67,6 +67,9 @@ class DataConfig(Config):
     """Held-out examples from another source (as `dataset`). Default: the source's own test split."""
     eval_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Fraction of the training examples to hold out where there is no test split."""
+    held_out: float = Field(default=0.0, ge=0, lt=1)
+    """Fraction of each client's examples that it does not train on and that its own model is evaluated on
+    (evaluation.personal): one example at least, and all but one at most. A client with a single example holds out none."""
     num_examples: int | None = Field(default=None, gt=0, le=MAX_EXAMPLES)
     """Training examples to use, drawn at random; all by default (micro-reasoning: 4,000)."""
     num_eval_examples: int = Field(default=256, gt=0, le=MAX_EXAMPLES)

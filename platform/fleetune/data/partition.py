@@ -86,6 +86,27 @@ def partition(config: PartitionConfig, *, num_clients: int, keys: np.ndarray, se
     return Partition(indices=np.argsort(owners, kind="stable"), offsets=offsets)
 
 
+def hold_out(shards: Partition, fraction: float, *, seed: int) -> tuple[Partition, Partition]:
+    """Each client's training part and its held-out part, drawn at random from its shard; both keep the order of the examples.
+
+    Of n examples round(fraction * n) are held out, but one at least and n - 1 at most, so that every client that can train still
+    can. One example cannot be divided: it is trained on.
+    """
+    num_clients, sizes = shards.num_clients, shards.sizes
+    owners = np.repeat(np.arange(num_clients), sizes)  # (n,): client by client, as the indices
+    wanted = np.clip(np.rint(fraction * sizes).astype(np.int64), np.minimum(1, sizes), np.maximum(sizes - 1, 0))
+    order = np.lexsort((rng(seed, "held_out").random(len(owners)), owners))  # each client's examples, shuffled
+    starts = shards.offsets[:-1]
+    is_held = np.zeros(len(owners), dtype=bool)
+    is_held[order] = np.arange(len(owners)) - starts[owners] < wanted[owners]
+    return _taken(shards, ~is_held, sizes - wanted), _taken(shards, is_held, wanted)
+
+
+def _taken(shards: Partition, mask: np.ndarray, sizes: np.ndarray) -> Partition:
+    """The examples of a partition for which ``mask (n,)`` is true, ``sizes (num_clients,)`` of them on each client."""
+    return Partition(indices=shards.indices[mask], offsets=np.concatenate([[0], np.cumsum(sizes)]))
+
+
 def _even(num_examples: int, num_clients: int, generator: Generator) -> np.ndarray:
     """Owners ``(n,)`` of a shuffled round deal."""
     return generator.permutation(np.arange(num_examples) % num_clients)

@@ -17,7 +17,8 @@ from fleetune.engine.divergence import Diverged, check_progress, marked, settled
 from fleetune.engine.evaluation import Baselines, Evaluator
 from fleetune.engine.execution.executor import Executor
 from fleetune.engine.execution.work_units import WorkUnitReply, make_work_units
-from fleetune.engine.pending_rounds import FinishedRound, PendingRounds
+from fleetune.engine.pending_rounds import FinishedRound, PendingQuality, PendingRounds
+from fleetune.engine.personal_evaluation import PendingPersonal, PersonalEvaluator
 from fleetune.engine.round.planner import RoundPlan, RoundPlanner
 from fleetune.engine.round.ranks import filled, trained_rows
 from fleetune.engine.round.rules import FAILED, LATE, OK
@@ -44,12 +45,14 @@ class Coordinator:
         self.spec, self.method = problem.spec, problem.method
         self.planner = RoundPlanner(problem)
         self.evaluator = Evaluator(problem, executor, baselines if baselines is not None else {})
+        self.personal = PersonalEvaluator(problem, executor, self.planner)
         self.checkpoint = Checkpoint(run_dir.path / "checkpoint", problem.fleet.num_clients)
         self.pending = PendingRounds(run_dir, self.checkpoint)
         self.sizes = self.planner.sizes  # (num_clients,) int: n_k
 
     def run(self) -> Iterator[Event]:
         """All rounds that are left. Yields an event when the run starts, when a round is on record, and at the end."""
+        self.personal.check()
         state, progress = self._start()
         yield self._event("start", progress)
         try:
@@ -84,12 +87,11 @@ class Coordinator:
                 clients = client_columns(self.problem, now, replies)
                 row = round_row(self.method.stage(round_idx), now, clients, progress.sim_seconds)
                 row.update(self.method.columns(state))
-                evaluation = None
-                if self._is_evaluated(round_idx, progress.sim_seconds):
-                    evaluation = self.evaluator.evaluate(self.method.evaluated(state, self._private_states))
+                evaluation, personal = self._evaluations(state, round_idx, progress.sim_seconds)
                 row["wall_seconds"] = time.perf_counter() - started
                 _count(progress, row)
-                self.pending.add(FinishedRound(row, clients, self.checkpoint.snapshot(state, progress), evaluation))
+                snapshot = self.checkpoint.snapshot(state, progress)
+                self.pending.add(FinishedRound(row, clients, snapshot, evaluation, personal))
             yield from self._written(everything=True)
             self._check(state, progress)
         except RunFailed:
@@ -313,6 +315,18 @@ class Coordinator:
         """``sim_seconds``: virtual time at the round's end. The last round is always evaluated."""
         num_rounds = round_idx + 1
         return num_rounds % self.spec.evaluation.every == 0 or self.spec.rounds.is_over(num_rounds, sim_seconds)
+
+    def _evaluations(
+        self, state: State, round_idx: int, sim_seconds: float
+    ) -> tuple[PendingQuality | None, PendingPersonal | None]:
+        """Begin the evaluations that are due after a round: of the global model, and of clients' own."""
+        if not self._is_evaluated(round_idx, sim_seconds):
+            return None, None
+        models, personal = self.method.evaluated(state, self._private_states), None
+        evaluation = self.evaluator.evaluate(models)
+        if self.personal.is_due(is_last=self.spec.rounds.is_over(round_idx + 1, sim_seconds)):
+            personal = self.personal.evaluate(state, models, self.checkpoint.busy_until, self._private_states())
+        return evaluation, personal
 
     def _event(self, kind: str, progress: Progress, row: Event | None = None) -> Event:
         return {

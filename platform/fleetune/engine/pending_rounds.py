@@ -16,9 +16,10 @@ from typing import Any
 from fleetune import files
 from fleetune.engine.checkpoint.checkpoint import Checkpoint, Progress, Snapshot
 from fleetune.engine.execution.executor import Evaluation
+from fleetune.engine.personal_evaluation import PendingPersonal
 from fleetune.methods.base import MAIN
 from fleetune.records.run_directory import RunDirectory
-from fleetune.training.evaluate import totals
+from fleetune.training.evaluate import EvalSums, totals
 
 Quality = dict[str, float]
 
@@ -30,7 +31,7 @@ MAX_OPEN = 1
 class PendingQuality:
     """Loss and accuracy whose evaluation may still be running: of one model, whose name is "", or of several by name."""
 
-    def __init__(self, evaluations: Mapping[str, Evaluation]):
+    def __init__(self, evaluations: Mapping[str, Evaluation[EvalSums]]):
         self._evaluations = evaluations
         self._quality: Quality | None = None
 
@@ -72,6 +73,12 @@ class FinishedRound:
     """A copy, because the coordinator's own state goes on with the next round."""
     evaluation: PendingQuality | None
     """None if the round is not evaluated (``evaluation.every``)."""
+    personal: PendingPersonal | None = None
+    """Of clients' own models; None if they are not evaluated after this round (``evaluation.personal``)."""
+
+    def is_done(self) -> bool:
+        """True if none of its evaluations has to be waited for."""
+        return all(one is None or one.is_done() for one in (self.evaluation, self.personal))
 
     @property
     def progress(self) -> Progress:
@@ -106,14 +113,18 @@ class PendingRounds:
         while self._open:
             first = self._open[0]
             if first.evaluation is not None:
-                if not (everything or len(self._open) > MAX_OPEN or first.evaluation.is_done()):
+                if not (everything or len(self._open) > MAX_OPEN or first.is_done()):
                     return
                 first.row.update(first.evaluation.quality())
                 self.quality = first.evaluation.quality()
+            personal = None
+            if first.personal is not None:
+                personal = first.personal.columns()
+                first.row.update(first.personal.row())
             first.progress.quality = self.quality
             first.progress.baseline = self.baseline
             self._behind.wait()
-            part = self.run_dir.append_round(first.row, first.clients)
+            part = self.run_dir.append_round(first.row, first.clients, personal)
             self._behind.begin(self.checkpoint.saving(first.snapshot, after=[part]))
             self._open.popleft()
             yield first

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from fleetune.config import Config
+from fleetune.errors import UserError
 from fleetune.methods.traits import Traits
 from fleetune.models.adapters import AXES, Axes, cut
 from fleetune.models.base import BaseModel
@@ -294,6 +295,23 @@ class Method:
         Each named model gets columns of its own; the run's are those of `MAIN` if it is there, else their mean.
         """
         return GlobalModel(self.context.whole_model, state.tensors)
+
+    def personal(
+        self, state: State, client: ClientInfo, private: Tensors, models: Mapping[str, GlobalModel]
+    ) -> GlobalModel:
+        """A client's own model, with which it is evaluated on the examples that it holds out (``evaluation.personal``).
+
+        ``private``: the tensors that it keeps, empty if it has none. ``models``: what `evaluated` has just returned, by name, a
+        single one as `MAIN`. Default: that one, as clients of most methods leave with the global model. Clients may share a
+        model, and should then be given the same object.
+        """
+        if MAIN not in models:
+            raise UserError(
+                "the method evaluates several models and does not say which of them is a client's own",
+                field="evaluation.personal",
+                hint="give its class a method `personal`, or set evaluation.personal to none and data.held_out to 0",
+            )
+        return models[MAIN]
 
     def deployed(self, state: State, private: PrivateStates) -> GlobalModel:
         """The model that is shipped in the end, an adapter for all blocks of the base."""

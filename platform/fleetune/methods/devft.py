@@ -186,6 +186,15 @@ class DevFT(Method):
             return _on(submodel, found)
         return {name: _on(submodel, model) for name, model in found.items()}
 
+    def personal(
+        self, state: State, client: ClientInfo, private: Tensors, models: Mapping[str, GlobalModel]
+    ) -> GlobalModel:
+        """The inner method's, on the stage's submodel."""
+        submodel = Submodel.from_values(state.values["submodel"])
+        fused = submodel.fuse_adapter(private) if private else {}
+        own = self.inner.personal(self._inner_state(state), client, fused, models)
+        return _on(submodel, own)
+
     def deployed(self, state: State, private: PrivateStates) -> GlobalModel:
         """All blocks, each with the adapter of its group."""
         whole = {own_name(n): t for n, t in self._written_back(state).items()}

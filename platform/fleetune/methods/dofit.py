@@ -129,6 +129,12 @@ class DoFIT(Method):
         whole = self.context.whole_model
         return {f"domain_{j}": GlobalModel(whole, _of_domain(state, j)) for j in range(self.num_domains)}
 
+    def personal(
+        self, state: State, client: ClientInfo, private: Tensors, models: Mapping[str, GlobalModel]
+    ) -> GlobalModel:
+        """That of the client's domain."""
+        return models[f"domain_{self.group(client)}"]
+
     def deployed(self, state: State, private: PrivateStates) -> GlobalModel:
         """The mean of the domains' adapters, as one adapter is shipped."""
         domains = [_of_domain(state, j) for j in range(self.num_domains)]

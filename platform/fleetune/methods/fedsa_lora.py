@@ -4,15 +4,18 @@ Guo et al. 2025, "Selective Aggregation for Low-Rank Adaptation in Federated Lea
 
 Every client trains both factors, uploads only A_k, and resumes with the averaged A = sum_k p_k A_k and its own B_k.
 A client that has not taken part yet starts from B = 0; one that is not sampled keeps its B. There is no global B: what we
-evaluate and ship takes the mean of the B_k so far, weighted by examples (the paper evaluates personal models).
+evaluate and ship takes the mean of the B_k so far, weighted by examples. The paper evaluates each client's own model, A with
+B_k, on the client's own examples: so does ``evaluation.personal``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar, Literal
 
 from fleetune.methods.base import (
+    ClientInfo,
     GlobalModel,
     Method,
     MethodConfig,
@@ -63,4 +66,11 @@ class FedSALoRA(Method):
         total = sum(n for _, n, _ in stored)
         mean_b = weighted_sum((n / total, b) for _, n, b in stored) if stored else {}
         adapter = {**zero_b(state.tensors, self.context.sites), **state.tensors, **mean_b}
+        return GlobalModel(self.context.whole_model, adapter)
+
+    def personal(
+        self, state: State, client: ClientInfo, private: Tensors, models: Mapping[str, GlobalModel]
+    ) -> GlobalModel:
+        """The shared A with the client's own B; B = 0 where its turns have all come to nothing."""
+        adapter = {**zero_b(state.tensors, self.context.sites), **state.tensors, **private}
         return GlobalModel(self.context.whole_model, adapter)

@@ -26,6 +26,7 @@ Content = dict[str, str]
 NOT_READ: Any = {
     "partition": {"alpha", "shards_per_client", "min_examples"},
     "max_tokens": True,
+    "held_out": True,
     "eval_fraction": True,
 }
 

@@ -38,8 +38,12 @@ def check_length(max_tokens: int, base: BaseModel) -> None:
         )
 
 
-def check_answers(data: TokenizedDataset, config: EvaluationConfig, base: BaseModel) -> None:
+def check_answers(
+    data: TokenizedDataset, config: EvaluationConfig, base: BaseModel, *, what: str = "the held-out examples"
+) -> None:
     """Raises UserError if a prompt and its longest answer exceed the model's positions or its attention window.
+
+    ``what``: the data's name for people.
 
     The last new token is never fed back, so n new tokens after a prompt take n - 1 further positions.
     """
@@ -49,9 +53,9 @@ def check_answers(data: TokenizedDataset, config: EvaluationConfig, base: BaseMo
     positions, window = int(base.config.get("max_position_embeddings", 1 << 30)), attention_window(base.config)
     room = positions if window is None else min(positions, window)
     if longest + config.max_new_tokens - 1 > room:
-        what = f"{positions} positions" if room == positions else f"attention window of {window}"
+        limit = f"{positions} positions" if room == positions else f"attention window of {window}"
         raise UserError(
-            f"exceeds the model's {what} after the longest prompt of the held-out examples, {longest} tokens",
+            f"exceeds the model's {limit} after the longest prompt of {what}, {longest} tokens",
             field="evaluation.max_new_tokens",
             value=config.max_new_tokens,
             hint=f"at most {room + 1 - longest} fit" if longest <= room else "lower data.max_tokens",

@@ -12,7 +12,7 @@ import torch
 
 from fleetune.data.answers import AnswerReader
 from fleetune.data.dataset import TokenizedDataset
-from fleetune.data.partition import Partition, partition, partition_keys
+from fleetune.data.partition import Partition, hold_out, partition, partition_keys
 from fleetune.data.sources import load_records
 from fleetune.data.tokenize import continuations, tokenize
 from fleetune.errors import UserError
@@ -56,6 +56,8 @@ class Inputs:
     """When clients are available, if the job names a trace file."""
     content: Content = field(default_factory=dict)
     """Digests of all that was read (`content`)."""
+    responses: list[str] = field(default_factory=list)
+    """For each training example the text that should follow its prompt; empty unless clients hold some out."""
     reader: AnswerReader | None = None
     """Decodes generated answers as the model's tokenizer does: workers need nothing else of it, and import no transformers."""
 
@@ -69,7 +71,10 @@ class Problem:
     inputs: Inputs
     fleet: Fleet
     partition: Partition
+    """What each client trains on."""
     method: Method
+    held_out: Partition | None = None
+    """What each client's own model is evaluated on (``data.held_out``)."""
 
     @property
     def content(self) -> Content:
@@ -104,6 +109,10 @@ def load_inputs(spec: RunSpec, *, base: BaseModel | None = None, cache_dir: Path
     train = within_vocabulary(train, tokenizer, base, what="the training examples")
     held_out = within_vocabulary(held_out, tokenizer, base, what="the held-out examples")
     check_answers(held_out, spec.evaluation, base)
+    responses = []
+    if config.held_out:
+        check_answers(train, spec.evaluation, base, what="the training examples, of which clients hold some out")
+        responses = continuations(records.train, train, tokenizer=tokenizer, config=config)
     keys = partition_keys(records.train, config=config.partition)[train.rows]
     return Inputs(
         base=base,
@@ -114,6 +123,7 @@ def load_inputs(spec: RunSpec, *, base: BaseModel | None = None, cache_dir: Path
         dataset_name=records.name,
         availability=availability,
         content={**records.content, **model_content(base.content), **of_fleet},
+        responses=responses,
         reader=AnswerReader.of(tokenizer),
     )
 
@@ -152,9 +162,12 @@ def build_problem(spec: RunSpec, inputs: Inputs) -> Problem:
     method.check()
     check_adapt(spec, method)
     shards = partition(spec.data.partition, num_clients=spec.fleet.num_clients, keys=inputs.keys, seed=spec.seed)
+    own = None
+    if spec.data.held_out:
+        shards, own = hold_out(shards, spec.data.held_out, seed=spec.seed)
     fleet = build_fleet(spec.fleet, spec.seed, trace=inputs.availability)
     check_devices(spec.fleet, inputs.content)
-    problem = Problem(spec, inputs, fleet, shards, method)
+    problem = Problem(spec, inputs, fleet, shards, method, own)
     if len(problem.eligible) < spec.rounds.clients_per_round:
         raise UserError(
             f"exceeds the {len(problem.eligible)} clients that hold examples",

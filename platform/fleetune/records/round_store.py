@@ -1,4 +1,4 @@
-"""A run's rounds: a file (part) per finished round, and the two Parquet files that the parts are moved into."""
+"""A run's rounds: a file (part) per finished round, and the Parquet files that the parts are moved into."""
 
 from __future__ import annotations
 
@@ -27,24 +27,27 @@ class RoundStore(StoredFiles):
 
     # ------------------------------------------------------------------ written
 
-    def append_round(self, round_row: Mapping[str, Any], clients: Mapping[str, Any]) -> Path:
+    def append_round(
+        self, round_row: Mapping[str, Any], clients: Mapping[str, Any], personal: Mapping[str, Any] | None = None
+    ) -> Path:
         """Adds a finished round: its row, and the columns of its N clients (arrays or lists of N values, or one value for all).
 
         Readers see the returned file at once; it outlasts a power cut after ``files.sync``. ``run_id``, ``round`` and
         ``stage`` of the clients come from the row. Missing columns are null, and columns beyond the table's are stored, too.
+        ``personal``: columns of personal.parquet, if clients' own models were evaluated after the round.
         """
         from fleetune.records import tables
 
         row = {"run_id": self.run_id, **round_row}
-        part = tables.part_bytes(row, clients, recorded_at_ms=time.time_ns() // 1_000_000)
+        part = tables.part_bytes(row, clients, personal, recorded_at_ms=time.time_ns() // 1_000_000)
         path = self._part(int(row["round"]))
         files.write(path, part, lasting=False)
         return path
 
     def consolidate(self) -> None:
-        """Moves the parts into ``clients.parquet`` and ``rounds.parquet``; rewrites both, so it is called seldom."""
+        """Moves the parts into the Parquet files; rewrites them, so it is called seldom."""
         parts = self._parts()
-        self._write_tables(self._client_table(parts), *self._round_rows(parts))
+        self._write_tables(self._client_table(parts), self._personal_table(parts), *self._round_rows(parts))
         for path in parts.values():
             path.unlink(missing_ok=True)
 
@@ -58,17 +61,27 @@ class RoundStore(StoredFiles):
         if (self.path / "rounds.parquet").exists() or (self.path / "clients.parquet").exists():
             import pyarrow.compute as pc
 
-            clients = self._client_table({})
+            clients, personal = (
+                table.filter(pc.less_equal(table["round"], num_rounds))
+                for table in (self._client_table({}), self._personal_table({}))
+            )
             rows, recorded_at_ms = self._round_rows({})
             earlier = [row for row in rows if row["round"] <= num_rounds]
-            self._write_tables(clients.filter(pc.less_equal(clients["round"], num_rounds)), earlier, recorded_at_ms)
+            self._write_tables(clients, personal, earlier, recorded_at_ms)
 
-    def _write_tables(self, clients: pa.Table, rows: list[dict[str, Any]], recorded_at_ms: dict[int, int]) -> None:
-        """Writes the clients first, so that every round in rounds.parquet has its clients in clients.parquet."""
+    def _write_tables(
+        self, clients: pa.Table, personal: pa.Table, rows: list[dict[str, Any]], recorded_at_ms: dict[int, int]
+    ) -> None:
+        """Writes the clients first, so that every round in rounds.parquet has its clients in the other tables.
+
+        A run that evaluates no client's own model has no ``personal.parquet``.
+        """
         from fleetune.records import tables
 
         times = json.dumps({row["round"]: recorded_at_ms[row["round"]] for row in rows}).encode()
         self._write_parquet("clients.parquet", clients)
+        if len(personal) or (self.path / "personal.parquet").exists():
+            self._write_parquet("personal.parquet", personal)
         self._write_parquet(
             "rounds.parquet", tables.round_table(rows).replace_schema_metadata({tables.TIME_KEY: times})
         )
@@ -101,6 +114,10 @@ class RoundStore(StoredFiles):
     def clients(self) -> pd.DataFrame:
         """One row per client and round, in order of rounds; null is NaN."""
         return self._client_table(self._parts()).to_pandas()
+
+    def personal(self) -> pd.DataFrame:
+        """One row per client and round after which its own model was evaluated, in order of rounds; empty if none was."""
+        return self._personal_table(self._parts()).to_pandas()
 
     def round_rows(self, *, first_round: int = 1) -> list[tuple[dict[str, Any], int]]:
         """(row, real time of recording in ms since 1970) of each finished round from ``first_round`` on."""
@@ -154,6 +171,24 @@ class RoundStore(StoredFiles):
         if len(rounds) and (rounds[1:] < rounds[:-1]).any():
             table = table.sort_by("round")
         return table
+
+    def _personal_table(self, parts: dict[int, Path]) -> pa.Table:
+        import pyarrow as pa
+
+        from fleetune.records import tables
+
+        found: dict[int, pa.Table] = {}  # by round, so that one that is in a part and in the file counts once
+        for number, path in parts.items():
+            with contextlib.suppress(FileNotFoundError):
+                table = tables.read_part_personal(path)
+                if table is not None:
+                    found[number] = table
+        with contextlib.suppress(FileNotFoundError):
+            table = self._read_parquet("personal.parquet")
+            rounds = table["round"].to_numpy()
+            for number in sorted(set(rounds.tolist()) - found.keys()):
+                found[number] = table.filter(pa.array(rounds == number))
+        return pa.concat_tables([tables.personal_table({}), *(found[number] for number in sorted(found))])
 
     # ------------------------------------------------------------------ parts
 

@@ -1,8 +1,8 @@
 """A run's directory: the truth about a run, from which MLflow, figures and reports are fed.
 
-``spec.yaml`` (resolved), ``rounds.parquet``, ``clients.parquet``, ``result.json``, ``trace.json``,
+``spec.yaml`` (resolved), ``rounds.parquet``, ``clients.parquet``, ``personal.parquet``, ``result.json``, ``trace.json``,
 ``method/``, ``adapter/``, ``figures/`` and ``checkpoint/``. A finished round is one file under ``checkpoint/records/``;
-``consolidate`` (:mod:`fleetune.records.round_store`) moves these parts into the two Parquet files. Every file is written beside
+``consolidate`` (:mod:`fleetune.records.round_store`) moves these parts into the Parquet files. Every file is written beside
 its place and renamed into it, so a reader never sees half a file, whenever the writer was killed; what is read
 back holds a checksum (:mod:`fleetune.files`). One process writes, any number read.
 """
@@ -166,7 +166,8 @@ class RunDirectory(RoundStore):
         self._check_adapter()
 
     def _tables(self) -> tuple[str, ...]:
-        return ("clients.parquet", "rounds.parquet")
+        own = ("personal.parquet",) if (self.path / "personal.parquet").exists() else ()
+        return ("clients.parquet", *own, "rounds.parquet")
 
     def _check_adapter(self) -> None:
         """The configuration may be PEFT's own, with no room for a checksum, so the adapter's file holds it, too."""

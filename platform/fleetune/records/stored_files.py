@@ -79,6 +79,7 @@ def content_of(name: str) -> str:
         return f"what the method keeps of stage {Path(name).stem.removeprefix('stage_')}"
     kinds = {
         "clients.parquet": "the clients' records",
+        "personal.parquet": "the records of clients' own models",
         "rounds.parquet": "the rounds' records",
         "trials.parquet": "the sweep's table",
         "result.json": "the result",

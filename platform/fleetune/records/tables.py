@@ -15,21 +15,31 @@ import numpy as np
 import pyarrow as pa
 
 from fleetune import files
-from fleetune.columns import CLIENT_COLUMNS, ROUND_COLUMNS, arrow_schema
+from fleetune.columns import CLIENT_COLUMNS, PERSONAL_COLUMNS, ROUND_COLUMNS, arrow_schema
 from fleetune.records.stored_files import CHECKSUM_KEY, plain
 
-ROUND_KEY, TIME_KEY = b"fleetune.round", b"fleetune.recorded_at_ms"
+ROUND_KEY, TIME_KEY, PERSONAL_KEY = b"fleetune.round", b"fleetune.recorded_at_ms", b"fleetune.personal"
 
 
-def part_bytes(round_row: Mapping[str, Any], clients: Mapping[str, Any], *, recorded_at_ms: int) -> memoryview:
+def part_bytes(
+    round_row: Mapping[str, Any],
+    clients: Mapping[str, Any],
+    personal: Mapping[str, Any] | None = None,
+    *,
+    recorded_at_ms: int,
+) -> memoryview:
     """One round as an Arrow IPC file with room for its checksum.
 
-    ``clients`` holds columns of N values, or one value for all N.
+    ``clients`` holds columns of N values, or one value for all N; ``personal`` those of the M clients whose own model was
+    evaluated after it, which stand beside the round's row.
     """
     table = client_table(clients, defaults={k: round_row.get(k) for k in ("run_id", "round", "stage")})
     row = {"peak_memory_bytes_max": largest_peak(table), **round_row}
     text = json.dumps(row, default=plain).encode()
     metadata = {ROUND_KEY: text, TIME_KEY: str(recorded_at_ms).encode(), CHECKSUM_KEY: files.BLANK.encode()}
+    if personal is not None:
+        columns = {"run_id": row.get("run_id"), "round": row.get("round"), **personal}
+        metadata[PERSONAL_KEY] = json.dumps(plain(columns)).encode()
     table = table.replace_schema_metadata(metadata)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as writer:
@@ -49,6 +59,24 @@ def client_table(columns: Mapping[str, Any], *, defaults: Mapping[str, Any]) -> 
         if name not in fields:
             fields[name] = _array(columns[name], num_rows=num_rows, arrow_type=None)
     return pa.table(fields)
+
+
+def personal_table(columns: Mapping[str, Any]) -> pa.Table:
+    """Columns of M values (or one for all M) -> a table with the schema of personal.parquet; missing columns are null."""
+    num_rows = max((len(v) for v in columns.values() if _is_column(v)), default=0)
+    fields = {
+        field.name: _array(columns.get(field.name), num_rows=num_rows, arrow_type=field.type, nan_is_null=False)
+        for field in arrow_schema(PERSONAL_COLUMNS)
+    }
+    return pa.table(fields)
+
+
+def read_part_personal(path: Path) -> pa.Table | None:
+    """The rows of one part about clients' own models; None if none were evaluated. Raises `files.Damaged`."""
+    content = files.read(path, holds="a round's records", must_be_sealed=True)
+    with files.parsing(path, holds="a round's records"):
+        metadata = pa.ipc.open_file(pa.BufferReader(content)).schema.metadata or {}
+        return personal_table(json.loads(metadata[PERSONAL_KEY])) if PERSONAL_KEY in metadata else None
 
 
 def largest_peak(clients: pa.Table) -> int | None:

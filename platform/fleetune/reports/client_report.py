@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fleetune.reports.client_stats import adapted, refusals
+from fleetune.records.personal_summary import summary
+from fleetune.reports.client_stats import adapted, own_models, refusals
 from fleetune.reports.figures import clients as figures
+from fleetune.reports.figures.personal import quality_against_cost as figure_of_own
 from fleetune.reports.html import Cell, Note, Part, Section, Table, image
 from fleetune.units import percent, readable
 
@@ -28,6 +30,56 @@ def profile_sections(clients: pd.DataFrame, folder: Path) -> list[Section]:
     if workloads.groupby("device").size().max() > 1:
         out.append(Section("What clients worked with", [_workloads(workloads)]))
     return out
+
+
+MAX_LISTED = 10
+
+
+def personal_sections(clients: pd.DataFrame, personal: pd.DataFrame, folder: Path) -> list[Section]:
+    """The section on clients' own models, from the rows of clients.parquet and personal.parquet; none if none was evaluated."""
+    if personal.empty:
+        return []
+    found = own_models(clients, personal)
+    kinds = [kind for kind in ("eval_loss", "eval_accuracy") if found[kind].notna().any()]
+    rows = []
+    for number, of_round in personal.groupby("round"):
+        cells = [Cell(f"{number}", number), Cell(f"{len(of_round)}", len(of_round))]
+        for kind in kinds:
+            values, high_is_bad = of_round[kind].to_numpy(dtype=float), kind == "eval_loss"
+            cells += [_quality(kind, value) for value in summary("", values, high_is_bad=high_is_bad).values()]
+        rows.append(cells)
+    header = ["round", "clients", *(f"{kind.removeprefix('eval_')}{end}" for kind in kinds for end in QUALITY_ENDS)]
+    return [
+        Section(
+            "Clients' own models",
+            [
+                Note("Each client's own model on the examples that the client holds out; every client counts alike."),
+                Table(header, rows, caption="Clients' own models"),
+                image(figure_of_own(found, path=folder / "own_models.png")),
+                _paid_most(found, kinds[-1] if kinds else "eval_loss"),
+            ],
+        )
+    ]
+
+
+QUALITY_ENDS = (", mean", ", deviation", ", worst tenth")
+
+
+def _quality(kind: str, value: float) -> Cell:
+    return Cell(percent(value) if kind == "eval_accuracy" else f"{value:.3f}", value)
+
+
+def _paid_most(found: pd.DataFrame, kind: str) -> Table:
+    """The clients whose own model does worst, with what each has paid."""
+    worst = found.sort_values(kind, ascending=kind == "eval_accuracy", kind="stable").head(MAX_LISTED)
+    rows = []
+    for row in worst.to_dict("records"):
+        cells = [Cell(f"{row['client_id']}", row["client_id"]), Cell(str(row["device"])), _quality(kind, row[kind])]
+        cells += [Cell(f"{row[name]:.0f}", row[name]) for name in ("num_turns", "shard_examples", "held_out_examples")]
+        costs = (("energy_joules", "joules"), ("link_bytes", "bytes"), ("sim_seconds", "seconds"))
+        rows.append([*cells, *(Cell(readable(row[name], unit), row[name]) for name, unit in costs)])
+    header = ["client", "device class", kind.removeprefix("eval_"), "turns", "trains on", "holds out"]
+    return Table([*header, "energy", "bytes, both ways", "virtual time"], rows, caption="Clients that do worst")
 
 
 def _energy(clients: pd.DataFrame) -> Table:

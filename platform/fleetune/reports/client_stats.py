@@ -85,6 +85,20 @@ def bounds(clients: pd.DataFrame) -> pd.DataFrame:
     return out.assign(longest=phases.idxmax(axis=1)).set_index("round")
 
 
+def own_models(clients: pd.DataFrame, personal: pd.DataFrame) -> pd.DataFrame:
+    """The clients whose own model was evaluated last, and what each has paid until then, ascending by id.
+
+    Columns: those of personal.parquet, ``num_turns``, ``energy_joules``, ``sim_seconds`` and ``link_bytes`` (both ways).
+    """
+    last = personal[personal["round"] == personal["round"].max()]
+    before = clients[clients["round"] <= personal["round"].max()]
+    before = before[~before["status"].isin(REFUSED)]
+    before = before.assign(link_bytes=before["downlink_bytes"] + before["uplink_bytes"])
+    turns = before.groupby("client_id")
+    paid = turns[["energy_joules", "sim_seconds", "link_bytes"]].sum().assign(num_turns=turns.size())
+    return last.merge(paid, left_on="client_id", right_index=True, how="left").sort_values("client_id")
+
+
 def memory_parts(clients: pd.DataFrame) -> pd.DataFrame:
     """The turn of each device class that needs most memory, refused or not. Index ``device``; parts, need and budget in bytes."""
     most = clients.loc[clients.groupby("device")["peak_memory_bytes"].idxmax()].set_index("device")

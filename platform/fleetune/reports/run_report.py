@@ -11,7 +11,7 @@ from fleetune.records.find import find_runs
 from fleetune.records.naming import filled_fields, group_labels, run_name, shown, varied_fields
 from fleetune.records.run_directory import RunDirectory
 from fleetune.records.sweep_directory import SweepDirectory
-from fleetune.reports.client_report import profile_sections
+from fleetune.reports.client_report import personal_sections, profile_sections
 from fleetune.reports.figures import runs as figures
 from fleetune.reports.figures.block_groups import block_groups
 from fleetune.reports.figures.devices import cost_by_device
@@ -36,7 +36,7 @@ HEADER_FIELDS = (
 )
 MAX_DEVICE_TABLES = 12  # more tables than this belong into clients.parquet
 MAX_TIMELINES = 3
-FILES = ("spec.yaml", "result.json", "rounds.parquet", "clients.parquet", "trace.json")
+FILES = ("spec.yaml", "result.json", "rounds.parquet", "clients.parquet", "personal.parquet", "trace.json")
 
 
 def report(
@@ -75,6 +75,7 @@ def runs_report(runs: Sequence[RunDirectory], out: Path) -> Path:
         *_groups(runs, folder),
         Section("Cost per device class", _device_costs(runs, folder)),
         *(profile_sections(runs[0].clients(), folder) if len(runs) == 1 and len(runs[0].clients()) else []),
+        *(personal_sections(runs[0].clients(), runs[0].personal(), folder) if len(runs) == 1 else []),
         Section("Timeline", _timelines(runs, folder)),
         Section("Files", [_files(runs, out.parent)]),
     ]

@@ -49,6 +49,9 @@ class EvaluationConfig(Config):
     """Longest generated answer."""
     batch_size: int = Field(64, ge=1, le=1_000_000)
     """Examples that are evaluated together."""
+    personal: Literal["none", "last", "every"] = "none"
+    """Evaluate each client that has taken part with its own model on the part of its examples that it holds out
+    (data.held_out): none; last: after the last round; every: whenever the global model is evaluated."""
 
 
 class ExecutionConfig(Config):

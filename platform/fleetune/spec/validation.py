@@ -100,8 +100,35 @@ def check_rules(spec: RunSpec) -> None:
             value=rounds.first_k,
             hint="lower it",
         )
+    _check_personal(spec)
     if spec.cost.model is not None:
         from fleetune.models.architectures import architecture
 
         architecture(spec.cost.model)  # raises UserError for an unknown name
     spec.method.check_job(spec)
+
+
+def _check_personal(spec: RunSpec) -> None:
+    """Raises UserError if clients are to be evaluated on examples that they do not hold out, or hold out some for nothing."""
+    personal, held_out = spec.evaluation.personal, spec.data.held_out
+    if personal != "none" and not held_out:
+        raise UserError(
+            "needs examples that clients hold out, and data.held_out is 0",
+            field="evaluation.personal",
+            value=personal,
+            hint="set data.held_out, such as 0.2, or evaluation.personal to none",
+        )
+    if held_out and personal == "none":
+        raise UserError(
+            "takes examples away from training that nothing is evaluated on, as evaluation.personal is none",
+            field="data.held_out",
+            value=held_out,
+            hint="set evaluation.personal to last or every, or data.held_out to 0",
+        )
+    if personal != "none" and spec.method.traits.pooled:
+        raise UserError(
+            f"is not possible for method {spec.method.name}: it has no clients, the server holds all examples",
+            field="evaluation.personal",
+            value=personal,
+            hint="set evaluation.personal to none and data.held_out to 0, or use a federated method",
+        )

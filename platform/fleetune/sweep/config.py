@@ -18,7 +18,16 @@ from fleetune.errors import UserError
 from fleetune.methods.find import look_in
 from fleetune.spec import MAX_INTEGER, apply_overrides, as_user_error, plain, read_yaml
 
-Metric = Literal["eval_accuracy", "eval_loss", "train_loss", "sim_seconds", "uplink_bytes", "energy_joules"]
+Metric = Literal[
+    "eval_accuracy",
+    "eval_loss",
+    "eval_personal_accuracy",
+    "eval_personal_loss",
+    "train_loss",
+    "sim_seconds",
+    "uplink_bytes",
+    "energy_joules",
+]
 
 MAX_TRIALS = 100_000  # assumed: more are a mistake
 Bounded = Annotated[float, Field(ge=-1e30, le=1e30)]  # the width of a range is a number too

@@ -36,6 +36,7 @@ ARTIFACTS = (
     "trials.csv",
     "rounds.parquet",
     "clients.parquet",
+    "personal.parquet",
     "trace.json",
     "report.html",
     "method",

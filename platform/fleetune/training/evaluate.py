@@ -67,6 +67,42 @@ def evaluate_rows(
     return EvalSums(float(loss.sum()) * num_tokens, num_tokens, num_correct, len(answered))
 
 
+@torch.inference_mode()
+def evaluate_clients(
+    network: Network,
+    adapters: Sequence[Tensors],
+    *,
+    data: TokenizedDataset,
+    responses: Sequence[str],
+    rows: np.ndarray,
+    reader: AnswerReader | None,
+    max_new_tokens: int | None,
+    answer_pattern: str,
+) -> list[EvalSums]:
+    """Sums over each of K clients' examples ``rows (K, b)`` of ``data``, filled up with `NO_EXAMPLE`.
+
+    ``adapters``: one {name: shape of one client} for each client, or a single one that all share. The losses of all clients are
+    computed stacked; answers are generated client by client, as a batch shrinks when answers end. The rest is as for
+    `evaluate_rows`.
+    """
+    from fleetune.data.batches import NO_EXAMPLE, collate
+
+    network.set_adapter(Stack.of(list(adapters)).to(network.device).views())
+    ids, labels = (on_device(a, network.device) for a in collate(data, rows.reshape(-1)))
+    losses, counts = cohort_loss(network, network.blocks(network.embed(ids)), labels, len(rows))
+    out = []
+    for k, (loss, count) in enumerate(zip(losses.tolist(), counts.tolist(), strict=True)):
+        own = rows[k][rows[k] != NO_EXAMPLE]
+        num_correct, num_answers = None, 0
+        if max_new_tokens is not None and reader is not None:
+            network.set_adapter(Stack.of([adapters[k % len(adapters)]]).to(network.device).views())
+            answers = _generate(network, data, own, reader, max_new_tokens)
+            num_correct, num_answers = _count_correct(answers, [responses[i] for i in own], answer_pattern), len(own)
+        out.append(EvalSums(loss * count, count, num_correct, num_answers))
+    network.set_adapter(None)
+    return out
+
+
 def _generate(
     network: Network, data: TokenizedDataset, rows: np.ndarray, reader: AnswerReader, max_new: int
 ) -> list[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -16,6 +17,18 @@ from fleetune.models.base import BaseModel
 from fleetune.problem import Problem
 from fleetune.training.evaluate import EvalSums
 
+Sums = TypeVar("Sums")
+
+
+@dataclass(frozen=True, eq=False)
+class OwnChunk:
+    """K clients that are evaluated together, each on examples of its own."""
+
+    models: list[GlobalModel]
+    """One for each client, which differ in their adapters' values alone; or a single one that all share."""
+    rows: np.ndarray
+    """(K, b) int: each client's examples, rows of the training examples; NO_EXAMPLE where a client has fewer."""
+
 
 class Executor(Protocol):
     """Carries out local updates and evaluations: here one after the other, or on workers at the same time."""
@@ -24,38 +37,42 @@ class Executor(Protocol):
         """Begin the units; replies come in their order. A real failure is retried once, then raised as RunFailed."""
         ...
 
-    def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> Evaluation:
+    def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> Evaluation[EvalSums]:
         """Begin an evaluation. It may go on beside units that come later.
 
         ``chunks``: row numbers among the held-out examples, (n,) int each; how they are cut decides the order of the sums.
         """
         ...
 
+    def evaluate_clients(self, chunks: Sequence[OwnChunk]) -> Evaluation[list[EvalSums]]:
+        """Begin an evaluation of clients' own models: for each chunk the sums of each of its clients."""
+        ...
 
-class Evaluation(Protocol):
+
+class Evaluation(Protocol[Sums]):
     """An evaluation that was begun."""
 
     def is_done(self) -> bool:
         """True if `sums` would not wait."""
         ...
 
-    def sums(self) -> list[EvalSums]:
+    def sums(self) -> list[Sums]:
         """The sums over each chunk, in order; waits for them. Raises RunFailed if the evaluation failed."""
         ...
 
 
 @dataclass(frozen=True)
-class CompletedEvaluation:
+class CompletedEvaluation(Generic[Sums]):
     """An evaluation that was carried out at once."""
 
-    parts: list[EvalSums]
+    parts: list[Sums]
     """One per chunk, in order."""
 
     def is_done(self) -> bool:
         """True."""
         return True
 
-    def sums(self) -> list[EvalSums]:
+    def sums(self) -> list[Sums]:
         """The sums over each chunk."""
         return self.parts
 
@@ -82,13 +99,19 @@ class SerialExecutor:
             # The second try cures a failure that passes; with `locate`, one that stays names its client.
             return self.process.run(unit, payloads, locate=True)
 
-    def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> CompletedEvaluation:
+    def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> CompletedEvaluation[EvalSums]:
         """One chunk after the other."""
-        return CompletedEvaluation([self._evaluate_one(model, rows) for rows in chunks])
+        return CompletedEvaluation([self._evaluated(partial(self.process.evaluate, model, rows)) for rows in chunks])
 
-    def _evaluate_one(self, model: GlobalModel, rows: np.ndarray) -> EvalSums:
+    def evaluate_clients(self, chunks: Sequence[OwnChunk]) -> CompletedEvaluation[list[EvalSums]]:
+        """One chunk after the other."""
+        return CompletedEvaluation([
+            self._evaluated(partial(self.process.evaluate_clients, chunk.models, chunk.rows)) for chunk in chunks
+        ])  # fmt: skip
+
+    def _evaluated(self, evaluate: Callable[[], Sums]) -> Sums:
         try:
-            return self.process.evaluate(model, rows)
+            return evaluate()
         except Exception as error:
             if self.debug:
                 raise

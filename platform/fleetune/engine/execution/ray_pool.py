@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Generic
 
 import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from fleetune.engine.execution.calls import Call, one_line
+from fleetune.engine.execution.executor import OwnChunk, Sums
 from fleetune.engine.execution.ray_worker import PackedJob, PackedModel, PackedPayload, RayWorker, SharedInputs
 from fleetune.engine.execution.work_units import WorkUnit, WorkUnitReply
 from fleetune.errors import RunFailed
@@ -92,17 +94,37 @@ class RayExecutor:
         self._fill()
         return self._replies(calls)  # a generator of its own, so that the units begin now and not with the first `next`
 
-    def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> RayEvaluation:
+    def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> RayEvaluation[EvalSums]:
         """Begin an evaluation on the workers that are idle."""
         ref = ray.put(PackedModel.of(model))
 
-        def call(rows: np.ndarray) -> Call:
-            def submit(worker: int, is_retry: bool) -> Any:
-                return self.workers[worker].evaluate.remote(self._run_number, ref, rows)
+        def submit(rows: np.ndarray, worker: int) -> Any:
+            return self.workers[worker].evaluate.remote(self._run_number, ref, rows)
 
-            return Call(submit, lambda error: RunFailed(f"evaluation: {one_line(error)}"), is_work_unit=False)
+        return self._begin_evaluation([partial(submit, rows) for rows in chunks])
 
-        calls = [call(rows) for rows in chunks]
+    def evaluate_clients(self, chunks: Sequence[OwnChunk]) -> RayEvaluation[list[EvalSums]]:
+        """Begin an evaluation of clients' own models on the workers that are idle."""
+        # By adapter: a model that clients share is put once, however many chunks it stands in.
+        distinct = {id(model.adapter): model for chunk in chunks for model in chunk.models}
+        refs = {key: ray.put(PackedModel.of(model)) for key, model in distinct.items()}
+
+        def submit(chunk: OwnChunk, worker: int) -> Any:
+            models = [refs[id(model.adapter)] for model in chunk.models]
+            return self.workers[worker].evaluate_clients.remote(self._run_number, chunk.rows, *models)
+
+        return self._begin_evaluation([partial(submit, chunk) for chunk in chunks])
+
+    def _begin_evaluation(self, submits: Sequence[Callable[[int], Any]]) -> RayEvaluation[Any]:
+        """Queue one call for each of ``submits``: index of a worker -> reference of the result."""
+
+        def failed(error: Exception) -> RunFailed:
+            return RunFailed(f"evaluation: {one_line(error)}")
+
+        def call(submit: Callable[[int], Any]) -> Call:
+            return Call(lambda worker, is_retry: submit(worker), failed, is_work_unit=False)
+
+        calls = [call(submit) for submit in submits]
         self._evaluations.extend(calls)
         self._fill()
         return RayEvaluation(self, calls)
@@ -228,7 +250,7 @@ class RayExecutor:
 
 
 @dataclass(frozen=True)
-class RayEvaluation:
+class RayEvaluation(Generic[Sums]):
     """An evaluation on workers."""
 
     executor: RayExecutor
@@ -242,7 +264,7 @@ class RayEvaluation:
             pass
         return all(call.is_done for call in self.calls)
 
-    def sums(self) -> list[EvalSums]:
+    def sums(self) -> list[Sums]:
         """The sums over each chunk, in order; waits for them."""
         while not all(call.is_done for call in self.calls):
             self.executor.step(evaluations_first=True)

@@ -186,6 +186,10 @@ class RayWorker:
         """Evaluate on held-out examples. ``rows``: their numbers, (n,) int."""
         return self._process(run_number).evaluate(model.unpack(), rows)
 
+    def evaluate_clients(self, run_number: int, rows: np.ndarray, *models: PackedModel) -> list[EvalSums]:
+        """Evaluate K clients on training examples that they hold out, ``rows`` (K, b); fields as of `OwnChunk`."""
+        return self._process(run_number).evaluate_clients([model.unpack() for model in models], rows)
+
     def _process(self, run_number: int) -> WorkerProcess:
         """The worker process of a run. If the run could not be taken up, the former run's must not do its work."""
         if self.process is None or self.run_number != run_number:

@@ -6,7 +6,7 @@ The coordinator plans the units (`work_units`); the serial executor and the work
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from fleetune.problem import Inputs
 from fleetune.spec import RunSpec
 from fleetune.tensors import Packed, RunningSum, Stack, Tensors, add_weighted, all_finite, finite_rows, pack
 from fleetune.training.device import set_up
-from fleetune.training.evaluate import EvalSums, evaluate_rows
+from fleetune.training.evaluate import EvalSums, evaluate_clients, evaluate_rows
 from fleetune.training.plan import ClientTask, CohortUpdate
 from fleetune.training.worker import Worker
 
@@ -57,6 +57,20 @@ class WorkerProcess:
             reader=self.inputs.reader,
             max_new_tokens=config.max_new_tokens if config.generate else None,
             num_answers=config.num_answers,
+            answer_pattern=self.spec.data.answer_pattern,
+        )
+
+    def evaluate_clients(self, models: Sequence[GlobalModel], rows: np.ndarray) -> list[EvalSums]:
+        """Evaluate K clients on training examples that they hold out, ``rows`` (K, b); fields as of `OwnChunk`."""
+        config = self.spec.evaluation
+        return evaluate_clients(
+            self.worker.network(models[0].model),
+            [model.adapter for model in models],
+            data=self.inputs.train,
+            responses=self.inputs.responses,
+            rows=rows,
+            reader=self.inputs.reader,
+            max_new_tokens=config.max_new_tokens if config.generate else None,
             answer_pattern=self.spec.data.answer_pattern,
         )
 

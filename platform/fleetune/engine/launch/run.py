@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fleetune import files
+from fleetune.columns import PERSONAL
 from fleetune.engine.coordinator import Event
 from fleetune.engine.divergence import Notices
 from fleetune.engine.launch.backends import LocalBackend, backend_for
@@ -170,6 +171,7 @@ def finish(run_dir: RunDirectory, event: Event, *, status: str = "finished") -> 
     """Write the timeline and the result of a run whose last event this is. ``status``: ``stopped`` if rounds were left out."""
     row = event["row"]
     metrics = {name: row.get(name) for name in ("train_loss", "eval_loss", "eval_accuracy")}
+    metrics.update({name: row[name] for name in PERSONAL if row.get(name) is not None})
     metrics.update({f"baseline_{name}": value for name, value in event["baseline"].items()})
     # JSON knows neither NaN nor infinity, and null alone would say that there was no evaluation.
     not_finite = [name for name, value in metrics.items() if value is not None and not math.isfinite(value)]

@@ -176,7 +176,7 @@ class RoundPlanner:
         client_groups: list[Hashable] = [None] * len(client_ids)
         # Without groups nobody is asked: a plan of a million clients makes no million `ClientInfo`.
         if self.method.traits.groups:
-            client_groups = self.method.groups(state, round_idx, [self._info(c) for c in client_ids.tolist()])
+            client_groups = self.method.groups(state, round_idx, [self.info(c) for c in client_ids.tolist()])
         groups = list(dict.fromkeys(client_groups)) or [None]  # in the order of their first client, and not of a hash
         payloads = [self.method.broadcast(state, round_idx, group) for group in groups]
         return Work(
@@ -222,7 +222,8 @@ class RoundPlanner:
             out[i] = self.pricing.provision_bytes(payload, provisioned.get(client_id))
         return out
 
-    def _info(self, client_id: int) -> ClientInfo:
+    def info(self, client_id: int) -> ClientInfo:
+        """What the server knows of a client."""
         fleet = self.problem.fleet
         kind = fleet.device_index[client_id]
         budget = float(fleet.budgets.memory_bytes[kind])
