@@ -20,6 +20,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "devft+fedsa-lora": ("devft", {"method.aggregation": "fedsa-lora"}),
     "devft+fedprox": ("devft", {"method.aggregation": "fedprox", "method.inner.mu": 0.1}),
     "devft+dofit": ("devft", {"method.aggregation": "dofit", "method.inner": {"domains": 2, "step": 0.05}}),
+    "fedsoda nf4": ("fedsoda", {"method.quantization": "nf4", "method.adapter_bits": 4}),
+    "fedsoda threshold": ("fedsoda", {"method.threshold": 0.9, "method.similarity": "cka", "method.realign_every": 2}),
     "fwdllm sampled and paced": ("fwdllm", {"method.candidates": 3, "method.threshold": 0.5}),
     "split-lora in_turn": ("split-lora", {"method.server": "in_turn"}),
     "split-lora per_client": ("split-lora", {"method.server": "per_client"}),

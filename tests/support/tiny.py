@@ -20,6 +20,13 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "dofit": {"domains": 2, "step": 0.05},  # a step of 1 is ten times what a tiny tensor moves in training
     "fedadapter": {"width": 2, "width_step": 2, "max_width": 4, "trial_seconds": 1e-3},
     "fedprox": {"mu": 0.1},
+    "fedsoda": {
+        "quantization": "none",
+        "calibration_examples": 8,
+        "divergence_examples": 4,
+        "align_steps": 2,
+        "batch_size": 4,
+    },
     "flora": {"ranks": {"jetson-nano": 1}},
     "fwdllm": {"directions": 2, "h": 0.1, "learning_rate": 0.01},
     "progfed": {"stages": 2},

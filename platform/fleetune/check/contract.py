@@ -21,7 +21,7 @@ from torch import Tensor
 from fleetune import spec as specs
 from fleetune.check import runs, tiny_world
 from fleetune.cost.trace import PARTS
-from fleetune.methods.base import Report, State
+from fleetune.methods.base import State
 from fleetune.models import architectures as shapes
 from fleetune.models.peft_format import as_pairs
 from fleetune.pricing.mapping import CostedModel
@@ -75,7 +75,7 @@ def untrained(done: runs.Finished) -> State:
     """The state after all rounds of a run in which nobody learnt anything."""
     state = done.problem.method.start()
     for round_idx in range(done.problem.spec.rounds.num_rounds):
-        state = done.problem.method.begin_round(state, round_idx, Report(0.0))
+        state = runs.begun(done.problem, state, round_idx)
     return state
 
 

@@ -19,7 +19,8 @@ from fleetune.engine.checkpoint.client_store import slot_of
 from fleetune.engine.coordinator import Coordinator, Event
 from fleetune.engine.execution.executor import Evaluation, Executor, OwnChunk, SerialExecutor
 from fleetune.engine.execution.work_units import WorkUnit, WorkUnitReply
-from fleetune.methods.base import GlobalModel, Payload, State
+from fleetune.engine.round.serving import serve
+from fleetune.methods.base import GlobalModel, Payload, Report, ServerWork, State
 from fleetune.models.config import ModelConfig
 from fleetune.models.load import load_base
 from fleetune.problem import Inputs, Problem, build_problem, load_inputs
@@ -88,6 +89,14 @@ def worker(of: Problem) -> Worker:
     return Worker(base=of.inputs.base, lora=spec.model.lora, local=spec.local, data=of.inputs.train)
 
 
+def begun(of: Problem, state: State, round_idx: int) -> State:
+    """The state with which a round's clients begin: after its stage's beginning and the server's own work."""
+    state = of.method.begin_round(state, round_idx, Report(0.0))
+    at = worker(of)
+    carry_out = functools.partial(of.method.serve, at)
+    return serve(of.method, state, round_idx, carry_out=carry_out, price=lambda work: (0.0, 0.0))[0]
+
+
 def run(
     spec: RunSpec,
     executor: MakeExecutor = SerialExecutor,
@@ -150,6 +159,10 @@ class Recorder:
             kept = dict(unit.store.read(dict.fromkeys(reply.client_ids[reply.keeps].tolist(), slot)))
             self.passed.append(Passed(unit, dict(payloads), reply, reply.partial_sums.get(0), given[unit.index], kept))
             yield reply
+
+    def serve(self, work: ServerWork) -> Tensors:
+        """Pass on."""
+        return self.inner.serve(work)
 
     def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> Evaluation[EvalSums]:
         """Pass on."""

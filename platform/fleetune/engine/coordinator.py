@@ -22,6 +22,7 @@ from fleetune.engine.personal_evaluation import PendingPersonal, PersonalEvaluat
 from fleetune.engine.round.planner import RoundPlan, RoundPlanner
 from fleetune.engine.round.ranks import filled, trained_rows
 from fleetune.engine.round.rules import FAILED, LATE, OK
+from fleetune.engine.round.serving import serve
 from fleetune.engine.round.work import Work
 from fleetune.engine.rows import client_columns, round_row
 from fleetune.errors import RunFailed
@@ -63,17 +64,11 @@ class Coordinator:
                     self._record_stage(state, round_idx - 1)
                 started = time.perf_counter()
 
-                # 1. Plan: what the server sends, to whom, and what it costs each; so who is refused, leaves, or comes too late.
+                # 1. Plan: a new stage, the server's own work, what it sends, to whom, and what it costs each; so who is refused,
+                # leaves, or comes too late.
                 if self.method.traits.waits:  # its report has the last round's quality, which may still be on its way
                     yield from self._written(everything=True)
-                state = self.method.begin_round(state, round_idx, self._report(progress))
-                now = self.planner.round(
-                    state,
-                    round_idx,
-                    self.checkpoint.provisioned,
-                    self.checkpoint.busy_until,
-                    sim_seconds=progress.sim_seconds,
-                )
+                state, now = self._plan(state, round_idx, progress)
                 progress.sim_seconds = now.start_seconds + now.outcome.sim_seconds
 
                 # 2. Work. While workers are at it, the round before is written and the next one's batches are drawn.
@@ -85,7 +80,8 @@ class Coordinator:
 
                 # 3. Record. The evaluation goes on beside the next round's work; the round is written once it is there.
                 clients = client_columns(self.problem, now, replies)
-                row = round_row(self.method.stage(round_idx), now, clients, progress.sim_seconds)
+                serves = self.method.traits.serves
+                row = round_row(self.method.stage(round_idx), now, clients, progress.sim_seconds, serves=serves)
                 row.update(self.method.columns(state))
                 evaluation, personal = self._evaluations(state, round_idx, progress.sim_seconds)
                 row["wall_seconds"] = time.perf_counter() - started
@@ -172,6 +168,21 @@ class Coordinator:
         return self._event("end", progress, rows[-1][0] if rows else {})
 
     # -- parts of a round -------------------------------------------------------------------------------------------------
+    def _plan(self, state: State, round_idx: int, progress: Progress) -> tuple[State, RoundPlan]:
+        """The state with which the round's clients begin, after the server's own work, and the plan of the round."""
+        state = self.method.begin_round(state, round_idx, self._report(progress))
+        price, carry_out = self.planner.pricing.server_work, self.executor.serve
+        state, server = serve(self.method, state, round_idx, carry_out=carry_out, price=price)
+        now = self.planner.round(
+            state,
+            round_idx,
+            self.checkpoint.provisioned,
+            self.checkpoint.busy_until,
+            sim_seconds=progress.sim_seconds,
+            server=server,
+        )
+        return state, now
+
     def _begin(self, now: RoundPlan, replies: list[WorkUnitReply]) -> Iterator[Update] | None:
         """Begin the work of the clients whose reply matters, and return their updates as they come; None if there are none.
 

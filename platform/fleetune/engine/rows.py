@@ -84,13 +84,18 @@ def _measured(problem: Problem, now: RoundPlan, replies: Sequence[WorkUnitReply]
     }
 
 
-def round_row(stage: int, now: RoundPlan, clients: dict[str, Any], sim_seconds: float) -> dict[str, Any]:
-    """The round's own row; evaluation, the method's columns and real time are added to it."""
+def round_row(
+    stage: int, now: RoundPlan, clients: dict[str, Any], sim_seconds: float, *, serves: bool = False
+) -> dict[str, Any]:
+    """The round's own row; evaluation, the method's columns and real time are added to it.
+
+    ``serves``: whether the method's server may have work of its own (`Traits.serves`), whose costs are columns then.
+    """
     outcome, ran = now.outcome, now.outcome.started
     ok = outcome.status == OK
     weights = clients["shard_examples"][ok]
     loss = clients["train_loss"][ok]
-    return {
+    row = {
         "round": round_number(now.work.round_idx),
         "stage": stage,
         "num_available": now.num_available,
@@ -109,3 +114,4 @@ def round_row(stage: int, now: RoundPlan, clients: dict[str, Any], sim_seconds: 
         "energy_joules": float(clients["energy_joules"].sum()),
         "peak_memory_bytes_max": float(clients["peak_memory_bytes"][ran].max()) if ran.any() else None,
     }
+    return {**row, **now.server.columns()} if serves else row

@@ -12,6 +12,7 @@ from fleetune.methods.fedadapter import FedAdapter
 from fleetune.methods.fedavg import FedAvg, FedIT
 from fleetune.methods.fedprox import FedProx
 from fleetune.methods.fedsa_lora import FedSALoRA
+from fleetune.methods.fedsoda import FedSODA
 from fleetune.methods.flora import FLoRA
 from fleetune.methods.fwdllm import FwdLLM
 from fleetune.methods.progfed import ProgFed
@@ -28,6 +29,7 @@ METHODS: dict[str, type[Method]] = {
     "fedit": FedIT,
     "fedprox": FedProx,
     "fedsa-lora": FedSALoRA,
+    "fedsoda": FedSODA,
     "flora": FLoRA,
     "fwdllm": FwdLLM,
     "progfed": ProgFed,

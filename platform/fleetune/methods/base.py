@@ -1,9 +1,10 @@
 """What a federated method is: both sides in one class, its server state a value that goes in and comes out.
 
-A round calls, in this order: `begin_round` (server), `group` and `broadcast` for each group of clients (server), `local_plan`
-and `local_update` (client; in a worker process), `summand` (in that worker, on the server's behalf), `aggregate` (server). Most
-first-order methods only say what is different: which tensors are trained, which travel, what is added to the loss. The engine
-does the rest, and knows no method by name.
+A round calls, in this order: `begin_round` (server), `server_work`, `serve` and `served` as long as the server has work of its
+own (in a worker process), `group` and `broadcast` for each group of clients (server), `local_plan` and `local_update` (client; in
+a worker process), `summand` (in that worker, on the server's behalf), `aggregate` (server). Most first-order methods only say
+what is different: which tensors are trained, which travel, what is added to the loss. The engine does the rest, and knows no
+method by name.
 
 Adapter tensors are named ``<site>.lora_A``, (r, in), and ``<site>.lora_B``, (out, r), with ``layers.<n>.…`` as site and blocks
 counted from 0 within the (sub)model; `models.adapters` has the other kinds.
@@ -16,6 +17,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 
 from fleetune.config import Config
@@ -79,6 +81,18 @@ class Payload:
     have them already, or make them themselves from what ``provision`` charges."""
     provision: Provision | None = None
     """Weights that the client needs beside the tensors, if it does not hold them yet."""
+
+
+@dataclass(frozen=True)
+class ServerWork:
+    """A piece of the server's own work: steps over batches of examples, which a worker carries out, as it has model and data."""
+
+    payload: Payload
+    """All that the work depends on beside the base model and the examples. It crosses no link."""
+    rows: np.ndarray
+    """(steps, batch) int64: the examples of each step, as rows of the training examples; all steps are of one kind."""
+    is_charged: bool = True
+    """False for what is only measured, so that a method costs the same whether it is looked at or not."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +181,8 @@ class Context:
     """The run's seed; a method's own draws begin their addresses with it."""
     num_categories: int = 1
     """Categories of the training examples, those that the partition goes by."""
+    num_examples: int = 0
+    """Training examples of all clients together: `ServerWork.rows` are below it."""
     evaluation_interval: int = 1
     """Rounds between evaluations: when round r begins, from 0, the one before it has been evaluated if this divides r."""
 
@@ -251,6 +267,21 @@ class Method:
     def begin_round(self, state: State, round_idx: int, report: Report) -> State:
         """The state with which the round begins, in the next stage if one is due. Called before anything is sent."""
         return state
+
+    def server_work(self, state: State, round_idx: int) -> ServerWork | None:
+        """The next piece of the server's own work before this round begins; None if there is none (left).
+
+        It is asked again after each piece, with the state that `served` made of the last one (`Traits.serves`).
+        """
+        return None
+
+    def served(self, state: State, work: ServerWork, result: Tensors) -> State:
+        """The state after a piece of the server's own work. ``result`` is what `serve` returned.
+
+        In a plan, where nothing is worked out, it is empty: then the state has to be right as far as the sizes of payloads and
+        what else is due depend on it.
+        """
+        raise NotImplementedError
 
     def drawn_from(self, state: State, round_idx: int) -> int:
         """The round whose clients and batches are used; an earlier one if the server asks again for work on the same examples."""
@@ -357,6 +388,13 @@ class Method:
     def local_plan(self, payload: Payload) -> LocalPlan:
         """What the clients of this payload do, as a value: for the trainer, and for the costs before it."""
         return LocalPlan(self.model(payload))
+
+    def serve(self, worker: Worker, work: ServerWork) -> Tensors:
+        """Carry out a piece of the server's own work, in a worker process. It takes the examples of step i as ``work.rows[i]``.
+
+        Returns tensors on the CPU, for `served`.
+        """
+        raise NotImplementedError
 
     def client_adapter(self, payload: Payload) -> Tensors:
         """The adapter from which a client without private state starts."""

@@ -33,6 +33,7 @@ from fleetune.methods.base import (
     PrivateStates,
     Provision,
     Report,
+    ServerWork,
     State,
     Update,
 )
@@ -134,6 +135,18 @@ class DevFT(Method):
         values = {"stage": stage, "groups": groups, "submodel": submodel.to_values(), "inner": state.values["inner"]}
         return State(tensors, values)
 
+    def server_work(self, state: State, round_idx: int) -> ServerWork | None:
+        """What the inner method's server has to do, on the stage's submodel."""
+        work = self.inner.server_work(self._inner_state(state), round_idx)
+        if work is None:
+            return None
+        values = {**work.payload.values, "submodel": state.values["submodel"], "groups": state.values["groups"]}
+        return replace(work, payload=replace(work.payload, values=values))
+
+    def served(self, state: State, work: ServerWork, result: Tensors) -> State:
+        """What the inner method makes of it."""
+        return _with_inner(state, self.inner.served(self._inner_state(state), work, result))
+
     def group(self, client: ClientInfo) -> Hashable:
         """As the inner method groups clients."""
         return self.inner.group(client)
@@ -162,9 +175,7 @@ class DevFT(Method):
     def aggregate(self, state: State, updates: Iterable[Update], round_idx: int) -> State:
         """The inner method's rule on the stage's adapter."""
         inner = self.inner.aggregate(self._inner_state(state), updates, round_idx)
-        tensors = {n: t for n, t in state.tensors.items() if n.startswith("global.")}
-        tensors.update({f"stage.{block_first(n)}": t for n, t in inner.tensors.items()})
-        return State(tensors, {**state.values, "inner": inner.values})
+        return _with_inner(state, inner)
 
     def expected(self, state: State, updates: Iterable[Update], round_idx: int) -> State:
         """As the inner method expects it of the stage's adapter."""
@@ -244,6 +255,10 @@ class DevFT(Method):
         """The inner method's plan; its submodel is the stage's."""
         return self.inner.local_plan(payload)
 
+    def serve(self, worker: Worker, work: ServerWork) -> Tensors:
+        """The work of the inner method's server."""
+        return self.inner.serve(worker, work)
+
     def client_adapter(self, payload: Payload) -> Tensors:
         """As the inner method starts a client."""
         return self.inner.client_adapter(payload)
@@ -281,6 +296,13 @@ class DevFT(Method):
 def _of_stage(state: State) -> Tensors:
     """The tensors of the stage's blocks, each name beginning with its block."""
     return {n.removeprefix("stage."): t for n, t in state.tensors.items() if n.startswith("stage.")}
+
+
+def _with_inner(state: State, inner: State) -> State:
+    """The state with what the inner method has made of the stage."""
+    tensors = {n: t for n, t in state.tensors.items() if n.startswith("global.")}
+    tensors.update({f"stage.{block_first(n)}": t for n, t in inner.tensors.items()})
+    return State(tensors, {**state.values, "inner": inner.values})
 
 
 def _on(submodel: Submodel, found: GlobalModel) -> GlobalModel:

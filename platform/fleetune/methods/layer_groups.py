@@ -101,10 +101,17 @@ def contiguous_groups(similarity: np.ndarray, num_groups: int, *, laplacian: str
     all groups (von Luxburg 2007): with D - W, size(g) is the number of blocks (ratio cut); with the normalised Laplacian it is
     the sum of their degrees (normalised cut). Runs are so few that dynamic programming finds their minimum itself, in
     O(k L^2) steps, without eigenvectors, k-means or a seed: the best n runs up to block b are the best n - 1 runs up to some
-    block a, and the run from there to b.
+    block a, and the run from there to b (`best_runs`).
     """
-    num_layers = len(similarity)
-    cost = _run_costs(similarity, laplacian)
+    return best_runs(_run_costs(similarity, laplacian), num_groups)
+
+
+def best_runs(cost: np.ndarray, num_groups: int) -> Groups:
+    """The ``num_groups`` runs of consecutive blocks whose costs have the smallest sum, by dynamic programming.
+
+    ``cost``: that of the run [start, stop) at [start, stop], (L + 1, L + 1). Of equally good runs the first are taken.
+    """
+    num_layers = len(cost) - 1
     least = np.full((num_groups + 1, num_layers + 1), np.inf)  # [n, b]: of n runs that cover the first b blocks
     least[0, 0] = 0.0
     last_start = np.zeros((num_groups + 1, num_layers + 1), dtype=int)

@@ -25,5 +25,7 @@ class Traits:
     """Clients keep tensors of their own from one round to the next."""
     ranked: bool = True
     """Adapters have ranks, and a client may train only the first of them (`Method.narrowed`)."""
+    serves: bool = False
+    """The server may have work of its own that needs a model and examples (`Method.server_work`); a worker carries it out."""
     pooled: bool = False
     """There is no federation: the server holds the examples of all clients and works on them alone (`problem.pooled`)."""

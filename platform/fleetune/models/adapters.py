@@ -32,6 +32,8 @@ AXES: dict[str, tuple[str, ...]] = {
     "lora_B": ("out", RANK),
     "lora_E": (RANK,),
     "delta": ("out", "in"),
+    "merged_A": (RANK, "in"),
+    "merged_B": ("out", RANK),
     "bottleneck_down": (RANK, "hidden"),
     "bottleneck_down_bias": (RANK,),
     "bottleneck_up": ("hidden", RANK),

@@ -21,6 +21,8 @@ from fleetune.models.quantize import is_linear
 from fleetune.tensors import Tensors
 
 NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256  # weights per 8-bit scale, scales per fp32 scale
+NF4_TABLES = ("quant_map", "nested_quant_map", "bitsandbytes__nf4")
+"""Last parts of the names of what a quantised matrix has beside its codes and scales, whatever its size."""
 # Settings of a quantised matrix as bitsandbytes writes them in JSON; their length differs by the digits of one number.
 NF4_STATE_BYTES = 170
 

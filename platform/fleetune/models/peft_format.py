@@ -68,6 +68,9 @@ def peft_config(adapter: Tensors, base: BaseModel, lora: LoRAConfig) -> dict:
         "bias": "none",
         "inference_mode": True,
     }
+    blocks = {int(site.split(".")[1]) for site in ranks}
+    if len(blocks) < base.num_layers:  # else PEFT would expect a pair in every block
+        config["layers_to_transform"] = sorted(blocks)
     if others:  # alpha / r stays what it was in training
         config["rank_pattern"] = {f"model.{site}": rank for site, rank in others.items()}
         config["alpha_pattern"] = {f"model.{site}": lora.scaling * rank for site, rank in others.items()}

@@ -14,6 +14,7 @@ import torch
 from fleetune.columns import CLIENT_COLUMNS, ROUND_COLUMNS, names
 from fleetune.engine.round.planner import RoundPlan, RoundPlanner
 from fleetune.engine.round.rules import OK, OOM, REFUSED
+from fleetune.engine.round.serving import serve
 from fleetune.engine.rows import costed_columns, round_row
 from fleetune.methods.base import Report, Update
 from fleetune.models.network import linear_sites
@@ -116,13 +117,16 @@ def walk(problem: Problem, planner: RoundPlanner) -> Iterator[tuple[Row, dict[st
             return
         with torch.device("meta"):
             state = method.begin_round(state, round_idx, Report(sim_seconds))
-        now = planner.round(state, round_idx, provisioned, busy_until, sim_seconds=sim_seconds)
+            state, server = serve(
+                method, state, round_idx, carry_out=lambda work: {}, price=planner.pricing.server_work
+            )
+        now = planner.round(state, round_idx, provisioned, busy_until, sim_seconds=sim_seconds, server=server)
         sim_seconds = now.start_seconds + now.outcome.sim_seconds
         clients = costed_columns(problem, now)
         with torch.device("meta"):
             state_after = method.expected(state, expected_updates(now), round_idx)
         untrained = {**clients, "train_loss": np.full(len(now.client_ids), np.nan)}
-        row = round_row(method.stage(round_idx), now, untrained, sim_seconds)
+        row = round_row(method.stage(round_idx), now, untrained, sim_seconds, serves=method.traits.serves)
         del row["train_loss"]
         yield {**row, **method.columns(state_after)}, clients
         state = state_after

@@ -19,7 +19,8 @@ from fleetune.models.adapters import AXES, Axes, axes_of
 from fleetune.models.architectures import ModelShape
 from fleetune.models.base import BaseModel
 from fleetune.models.network import linear_sites
-from fleetune.models.outline import base_of
+from fleetune.models.nf4_rows import nf4_bytes
+from fleetune.models.outline import NF4_TABLES, base_of
 from fleetune.tensors import Tensors, num_bytes
 
 _OF_A_BLOCK = re.compile(r"(?P<before>(?:.*\.)?layers\.)(?P<block>\d+)\.(?P<rest>.+)")
@@ -108,13 +109,18 @@ class CostedModel:
             sizes = {"hidden": self.shape.hidden_size}
             if linear in self.shape.linears:
                 sizes["in"], sizes["out"] = self.shape.linears[linear]
+                sizes["in_nf4"], sizes["out_nf4"] = nf4_bytes(sizes["in"]), nf4_bytes(sizes["out"])
             counted = zip(axes, tensor.shape, strict=True)
             return [self.layers(size) if axis == "blocks" else sizes.get(axis, size) for axis, size in counted]
         layer = next((part for part in name.split(".") if part in self.shape.linears), None)
+        if kind in NF4_TABLES:
+            return list(tensor.shape)
         if layer is not None:
             return [round(tensor.numel() * self._weight_ratio(layer, is_vector=kind == "bias"))]
-        if linear.endswith("layernorm"):
+        if linear.endswith("layernorm") or name == "model.norm.weight":
             return [self.shape.hidden_size]
+        if linear in ("embed_tokens", "lm_head"):
+            return [self.shape.vocab_size, self.shape.hidden_size]
         return list(tensor.shape)
 
     def _weight_ratio(self, linear: str, *, is_vector: bool) -> float:

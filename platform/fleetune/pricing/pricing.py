@@ -11,12 +11,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from fleetune.cost.estimate import Load, Traffic, estimate, overlapped, per_device
+from fleetune.cost.estimate import Load, Traffic, estimate, overlapped, per_device, seconds_of
 from fleetune.cost.polynomials import evaluate, monomials
 from fleetune.data.batches import NO_EXAMPLE
 from fleetune.data.dataset import TokenizedDataset
 from fleetune.files import default_cache_dir
-from fleetune.methods.base import Payload
+from fleetune.methods.base import Payload, ServerWork
 from fleetune.models.architectures import architecture
 from fleetune.pricing.mapping import CostedModel
 from fleetune.pricing.tracing import Tracing, WorkShape
@@ -44,6 +44,15 @@ class Pricing:
             forms = provision.missing(last)
             self._provisions[provision.key, last] = min(self.tracing.num_bytes(payload, form) for form in forms)
         return self._provisions[provision.key, last]
+
+    def server_work(self, work: ServerWork) -> tuple[float, float]:
+        """Virtual seconds and FLOPs of a piece of the server's own work, on ``fleet.server``."""
+        shape = replace(self.shape, checkpointing=False)
+        side = self.tracing.server_trace(work, shape).server
+        load = batch_load(self.problem.inputs.train, [work.rows])
+        server = (self.problem.fleet.server,)
+        seconds = load.num_steps * seconds_of(side, load.mean, shape.precision, server, np.zeros(1, int))
+        return float(seconds[0]), float((load.num_steps * evaluate(side.flops, load.mean))[0])
 
     def columns(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fleetune import files
 from fleetune.cost.polynomials import POINTS, Point
@@ -23,13 +25,14 @@ from fleetune.cost.recording import Recording, Unequal, at_depth
 from fleetune.cost.trace import StepTrace
 from fleetune.cost.tracer import PAYLOAD, WEIGHTS, Tracer
 from fleetune.data.dataset import TokenizedDataset
-from fleetune.methods.base import Method, Payload
+from fleetune.methods.base import Method, Payload, ServerWork
 from fleetune.methods.find import code_of
 from fleetune.models.config import LoRAConfig
 from fleetune.models.meta import MetaNetwork, meta_base
 from fleetune.models.model import Model
 from fleetune.models.network import Network
 from fleetune.pricing.mapping import CostedModel
+from fleetune.scopes import on_server
 from fleetune.tensors import Tensors
 from fleetune.training.config import LocalConfig
 from fleetune.training.plan import ClientTask, CohortUpdate, LocalPlan
@@ -74,7 +77,16 @@ class Tracing:
         """The step of a client that gets this payload of the trained model."""
         key = self._key(payload, shape)
         if key not in self._traces:
-            self._traces[key] = self._cached(key, payload, shape)
+            self._traces[key] = self._cached(key, lambda: self._made(payload, shape))
+        return self._traces[key]
+
+    def server_trace(self, work: ServerWork, shape: WorkShape) -> StepTrace:
+        """The step of a piece of the server's own work on the trained model; all of it is on the server's side."""
+        payload = work.payload
+        tensors = [(n, tuple(t.shape), str(t.dtype)) for part in _parts(payload) for n, t in part.items()]
+        key = self._hash(shape, ["server", tensors, sorted(payload.values.items())])
+        if key not in self._traces:
+            self._traces[key] = self._cached(key, lambda: self._made_of_server(payload, shape))
         return self._traces[key]
 
     def num_bytes(self, payload: Payload, tensors: Tensors) -> int:
@@ -87,42 +99,46 @@ class Tracing:
         Number and length of steps and learning rates are left out: a trace prices any of them.
         """
         method, plan = self.trained_method, self.trained_method.local_plan(payload)
-        local = self.local.model_dump(exclude={"steps", "epochs", "batch_size", "learning_rate", "min_learning_rate"})
         adapter = method.client_adapter(payload)
         roles = [(name, plan.trainable(name), plan.uploads(name), plan.keeps(name)) for name in adapter]
         tensors = [
-            [(name, tuple(t.shape), str(t.dtype)) for name, t in part.items()]
-            for part in (adapter, payload.tensors, payload.server, payload.held)
+            [(name, tuple(t.shape), str(t.dtype)) for name, t in part.items()] for part in (adapter, *_parts(payload))
         ]
-        facts = [
+        return self._hash(shape, [plan.submodel.num_layers, plan.split, roles, tensors])
+
+    def _hash(self, shape: WorkShape, facts: list[Any]) -> str:
+        """A hash of what all traces of this method depend on, and of further facts."""
+        method = self.trained_method
+        local = self.local.model_dump(exclude={"steps", "epochs", "batch_size", "learning_rate", "min_learning_rate"})
+        common = [
             code_version(), asdict(self.model.shape), self.model.trained.num_layers, self.lora.model_dump(), local,
-            method.config.model_dump(), asdict(shape), plan.submodel.num_layers, plan.split, roles, tensors, POINTS,
+            method.config.model_dump(), asdict(shape), POINTS,
             code_of(type(method)),  # `code_version` has that of all others
         ]  # fmt: skip
-        return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(json.dumps([*common, *facts]).encode(), digest_size=16).hexdigest()
 
-    def _cached(self, key: str, payload: Payload, shape: WorkShape) -> StepTrace:
+    def _cached(self, key: str, make: Callable[[], StepTrace]) -> StepTrace:
         """The trace from the cache folder; if it is not there, or is damaged, it is made and written."""
         if self.cache_dir is None:
-            return self._traced(payload, shape)
+            return self._traced(make)
         path = self.cache_dir / "traces" / f"{key}.json"
         try:
             content = files.read(path, holds="a cost trace", must_be_sealed=True)
             return StepTrace.from_json(json.loads(content)["trace"])
         except (OSError, ValueError, KeyError):  # not there, or damaged
             pass
-        trace = self._traced(payload, shape)
+        trace = self._traced(make)
         try:
             files.write(path, json.dumps({"trace": trace.to_json(), "checksum": files.BLANK}).encode(), lasting=False)
         except OSError as error:
             log.warning("a cost trace is not cached: %s", error)
         return trace
 
-    def _traced(self, payload: Payload, shape: WorkShape) -> StepTrace:
+    def _traced(self, make: Callable[[], StepTrace]) -> StepTrace:
         """A new trace. The work draws random numbers (dropout), which must not change those that the run draws later."""
         state = torch.random.get_rng_state()
         try:
-            return self._made(payload, shape)
+            return make()
         finally:
             torch.random.set_rng_state(state)
 
@@ -141,6 +157,22 @@ class Tracing:
             except Unequal:
                 pass  # the method's code treats some block as no other, although its tensors are the same
         return self._recorded(self.model, payload, shape).trace()
+
+    def _made_of_server(self, payload: Payload, shape: WorkShape) -> StepTrace:
+        """The trace of the server's own work, from two steps at both `POINTS`, of which the first is counted."""
+        tracers = []
+        with torch.device("meta"):
+            worker = _MetaWorker(self.model, self.lora, self.local, shape)
+            method = self.model.method(self.trained_method)
+            costed = self.model.payload(payload, self.trained_method.submodel(payload).num_layers)
+        for point in POINTS:
+            worker.data = _examples(point)
+            tracer = Tracer(worker.base.shape.vocab_size)
+            tracer.given([t for part in _parts(costed) for t in part.values()], PAYLOAD)
+            with on_server(), tracer.running():
+                method.serve(worker, ServerWork(costed, _rows(point, tracer, num_steps=2)))
+            tracers.append(tracer)
+        return Recording.of(tracers, [[0, 0], [0, 0]], [[0, 0], [0, 0]]).trace()
 
     def _is_uniform(self, payload: Payload, plan: LocalPlan) -> bool:
         """True if all blocks have tensors of the same names and sizes, and the plan trains, sends and keeps the same of each.
@@ -192,10 +224,21 @@ def record(
 def _update(
     method: Method, worker: _MetaWorker, payload: Payload, point: Point, tracer: Tracer, *, num_steps: int
 ) -> CohortUpdate:
-    rows = np.tile(np.arange(point.batch_size), (num_steps, 1)).view(_Rows)
-    rows.tracer = tracer
+    rows = _rows(point, tracer, num_steps=num_steps)
     with tracer.running():
         return method.local_update(worker, payload, [ClientTask(0, 1.0, rows, worker.local.learning_rate, (0, 0))])
+
+
+def _parts(payload: Payload) -> tuple[Tensors, ...]:
+    """All tensors of a payload."""
+    return payload.tensors, payload.server, payload.held
+
+
+def _rows(point: Point, tracer: Tracer, *, num_steps: int) -> _Rows:
+    """Steps of the same examples, which tell the tracer when each begins."""
+    rows = np.tile(np.arange(point.batch_size), (num_steps, 1)).view(_Rows)
+    rows.tracer = tracer
+    return rows
 
 
 def _upload_bytes(
@@ -235,14 +278,19 @@ class _MetaWorker(Worker):
         local = local.model_copy(update={"checkpointing": shape.checkpointing})
         base = meta_base(model.shape, weights=shape.weights, precision=shape.precision)
         super().__init__(base=base, lora=lora, local=local, data=_examples(POINTS[0]), precision=shape.precision)
-        self._by_depth: dict[int, Network] = {}
+        self._made: dict[tuple[int, str | None], Network] = {}
 
     def network(self, model: Model) -> Network:
         """A network of as many blocks: which blocks of the base they are made of changes no cost."""
-        depth = model.submodel.num_layers
-        if depth not in self._by_depth:
-            self._by_depth[depth] = MetaNetwork(self.base, depth, self.lora, precision=self.precision)
-        network = self._by_depth[depth]
+        depth, quantization = model.submodel.num_layers, model.quantization
+        if (depth, quantization) not in self._made:
+            base = self.base
+            # No device pays for assembling it, also if that is asked for while a tracer runs.
+            with torch._C.DisableTorchFunction(), _disable_current_modes():
+                if quantization is not None:
+                    base = meta_base(base.shape, weights=quantization, precision=self.precision)
+                self._made[depth, quantization] = MetaNetwork(base, depth, self.lora, precision=self.precision)
+        network = self._made[depth, quantization]
         network.hold(model.held)
         return network
 

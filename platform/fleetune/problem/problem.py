@@ -137,7 +137,8 @@ def context_of(spec: RunSpec, inputs: Inputs) -> Context:
         spec.rounds.num_rounds,
         spec.seed,
         inputs.train.num_categories,
-        spec.evaluation.every,
+        num_examples=len(inputs.train),
+        evaluation_interval=spec.evaluation.every,
     )
 
 

@@ -12,9 +12,10 @@ import numpy as np
 from fleetune.engine.execution.work_units import WorkUnit, WorkUnitReply
 from fleetune.engine.execution.worker_process import WorkerProcess
 from fleetune.errors import RunFailed
-from fleetune.methods.base import GlobalModel, Payload
+from fleetune.methods.base import GlobalModel, Payload, ServerWork
 from fleetune.models.base import BaseModel
 from fleetune.problem import Problem
+from fleetune.tensors import Tensors
 from fleetune.training.evaluate import EvalSums
 
 Sums = TypeVar("Sums")
@@ -35,6 +36,10 @@ class Executor(Protocol):
 
     def run(self, units: Sequence[WorkUnit], payloads: Mapping[int, Payload]) -> Iterator[WorkUnitReply]:
         """Begin the units; replies come in their order. A real failure is retried once, then raised as RunFailed."""
+        ...
+
+    def serve(self, work: ServerWork) -> Tensors:
+        """Carry out a piece of the server's own work, and wait for it. A failure is retried once, then raised as RunFailed."""
         ...
 
     def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> Evaluation[EvalSums]:
@@ -98,6 +103,18 @@ class SerialExecutor:
                 raise
             # The second try cures a failure that passes; with `locate`, one that stays names its client.
             return self.process.run(unit, payloads, locate=True)
+
+    def serve(self, work: ServerWork) -> Tensors:
+        """In this process, tried once more if it fails."""
+        try:
+            return self.process.serve(work)
+        except Exception:
+            if self.debug:
+                raise
+        try:
+            return self.process.serve(work)
+        except Exception as error:
+            raise RunFailed(f"the server's own work: {type(error).__name__}: {error}") from error
 
     def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> CompletedEvaluation[EvalSums]:
         """One chunk after the other."""

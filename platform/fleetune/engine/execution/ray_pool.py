@@ -18,8 +18,9 @@ from fleetune.engine.execution.ray_worker import PackedJob, PackedModel, PackedP
 from fleetune.engine.execution.work_units import WorkUnit, WorkUnitReply
 from fleetune.errors import RunFailed
 from fleetune.files import WriteFailed
-from fleetune.methods.base import GlobalModel, Method, Payload
+from fleetune.methods.base import GlobalModel, Method, Payload, ServerWork
 from fleetune.spec import RunSpec
+from fleetune.tensors import Tensors
 from fleetune.training.evaluate import EvalSums
 
 
@@ -93,6 +94,19 @@ class RayExecutor:
         self._units.extend(calls)
         self._fill()
         return self._replies(calls)  # a generator of its own, so that the units begin now and not with the first `next`
+
+    def serve(self, work: ServerWork) -> Tensors:
+        """Carry out a piece of the server's own work on a worker, before evaluations that wait for one."""
+        packed = PackedPayload.of(work.payload)
+
+        def submit(worker: int, is_retry: bool) -> Any:
+            return self.workers[worker].serve.remote(self._run_number, packed, work.rows)
+
+        call = Call(submit, lambda error: RunFailed(f"the server's own work: {one_line(error)}"), is_work_unit=False)
+        self._evaluations.appendleft(call)
+        while not call.is_done:
+            self.step(evaluations_first=True)
+        return call.take().unpack()
 
     def evaluate(self, model: GlobalModel, chunks: Sequence[np.ndarray]) -> RayEvaluation[EvalSums]:
         """Begin an evaluation on the workers that are idle."""

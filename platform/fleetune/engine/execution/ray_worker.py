@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pickle
 import socket
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import ray
@@ -19,7 +19,7 @@ from fleetune.engine.execution.work_units import WorkUnit, WorkUnitReply
 from fleetune.engine.execution.worker_process import WorkerProcess, placed_base
 from fleetune.errors import UserError
 from fleetune.methods import METHODS
-from fleetune.methods.base import GlobalModel, Method, Payload
+from fleetune.methods.base import GlobalModel, Method, Payload, ServerWork
 from fleetune.methods.find import code_of, code_path_elsewhere, find_method, look_in
 from fleetune.models.base import BaseModel
 from fleetune.models.config import LoRAConfig
@@ -120,15 +120,18 @@ class PackedModel:
     adapter: Packed
     held: Packed
     submodel: list
+    quantization: Literal["nf4", "int8"] | None
 
     @classmethod
     def of(cls, model: GlobalModel) -> PackedModel:
         """Pack a model."""
-        return cls(pack(model.adapter), pack(model.model.held), model.model.submodel.to_values())
+        held = model.model
+        return cls(pack(model.adapter), pack(held.held), held.submodel.to_values(), held.quantization)
 
     def unpack(self) -> GlobalModel:
         """The model, its tensors views into the mapped buffers."""
-        return GlobalModel(Model(Submodel.from_values(self.submodel), self.held.unpack()), self.adapter.unpack())
+        model = Model(Submodel.from_values(self.submodel), self.held.unpack(), self.quantization)
+        return GlobalModel(model, self.adapter.unpack())
 
 
 @ray.remote(num_cpus=1, max_restarts=0)
@@ -146,7 +149,7 @@ class RayWorker:
         self._payloads: dict[Any, Payload] = {}  # reference -> payload, of the round below
         self._round_idx = -1
         self._base: tuple[Any, BaseModel] | None = None  # its key, and the base model as it was placed last
-        self._networks: dict[LoRAConfig, dict[Submodel, Network]] = {}  # over that base model
+        self._networks: dict[LoRAConfig, dict[Hashable, Network]] = {}  # over that base model
 
     def prepare(
         self,
@@ -181,6 +184,10 @@ class RayWorker:
             self._payloads = {}
         payloads = {key: self._payload(ref) for key, ref in payload_refs.items()}
         return self._process(run_number).run(unit, payloads, locate=locate)
+
+    def serve(self, run_number: int, payload: PackedPayload, rows: np.ndarray) -> Packed:
+        """Carry out a piece of the server's own work. ``rows``: as `ServerWork.rows`."""
+        return pack(self._process(run_number).serve(ServerWork(payload.unpack(), rows)))
 
     def evaluate(self, run_number: int, model: PackedModel, rows: np.ndarray) -> EvalSums:
         """Evaluate on held-out examples. ``rows``: their numbers, (n,) int."""

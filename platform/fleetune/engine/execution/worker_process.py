@@ -14,7 +14,7 @@ from fleetune.engine.checkpoint.client_store import slot_of
 from fleetune.engine.execution.work_units import WorkUnit, WorkUnitReply
 from fleetune.engine.round.ranks import overlay
 from fleetune.errors import RunFailed
-from fleetune.methods.base import GlobalModel, Method, Payload
+from fleetune.methods.base import GlobalModel, Method, Payload, ServerWork
 from fleetune.models.adapters import Axes
 from fleetune.models.base import BaseModel, placed
 from fleetune.problem import Inputs
@@ -44,6 +44,10 @@ class WorkerProcess:
     def run(self, unit: WorkUnit, payloads: Mapping[int, Payload], *, locate: bool = False) -> WorkUnitReply:
         """Carry out one unit."""
         return run_work_unit(self.worker, self.method, payloads, unit, locate=locate)
+
+    def serve(self, work: ServerWork) -> Tensors:
+        """Carry out a piece of the server's own work."""
+        return self.method.serve(self.worker, work)
 
     def evaluate(self, model: GlobalModel, rows: np.ndarray) -> EvalSums:
         """Evaluate on held-out examples; ``rows`` has their numbers, (n,) int."""

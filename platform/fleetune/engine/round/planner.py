@@ -17,6 +17,7 @@ from fleetune.cost.estimate import Load
 from fleetune.data.batches import draw_batches, draw_epochs
 from fleetune.engine.round.fitting import BudgetFitting, Costs
 from fleetune.engine.round.rules import Opening, Outcome, close_round, open_round, sample_clients
+from fleetune.engine.round.serving import NO_WORK, ServerCosts
 from fleetune.engine.round.work import Work
 from fleetune.engine.round.workload import Workload
 from fleetune.methods.base import ClientInfo, Payload, State
@@ -50,6 +51,8 @@ class RoundPlan:
     """Clients that could have been sampled."""
     busy_seconds: np.ndarray
     """(n,) float: virtual seconds that each client is at work, to the end of its turn or until it leaves."""
+    server: ServerCosts
+    """What the server's own work before the round cost; the round begins after it."""
 
 
 Hints = Literal["all", "once_per_stage", "none"]
@@ -77,15 +80,19 @@ class RoundPlanner:
         busy_until: np.ndarray,
         *,
         sim_seconds: float,
+        server: ServerCosts = NO_WORK,
     ) -> RoundPlan:
         """The round that starts from ``state``; the one before ended at virtual time ``sim_seconds``.
+
+        ``server``: the costs of the server's own work after that, for which everybody waits.
 
         Two values live from round to round and are brought up to date in place: ``provisioned``, client id -> key of the
         weights that it was sent last, and ``busy_until``, (num_clients,) float, the virtual time at which each client's
         last turn ends. Both are written after the close is known, because a refused client neither receives nor does anything.
         """
         fleet = self.problem.fleet
-        opening = self._opening(round_idx, busy_until, sim_seconds)
+        ready_seconds = sim_seconds + server.seconds
+        opening = self._opening(round_idx, busy_until, ready_seconds)
         drawn_from = self.method.drawn_from(state, round_idx)
         client_ids = self.clients(drawn_from, opening.available)
         fitting = BudgetFitting(
@@ -118,9 +125,10 @@ class RoundPlanner:
             refused_by=fitted.refused_by,
             hints=fitted.hints,
             start_seconds=opening.start_seconds,
-            waited_seconds=opening.start_seconds - sim_seconds,
+            waited_seconds=opening.start_seconds - ready_seconds,
             num_available=len(opening.available),
             busy_seconds=busy_seconds,
+            server=server,
         )
 
     def _opening(self, round_idx: int, busy_until: np.ndarray, sim_seconds: float) -> Opening:
@@ -140,9 +148,10 @@ class RoundPlanner:
         """Draw the batches of the next round while workers are busy with this one.
 
         They depend on who is sampled, and so on the clock and on who is still at work. Both are settled once this round is
-        planned; the state, which is still being worked out, has no say in them.
+        planned; the state, which is still being worked out, has no say in them. If the server may work before that round, the
+        clock is not settled, and nothing is drawn.
         """
-        if not self.spec.rounds.is_over(round_idx, sim_seconds):
+        if not self.method.traits.serves and not self.spec.rounds.is_over(round_idx, sim_seconds):
             available = self._opening(round_idx, busy_until, sim_seconds).available
             self._ahead = {round_idx: self.batches(round_idx, self.clients(round_idx, available))}
 
