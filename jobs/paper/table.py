@@ -111,10 +111,9 @@ def lesft_traffic() -> Iterator[Line]:
 
 def fedsoda_storage() -> Iterator[Line]:
     """The weights that a client holds against the model in bf16."""
-    whole = planned("fedsoda_storage", "model.quantization=none", "cost.weights=bf16")
-    full = by_stage(whole)[-1]["weights_bytes"]
+    full = by_stage(planned("fedsoda_storage", "method.name=fedit"))[0]["weights_bytes"]
     for keep in (8, 16, 24, 32):
-        held = by_stage(planned("fedsoda_storage", f"method.initial_capacity={keep}", "rounds.num_rounds=3"))[0]
+        held = by_stage(planned("fedsoda_storage", f"method.keep={keep}"))[0]
         saved = 100 * (1 - held["weights_bytes"] / full)
         remark = f"{held['weights_bytes'] / 1e9:.2f} of {full / 1e9:.2f} GB"
         yield Line(f"llama3.1-8b, {keep} of 32 blocks in NF4", "75.6 %", saved, ".1f", remark)

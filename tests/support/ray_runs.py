@@ -37,6 +37,7 @@ MARKS = [
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in METHODS},
     "devft+fedsa-lora": ("devft", {"method.aggregation": "fedsa-lora"}),
+    "fedsoda nf4": ("fedsoda", {"method.quantization": "nf4", "method.adapter_bits": 4}),
     "split-lora in_turn": ("split-lora", {"method.server": "in_turn"}),
     "split-lora per_client": ("split-lora", {"method.server": "per_client"}),
     "clients leave and come late": (
