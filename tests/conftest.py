@@ -35,9 +35,14 @@ class RayTogether(LoadScopeScheduling):
 
 
 @functools.cache
-def starts_ray(path: Path) -> bool:
+def has_mark(path: Path, mark: str) -> bool:
     """Whether a file's tests, or some of them, are marked so."""
-    return "pytest.mark.ray" in path.read_text()
+    return f"pytest.mark.{mark}" in path.read_text()
+
+
+def starts_ray(path: Path) -> bool:
+    """Whether a file's tests, or some of them, start Ray."""
+    return has_mark(path, "ray")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -47,13 +52,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> RayTogether:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What starts Ray comes first in its process, as it takes the longest; alone, files stay in their order.
+    """What starts Ray comes first in its process, as it takes the longest, then the other files with slow tests, so that no
+    process is left with one of them at the end; alone, files stay in their order.
 
     Tests of submitting come after all others that need Ray: its clients keep the token that they read first for as long as
     their process lives, and those of job servers read one that is no local cluster's.
     """
     is_shared_out = "PYTEST_XDIST_WORKER" in os.environ
-    items.sort(key=lambda item: (is_shared_out and not starts_ray(item.path), item.path.name == "test_submit.py"))
+
+    def place(item: pytest.Item) -> tuple[bool, bool, bool]:
+        ray, slow = starts_ray(item.path), has_mark(item.path, "slow")
+        return is_shared_out and not ray, is_shared_out and not ray and not slow, item.path.name == "test_submit.py"
+
+    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True, scope="session")

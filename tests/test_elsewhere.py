@@ -15,6 +15,8 @@ import pytest
 from fleetune.methods import METHODS
 from support.elsewhere import NAME, Elsewhere, There, register
 
+pytestmark = pytest.mark.slow
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in METHODS},
     "dofit": ("dofit", {"method.exchange": "mean"}),  # its step of fixed length would blow up the order of sums

@@ -9,6 +9,8 @@ import pytest
 
 from support import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 JOBS = REPOSITORY / "jobs" / "paper"
 
 
