@@ -14,10 +14,12 @@ import yaml
 
 from fleetune.columns import TRIAL_COLUMNS, names
 from fleetune.errors import UserError
+from fleetune.records import RunDirectory
 from fleetune.spec import RunSpec
 from fleetune.sweep import config, expansion
 from fleetune.sweep.config import Metric, SweepSpec
 from fleetune.sweep.optuna_search import OptunaSearch, probes
+from fleetune.sweep.status import Entry, SweepStatus
 from support import tiny
 from support.commands import fleetune
 
@@ -330,3 +332,20 @@ def test_a_sweep_file_is_made_of_json(tmp_path: Path):
     again = SweepSpec.model_validate(json.loads(json.dumps(sweep.model_dump(mode="json", exclude_none=True))))
     assert expansion.sweep_id(again) == expansion.sweep_id(sweep)
     assert isinstance(expansion.trials_of(again)[0].spec, RunSpec)
+
+
+def test_a_launch_says_first_what_it_will_cost(tmp_path: Path):
+    """Four trials of 3 rounds. Once one of them is finished, at 2 s a round, the 9 rounds of the others take 18 s."""
+    sweep = sweep_of(grid={"method.growth_rate": [2, 4]}, seeds=[0, 1])
+    status = SweepStatus(sweep, num_trials=4)
+    for trial in expansion.trials_of(sweep):
+        status.entries[trial.number] = Entry(trial, RunDirectory(tmp_path / str(trial.number)))
+    assert status.cost_line() == "4 trials; 4 to run: 12 rounds of 3 clients"
+    first = status.entries[0]
+    first.status, first.num_rounds, first.totals = "finished", 3, {"wall_seconds": 6.0}
+    assert status.cost_line() == (
+        "4 trials, 1 of them finished already; 3 to run: 9 rounds of 3 clients, about 18 s in one process, as long as those took"
+    )
+    for entry in status.entries.values():
+        entry.status = "finished"
+    assert status.cost_line() == "4 trials, 4 of them finished already: nothing is to be run"

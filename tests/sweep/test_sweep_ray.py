@@ -14,6 +14,7 @@ from fleetune.sweep.expansion import sweep_id
 from fleetune.sweep.status import SweepStatus
 from support.commands import started
 from support.sweeping import (
+    GRID,
     NUM_ROUNDS,
     children,
     in_mlflow,
@@ -27,14 +28,27 @@ from support.sweeping import (
 
 __all__ = ["local_ray"]
 
+CLAIMS = [
+    {"rises": "uplink_bytes", "over": "method.growth_rate", "source": "by arithmetic: the whole model comes sooner"},
+    {"rises": "sim_seconds", "over": "method.growth_rate", "until": {"eval_loss": "common"}},
+]
+
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def test_a_sweep_and_what_a_further_launch_finds(tmp_path: Path):
-    """Four trials equal four runs by themselves. Launched again nothing is run; with another grid only what is new."""
-    path = sweep_file(tmp_path, base={"tracking.enabled": True})
+    """Four trials equal four runs by themselves, and decide claims. Launched again nothing is run; with another grid only what is
+    new.
+    """
+    path = sweep_file(tmp_path, base={"tracking.enabled": True}, grid=GRID, metric="eval_loss", claims=CLAIMS)
     result = sweep(path, tmp_path)
     assert result.trials == {"finished": 4}
+    slower, common = result.claims
+    assert (slower["verdict"], slower["num_pairs"]) == ("holds", 2)
+    assert "to the common eval_loss" in common["claim"]
+    shown = "\n".join(result.lines())
+    assert all(claim["line"] in shown for claim in result.claims)
+    assert SweepDirectory.open(result.sweep_dir).verdicts() == result.claims
     directory = SweepDirectory.open(result.sweep_dir)
     same_as(directory, one_by_one(path))
     table = directory.trials()

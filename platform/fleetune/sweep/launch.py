@@ -90,6 +90,7 @@ def run(
     if existing.num_outdated:
         rest = "trial(s) read data, a model or a method's code that has changed since; they run again, in runs of their own"
         warn(f"{existing.num_outdated} {rest}")
+    warn(f"{sweep.name}: {sweep_status.cost_line()}")
     missing = [entry.trial for entry in sweep_status.entries.values() if entry.status not in OVER]
     is_complete = not missing and len(trials) == sweep_status.num_trials
     shared = {} if is_complete else _prepare([*missing, *probes], workspace, address)

@@ -12,6 +12,7 @@ from fleetune.columns import TRIAL_COLUMNS, names
 from fleetune.records.run_directory import RunDirectory
 from fleetune.sweep.config import SweepSpec
 from fleetune.sweep.expansion import Trial, label
+from fleetune.units import duration
 
 OVER = ("finished", "stopped")  # a trial that failed is tried again by the next launch
 STATES = ("finished", "stopped", "failed", "running", "missing")
@@ -105,6 +106,31 @@ class SweepStatus:
         typical = max((e.trial.spec.rounds.num_rounds for e in self.entries.values()), default=0)
         to_be_proposed = (self.num_trials - len(self.entries)) * typical
         return sum(rounds - entry.num_rounds for rounds, entry in specs) + to_be_proposed
+
+    def cost_line(self) -> str:
+        """What a launch will cost, before it starts: trials, rounds and turns of clients that are left.
+
+        If some trials are finished, so is the time: theirs for each round, in one process.
+        """
+        entries = list(self.entries.values())
+        over = [entry for entry in entries if entry.status in OVER]
+        num_left = self.num_trials - len(over)
+        text = f"{self.num_trials} trials" + (f", {len(over)} of them finished already" if over else "")
+        if not num_left:
+            return f"{text}: nothing is to be run"
+        rounds = [entry.trial.spec.rounds for entry in entries]
+        num_rounds = sum(entry.trial.spec.rounds.num_rounds for entry in entries if entry.status not in OVER)
+        num_rounds += (self.num_trials - len(entries)) * max((each.num_rounds for each in rounds), default=0)
+        text += f"; {num_left} to run"
+        if num_rounds:  # a search that has proposed nothing yet does not know its trials
+            ends_early = self.sweep.early_stopping is not None or any(each.max_sim_seconds for each in rounds)
+            clients = max(each.clients_per_round for each in rounds)
+            text += f": {'at most ' if ends_early else ''}{num_rounds:,} rounds of {clients} clients"
+        done = [entry for entry in over if entry.totals.get("wall_seconds") and entry.num_rounds]
+        if done and num_rounds:
+            pace = sum(entry.totals["wall_seconds"] for entry in done) / sum(entry.num_rounds for entry in done)
+            text += f", about {duration(pace * num_rounds)} in one process, as long as those took"
+        return text
 
     def eta_seconds(self) -> float | None:
         """Real time to the end at the pace of this launch; None before its first round."""
