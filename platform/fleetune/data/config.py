@@ -53,6 +53,9 @@ class DataConfig(Config):
     """Built-in name, local .jsonl, .json, .csv, .tsv or .parquet file, or hub id (`owner/name[:config]`)."""
     split: str = "train"
     """Split to train on (built-in and hub datasets)."""
+    skills: tuple[Literal["notation", "arithmetic", "program"], ...] = ()
+    """Skills that every problem of micro-reasoning needs: one, as adapters learn it, or several at once, as a task for composed
+    adapters. Empty: the default task, word problems as stories."""
     columns: ColumnMapping = ColumnMapping()
     """Which columns hold the prompt, the response and the category."""
     template: str = "{prompt}"
@@ -80,8 +83,24 @@ class DataConfig(Config):
     """Tokens that are learnt: those of the response and its end, or all."""
     answer_pattern: str = r"####\s*([-+]?\$?[\d,]*\.?\d+)"
     """Regular expression for the answer in a response; its first group counts. Default: number after ####."""
+    scored_by: Literal["auto", "text", "execution"] = "auto"
+    """How a generated answer is compared: as text or number; or as a program, an expression after >>> whose value is computed.
+    auto: execution for micro-reasoning's skill program, else text."""
     partition: PartitionConfig = PartitionConfig()
     """How the examples are dealt to the clients."""
+
+    @property
+    def is_executed(self) -> bool:
+        """True if answers are programs, whose values are compared."""
+        return "program" in self.skills if self.scored_by == "auto" else self.scored_by == "execution"
+
+    @model_validator(mode="after")
+    def _skills_are_of_the_generated_task(self) -> DataConfig:
+        if self.skills and self.dataset != "micro-reasoning":
+            raise ValueError(f"skills={list(self.skills)} are those of micro-reasoning, and dataset is {self.dataset}")
+        if len(set(self.skills)) < len(self.skills):
+            raise ValueError(f"skills={list(self.skills)} names a skill twice")
+        return self
 
     @field_validator("template")
     @classmethod

@@ -17,6 +17,9 @@ SKILLS = ("gain", "lose", "groups", "share", "double", "part", "compare", "rate"
 """Add; subtract; n groups of m; divide evenly; two or three times as many; a half or a third; more or fewer
 than another; n days of m each."""
 
+REMAINDERS = ("rest", "whole")
+"""Skills that the base model has not learnt: what is left over of groups of m, and how many whole groups there are."""
+
 BASICS = ("gain", "lose")  # what surrounds the skill that a problem is about
 FIRST, LAST = ("groups",), ("share", "compare")  # only as the first step, only as the last
 MAX_VALUE = 99  # two digits
@@ -27,7 +30,8 @@ TEST_FRACTION = 1 / 8
 class Step:
     """One step: ``amount`` things are gained, lost, …; ``times`` days or groups of them (1 for other skills).
 
-    ``share``, ``double`` and ``part`` divide or multiply by ``amount``; ``compare`` has a signed amount.
+    ``share``, ``double`` and ``part`` divide or multiply by ``amount``; ``compare`` has a signed amount. ``rest`` and ``whole``
+    are remainder and quotient of a division by ``amount``.
     """
 
     skill: str
@@ -44,6 +48,10 @@ class Step:
             return value + self.times * self.amount
         if self.skill == "double":
             return value * self.amount
+        if self.skill == "rest":
+            return value % self.amount
+        if self.skill == "whole":
+            return value // self.amount
         return value // self.amount if value % self.amount == 0 else None
 
 
@@ -89,6 +97,14 @@ def draw_problem(random: Random, *, skill: str, num_steps: int, split: str) -> P
             return problem
 
 
+def draw_any_problem(random: Random, *, skill: str, num_steps: int) -> Problem:
+    """A random problem with the skill among ``num_steps`` steps, of either split."""
+    while True:
+        problem = _draw_numbers(random, _draw_chain(random, (skill,), num_steps))
+        if problem is not None:
+            return problem
+
+
 def _draw_chain(random: Random, parts: Sequence[str], num_steps: int) -> list[str]:
     """The skills in order: the given ones in random order, basics between them."""
     middle = [p for p in parts if p not in FIRST + LAST]
@@ -97,7 +113,7 @@ def _draw_chain(random: Random, parts: Sequence[str], num_steps: int) -> list[st
     return [p for p in parts if p in FIRST] + middle + [p for p in parts if p in LAST]
 
 
-def _draw_numbers(random: Random, chain: Sequence[str]) -> Problem | None:
+def _draw_numbers(random: Random, chain: list[str]) -> Problem | None:
     """Numbers for a chain; None if a value leaves 1..99 or a division has a remainder."""
     start = 0 if chain[0] in FIRST else random.randint(3, 60)
     values, steps = [start], []
@@ -121,4 +137,6 @@ def _draw_step(random: Random, skill: str, value: int) -> Step:
     if skill == "share":
         divisors = [n for n in range(2, 10) if value % n == 0 and 2 <= value // n <= 12]
         return Step(skill, random.choice(divisors) if divisors else 2)
+    if skill in REMAINDERS:
+        return Step(skill, random.randint(2, 9))
     return Step(skill, random.randint(2, 9), random.randint(2, 9))

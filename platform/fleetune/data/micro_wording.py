@@ -6,6 +6,7 @@ from random import Random
 from typing import Literal, TypeVar
 
 from fleetune.data.micro_problems import Problem, Step
+from fleetune.data.programs import MARK
 
 Entry = TypeVar("Entry")
 Turns = Literal["zipf", "evenly", "first"]
@@ -70,6 +71,8 @@ EVENTS: dict[str, dict[str, tuple[str, ...]]] = {
         "part:2": ("Then {name} keeps 1 of every 2.",),
         "part:3": ("Then {name} keeps 1 of every 3.",),
         "rate": ("For {t} days {name} gets {n} a day.",),
+        "rest": ("{name} fills boxes of {n} and keeps the rest.",),
+        "whole": ("{name} fills boxes of {n} and counts the boxes.",),
         "share": ("{name} shares them with {n} friends. How many does each get?",),
         "compare:+": ("{other} has {n} more than {name}. How many does {other} have?",),
         "compare:-": ("{other} has {n} fewer than {name}. How many does {other} have?",),
@@ -122,7 +125,8 @@ QUESTION = {
     "story": ("What number of {items} is left in the end?", "With what count does {name} end up?"),
 }
 
-# What one step of reasoning says in each style: {x} the value before, {y} after, {z} = {t} * {n}.
+# What one step of reasoning says in each style: {x} the value before, {y} after, {z} = {t} * {n}; {q}, {m}, {r} the whole groups
+# of {n} in {x}, what is in them, and what is left over.
 CHAINS: dict[str, dict[str, str]] = {
     "equations": {
         "gain": "Gain: {x} + {n} = {y}.",
@@ -134,6 +138,8 @@ CHAINS: dict[str, dict[str, str]] = {
         "compare:+": "More: {x} + {n} = {y}.",
         "compare:-": "Fewer: {x} - {n} = {y}.",
         "rate": "Days: {t} * {n} = {z}. Gain: {x} + {z} = {y}.",
+        "rest": "Boxes: {q} * {n} = {m}. Rest: {x} - {m} = {y}.",
+        "whole": "Boxes: {y} * {n} = {m}. Rest: {x} - {m} = {r}. Full: {y}.",
     },
     "words": {
         "gain": "{x} and {n} make {y}.",
@@ -145,6 +151,8 @@ CHAINS: dict[str, dict[str, str]] = {
         "compare:+": "{n} above {x} is {y}.",
         "compare:-": "{n} below {x} is {y}.",
         "rate": "{t} groups of {n} make {z}. {x} and {z} make {y}.",
+        "rest": "{q} groups of {n} make {m}. {x} without {m} leaves {y}.",
+        "whole": "{y} groups of {n} make {m}. {x} without {m} leaves {r}. {y} are full.",
     },
     "terse": {
         "gain": "{x} + {n} = {y};",
@@ -156,6 +164,8 @@ CHAINS: dict[str, dict[str, str]] = {
         "compare:+": "{x} + {n} = {y};",
         "compare:-": "{x} - {n} = {y};",
         "rate": "{t} * {n} = {z}; {x} + {z} = {y};",
+        "rest": "{q} * {n} = {m}; {x} - {m} = {y};",
+        "whole": "{y} * {n} = {m}; {x} - {m} = {r}; {y};",
     },
 }
 
@@ -182,8 +192,36 @@ def solution(problem: Problem, *, style: str) -> str:
     lines = []
     for step, x, y in zip(problem.steps, problem.values, problem.values[1:], strict=False):
         sentence = _look_up(CHAINS[style], step)
-        lines.append(sentence.format(x=x, y=y, n=abs(step.amount), t=step.times, z=step.times * step.amount))
+        n = abs(step.amount)
+        lines.append(
+            sentence.format(x=x, y=y, n=n, t=step.times, z=step.times * step.amount, q=x // n, m=x // n * n, r=x % n)
+        )
     return " ".join([*lines, f"#### {problem.answer}"])
+
+
+# How an expression goes on with a step: {e} is the expression before it.
+OPERATIONS = {
+    "gain": "{e} + {n}",
+    "lose": "{e} - {n}",
+    "groups": "{t} * {n}",
+    "share": "{e} // {n}",
+    "double": "{e} * {n}",
+    "part": "{e} // {n}",
+    "compare:+": "{e} + {n}",
+    "compare:-": "{e} - {n}",
+    "rate": "{e} + {t} * {n}",
+    "rest": "{e} % {n}",
+    "whole": "{e} // {n}",
+}
+
+
+def program(problem: Problem) -> str:
+    """The solution as one expression after a mark (`programs.MARK`), its parts in parentheses, such as ``>>> (12 + 5) // 2``."""
+    text = str(problem.start)
+    for position, step in enumerate(problem.steps):
+        before = f"({text})" if position and step.skill != "groups" else text
+        text = _look_up(OPERATIONS, step).format(e=before, n=abs(step.amount), t=step.times)
+    return f"{MARK} {text}"
 
 
 def _draw_turn(random: Random, choices: tuple[str, ...], turns: Turns) -> str:

@@ -102,6 +102,7 @@ def _source(name: str, config: DataConfig, *, split: str | None, field: str) -> 
 
 def _generate(config: DataConfig, *, split: Literal["train", "test"]) -> tuple[Table, Table]:
     from fleetune.data.micro_reasoning import micro_reasoning
+    from fleetune.data.micro_skills import composition_task
 
     for name in ("num_examples", "num_eval_examples"):
         if (getattr(config, name) or 0) > MAX_GENERATED:
@@ -109,7 +110,10 @@ def _generate(config: DataConfig, *, split: Literal["train", "test"]) -> tuple[T
             raise UserError(rule, field=f"data.{name}", value=getattr(config, name), hint="lower it")
 
     def table(side: Literal["train", "test"], num_examples: int) -> Table:
-        rows = micro_reasoning(split=side, num_examples=num_examples, seed=GENERATOR_SEED)
+        if config.skills:
+            rows = composition_task(config.skills, split=side, num_examples=num_examples, seed=GENERATOR_SEED)
+        else:
+            rows = micro_reasoning(split=side, num_examples=num_examples, seed=GENERATOR_SEED)
         return Table.from_rows(f"micro-reasoning {side}", [dict(row) for row in rows])
 
     return table(split, config.num_examples or DEFAULT_NUM_EXAMPLES), table("test", config.num_eval_examples)

@@ -45,12 +45,14 @@ def evaluate_rows(
     reader: AnswerReader | None,
     max_new_tokens: int | None,
     answer_pattern: str,
+    is_executed: bool = False,
     num_answers: int | None = None,
 ) -> EvalSums:
     """Sums over the examples ``rows (n,)`` of ``data``, for one adapter {name: shape of one client}.
 
     ``responses``: the reference text of every example of ``data``. Nothing is generated without ``max_new_tokens`` or ``reader``,
-    and only for the first ``num_answers`` examples of ``data`` (None: all).
+    and only for the first ``num_answers`` examples of ``data`` (None: all). ``is_executed``: answers are programs, and
+    right if they give the reference's number.
     """
     from fleetune.data.batches import collate
 
@@ -62,7 +64,8 @@ def evaluate_rows(
     answered = rows if num_answers is None else rows[rows < num_answers]
     if max_new_tokens is not None and reader is not None:
         answers = _generate(network, data, answered, reader, max_new_tokens) if len(answered) else []
-        num_correct = _count_correct(answers, [responses[i] for i in answered], answer_pattern)
+        pattern = None if is_executed else answer_pattern
+        num_correct = _count_correct(answers, [responses[i] for i in answered], pattern)
     network.set_adapter(None)
     return EvalSums(float(loss.sum()) * num_tokens, num_tokens, num_correct, len(answered))
 
@@ -116,9 +119,13 @@ def _generate(
     return reader.texts(out.cpu().numpy())
 
 
-def _count_correct(predictions: list[str], references: list[str], pattern: str) -> int:
+def _count_correct(predictions: list[str], references: list[str], pattern: str | None) -> int:
+    """Right answers: those that ``pattern`` finds, or without one the values of programs."""
+    from fleetune.data.programs import execution_match
     from fleetune.data.template import exact_match
 
+    if pattern is None:
+        return int(execution_match(predictions, references).sum())
     return int(exact_match(predictions, references, pattern=pattern).sum())
 
 

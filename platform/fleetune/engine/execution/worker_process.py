@@ -62,6 +62,7 @@ class WorkerProcess:
             max_new_tokens=config.max_new_tokens if config.generate else None,
             num_answers=config.num_answers,
             answer_pattern=self.spec.data.answer_pattern,
+            is_executed=self.spec.data.is_executed,
         )
 
     def evaluate_clients(self, models: Sequence[GlobalModel], rows: np.ndarray) -> list[EvalSums]:
