@@ -69,6 +69,7 @@ RENAMED: dict[str, str] = {
     "hosts_per_gpu": "workers_per_gpu",
 }
 ADDED: set[str] = {
+    "waiting_seconds",  # in plans
     "server_seconds",  # in plans: one table of columns says what is summed up
     "num_personal",  # in rounds.parquet, and so are the next ones; empty unless clients are evaluated (evaluation.personal)
     *(f"eval_personal_{name}{end}" for name in ("loss", "accuracy") for end in ("", "_std", "_worst")),

@@ -115,6 +115,18 @@ MISTAKES: dict[str, tuple[list[str], str, Any, str]] = {
         4,
         "it must be from 1 to 3 (leave at least one block to the server)",
     ),
+    "split that leaves the client nothing": (
+        ["method.name=split-frozen", "method.split_point=0.05"],
+        "method.split_point",
+        0.05,
+        "of 4 blocks this is 0, and it must be from 1 to 3 (leave at least one block to the client)",
+    ),
+    "frozen clients with a head": (
+        ["method.name=split-frozen", "method.split_point=2", "method.head=client"],
+        "method",
+        None,
+        "nothing comes down to a frozen client; set head: server, or use split-lora",
+    ),
     "no assignment": (["rounds.num_rounds"], "--set", "rounds.num_rounds", "must have the form path.to.field=value"),
     "no field": (["=3"], "--set", "=3", "must have the form path.to.field=value"),
     "examples longer than the model": (["data.max_tokens=129"], "data.max_tokens", 129, "exceeds the model's 128"),

@@ -116,6 +116,7 @@ CLIENT_COLUMNS: tuple[Column, ...] = (
     Column("downlink_seconds", "double", "virtual time of receiving", kind="mean", phase="downlink", title="receiving"),
     Column("uplink_seconds", "double", "virtual time of sending", kind="mean", phase="uplink", title="sending"),
     Column("sim_seconds", "double", "virtual time of the client's whole turn", kind="mean", title="whole turn"),
+    Column("waiting_seconds", "double", "virtual time from the round's start to its turn, where clients work in turn"),
     Column("energy_joules", "double", "energy the device spent", kind="sum", phase="turn", title="energy"),
     Column("train_loss", "double", "mean training loss of the client's steps"),
     Column("wall_seconds", "double", "real time the simulation of this client took"),

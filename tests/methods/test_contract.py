@@ -23,6 +23,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "fedsoda nf4": ("fedsoda", {"method.quantization": "nf4", "method.adapter_bits": 4}),
     "fedsoda threshold": ("fedsoda", {"method.threshold": 0.9, "method.similarity": "cka", "method.realign_every": 2}),
     "fwdllm sampled and paced": ("fwdllm", {"method.candidates": 3, "method.threshold": 0.5}),
+    "sfl v2": ("sfl", {"method.version": "v2"}),
+    "sl isolated": ("sl", {"method.isolated": True, "method.evaluates": "clients"}),
+    "split-frozen cached": ("split-frozen", {"method.cache_activations": True}),
+    "split-lora int8": ("split-lora", {"method.cut_precision": "int8"}),
+    "split-lora fp16, head on client, every 2 rounds": (
+        "split-lora",
+        {"method.cut_precision": "fp16", "method.head": "client", "method.aggregate_every": 2},
+    ),
     "split-lora in_turn": ("split-lora", {"method.server": "in_turn"}),
     "split-lora per_client": ("split-lora", {"method.server": "per_client"}),
 }

@@ -16,6 +16,9 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "c2a": {"units": 3, "code_size": 2, "latent_size": 4},
     "adalora": {"target_rank": 1},
     "devft": {"initial_capacity": 1},
+    "sfl": {"split_point": 2},
+    "sl": {"split_point": 2},
+    "split-frozen": {"split_point": 2},
     "split-lora": {"split_point": 2},
     "dofit": {"domains": 2, "step": 0.05},  # a step of 1 is ten times what a tiny tensor moves in training
     "fedadapter": {"width": 2, "width_step": 2, "max_width": 4, "trial_seconds": 1e-3},

@@ -10,7 +10,7 @@ import functools
 import math
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fleetune import scopes
 from fleetune import spec as specs
 from fleetune.check import runs, tiny_world
 from fleetune.cost.trace import PARTS
-from fleetune.methods.base import State
+from fleetune.data.batches import NO_EXAMPLE, without
+from fleetune.methods.base import Method, Payload, State
 from fleetune.models import architectures as shapes
 from fleetune.models.peft_format import as_pairs
 from fleetune.pricing.mapping import CostedModel
 from fleetune.pricing.tracing import Tracing, WorkShape
 from fleetune.tensors import num_bytes, select
 from fleetune.training.plan import ClientTask
+from fleetune.training.worker import Worker
 
 
 class NotApplicable(Exception):
@@ -156,32 +159,55 @@ def check_learning_rate_zero_leaves_the_model_as_it_is(case: Case) -> None:
 
 @contract
 def check_charged_bytes_are_those_of_the_tensors_passed(case: Case) -> None:
-    """Up: the upload, and what crossed the cut. Down: the payload, what a client lacks for it, and the gradients at the cut."""
+    """Up: the upload, and what crossed the cut. Down: the payload, what a client lacks for it, and the gradients at the cut.
+
+    Where the server keeps what it was sent (`Traits.caches`), only what is new of each client's examples has crossed the cut.
+    """
     done, passed = reference(case)
     method, worker = done.problem.method, runs.worker(done.problem)
     table = done.clients.set_index(["round", "client_id"])
     last: dict[int, str] = {}
+    met: dict[int, set[int]] = {}  # client -> the examples of which the server keeps what it was sent
     for one in passed:
         reply = one.reply
         for cohort in one.unit.cohorts:
             given = {client: packed.unpack() for client, packed in one.given.items()}
-            update = method.local_update(worker, one.payloads[cohort.payload], one.unit.tasks(cohort, given))
+            payload, tasks = one.payloads[cohort.payload], one.unit.tasks(cohort, given)
+            update = method.local_update(worker, payload, tasks)
             sent = 0 if update.upload is None else update.upload.data[0].nbytes
             assert (reply.upload_bytes[cohort.start : cohort.stop] == sent).all()
+            cut = reply.cut_bytes[:, cohort.start : cohort.stop]
+            if method.traits.caches:
+                cut = np.stack([cut_of_new(method, worker, payload, task, met) for task in tasks], axis=1)
             for i in range(cohort.start, cohort.stop):
                 row = table.loc[(one.unit.round_idx + 1, reply.client_ids[i])]
-                assert row["uplink_bytes"] == reply.upload_bytes[i] + reply.cut_bytes[0, i]
-                payload, client = one.payloads[cohort.payload], int(reply.client_ids[i])
+                up, down = cut[:, i - cohort.start]
+                assert row["uplink_bytes"] == reply.upload_bytes[i] + up
+                client = int(reply.client_ids[i])
                 lacking = 0
                 if payload.provision is not None and last.get(client) != payload.provision.key:
                     lacking = min(num_bytes(form) for form in payload.provision.missing(last.get(client)))
                     last[client] = payload.provision.key
-                assert row["downlink_bytes"] == num_bytes(payload.tensors) + lacking + reply.cut_bytes[1, i]
+                assert row["downlink_bytes"] == num_bytes(payload.tensors) + lacking + down
                 assert row["num_tokens"] == reply.num_tokens[i]
                 assert row["train_loss"] == reply.losses[i]
     assert len(table) == sum(len(one.reply.client_ids) for one in passed) == 3 * per_round(done)
     for name in ("uplink_bytes", "downlink_bytes"):
         assert done.clients.groupby("round")[name].sum().tolist() == done.rounds[name].tolist()
+
+
+def cut_of_new(
+    method: Method, worker: Worker, payload: Payload, task: ClientTask, met: dict[int, set[int]]
+) -> np.ndarray:
+    """Bytes at the cut each way, (2,), of work on those examples alone that the client has not ``met``; they are added to it."""
+    known = met.setdefault(task.client_id, set())
+    rows = without(task.rows, np.array(sorted(known), np.int64))
+    known.update(task.rows[task.rows != NO_EXAMPLE].tolist())
+    if not len(rows):
+        return np.zeros(2, np.int64)
+    cut = method.local_update(worker, payload, [replace(task, rows=rows)]).cut_bytes
+    assert cut is not None
+    return cut[:, 0]
 
 
 @contextlib.contextmanager
@@ -213,8 +239,14 @@ def check_a_client_over_its_budget_is_refused_and_the_round_goes_on(case: Case) 
     spent = ["flops", "uplink_bytes", "downlink_bytes", "sim_seconds", "energy_joules", "num_tokens"]
     assert not clients.loc[nano, spent].to_numpy().any()
     always = [name for name in spent if name != "downlink_bytes"]  # the first payload of some methods is empty
-    assert clients.loc[~nano, always].to_numpy().all()
-    assert clients.loc[~nano, "downlink_bytes"].sum() > 0
+    worked = clients.loc[~nano]
+    if done.problem.method.traits.caches:  # of an example that it meets again a client sends nothing
+        worked = worked.drop_duplicates("client_id")
+    assert worked[always].to_numpy().all()
+    sends_down = (
+        reference(case)[0].clients["downlink_bytes"].any()
+    )  # nothing comes down to a client that does not learn
+    assert (clients.loc[~nano, "downlink_bytes"].sum() > 0) == sends_down
     assert np.isfinite(done.rounds["train_loss"]).all()
 
 
@@ -319,9 +351,10 @@ def check_stacked_work_is_in_the_order_of_its_tasks(case: Case) -> None:
 
 @contract
 def check_gradients_are_computed_if_and_only_if_the_method_says_so(case: Case) -> None:
-    """A method of forward passes alone never starts a backward pass, and its trace keeps nothing for one.
+    """A client of forward passes alone never starts a backward pass, and its trace keeps nothing for one.
 
     Every way into autograd is watched in one client's real work, and the trace's parts that only a backward pass needs are 0.
+    The server's half of a cut model may learn all the same.
     """
     done, passed = reference(case)
     method = done.problem.method
@@ -339,13 +372,16 @@ def check_gradients_are_computed_if_and_only_if_the_method_says_so(case: Case) -
 
 @contextlib.contextmanager
 def watched_autograd(*, forbidden: bool) -> Iterator[list[str]]:
-    """Notes every call that starts a backward pass; it raises instead if that is forbidden."""
+    """Notes every call with which a client starts a backward pass; it raises instead if that is forbidden."""
     calls: list[str] = []
 
     def watched(function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            assert not forbidden, f"{function.__name__} is called, but the method says that it computes no gradients"
-            calls.append(function.__name__)
+            if scopes.current.side == scopes.CLIENT:
+                assert not forbidden, (
+                    f"{function.__name__} is called, but the method says that it computes no gradients"
+                )
+                calls.append(function.__name__)
             return function(*args, **kwargs)
 
         return wrapper

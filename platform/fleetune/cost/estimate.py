@@ -108,18 +108,22 @@ def estimate(
     devices: Sequence[DeviceProfile],
     device_index: np.ndarray,
     server: DeviceProfile | None = None,
+    server_load: Load | None = None,
 ) -> CostTable:
     """What the traced work costs each of n clients, whose devices are ``devices[device_index (n,)]``.
 
-    ``server`` is the one of split learning, server-a100 by default.
+    ``server`` is the one of split learning, server-a100 by default; ``server_load`` what it works on for the clients, by default
+    what they work on themselves.
     """
     index = np.asarray(device_index)
-    steps = load.num_steps
+    steps, served = load.num_steps, server_load or load
     compute_seconds = steps * seconds_of(trace.client, load.mean, precision, devices, index)
     server_seconds = np.zeros(index.shape)
     if trace.server.num_ops:
         servers = (server or device("server-a100"),)
-        server_seconds = steps * seconds_of(trace.server, load.mean, precision, servers, np.zeros_like(index))
+        server_seconds = served.num_steps * seconds_of(
+            trace.server, served.mean, precision, servers, np.zeros_like(index)
+        )
     parts = dict(zip(PARTS, trace.peak(load.largest).T, strict=True))
     downlink_seconds, uplink_seconds = traffic.seconds(len(index))
     sim_seconds = downlink_seconds + compute_seconds + server_seconds + uplink_seconds
@@ -138,7 +142,7 @@ def estimate(
         )
     return CostTable(
         flops=steps * evaluate(trace.client.flops, load.mean),
-        server_flops=steps * evaluate(trace.server.flops, load.mean),
+        server_flops=served.num_steps * evaluate(trace.server.flops, served.mean),
         peak_memory_bytes=sum(parts.values(), np.zeros(index.shape)),
         weights_bytes=parts["weights"],
         adapter_bytes=parts["adapters"],

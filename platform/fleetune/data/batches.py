@@ -45,6 +45,20 @@ def draw_epochs(shard: np.ndarray, passes: Iterable[tuple[int, int]], *, batch_s
     return np.concatenate(out)
 
 
+def without(rows: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """The batches ``rows (steps, b)`` without ``known`` examples and without those of earlier steps, for the caller to work on.
+
+    What is left of a batch comes first in it, filled up with `NO_EXAMPLE`; steps of which nothing is left are left out.
+    """
+    seen = set(known.tolist())
+    out = np.full_like(rows, NO_EXAMPLE)
+    for step, batch in enumerate(rows.tolist()):
+        new = [row for row in dict.fromkeys(batch) if row != NO_EXAMPLE and row not in seen]
+        out[step, : len(new)] = new
+        seen.update(new)
+    return out[(out != NO_EXAMPLE).any(axis=1)]
+
+
 def collate(dataset: TokenizedDataset, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and labels int64 ``(n, S)`` of examples ``rows`` ``(n,)``, right-padded to the longest, S.
 

@@ -43,6 +43,7 @@ def costed_columns(problem: Problem, now: RoundPlan) -> dict[str, Any]:
     done = _fractions_done(costs, busy)
     out.update({name: np.where(started, done[phase] * costs[name], 0.0) for name, phase in SPENT.items()})
     out["sim_seconds"] = np.where(started, busy, 0.0)
+    out["waiting_seconds"] = np.where(started, now.waiting_seconds, 0.0)
     return out
 
 

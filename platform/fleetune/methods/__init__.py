@@ -16,6 +16,9 @@ from fleetune.methods.fedsoda import FedSODA
 from fleetune.methods.flora import FLoRA
 from fleetune.methods.fwdllm import FwdLLM
 from fleetune.methods.progfed import ProgFed
+from fleetune.methods.sfl import SFL
+from fleetune.methods.sl import SL
+from fleetune.methods.split_frozen import SplitFrozen
 from fleetune.methods.split_lora import SplitLoRA
 
 METHODS: dict[str, type[Method]] = {
@@ -33,5 +36,8 @@ METHODS: dict[str, type[Method]] = {
     "flora": FLoRA,
     "fwdllm": FwdLLM,
     "progfed": ProgFed,
+    "sfl": SFL,
+    "sl": SL,
+    "split-frozen": SplitFrozen,
     "split-lora": SplitLoRA,
 }

@@ -296,6 +296,13 @@ class Method:
         clients out anew in every round does so here."""
         return [self.group(client) for client in clients]
 
+    def turns(self, client_ids: np.ndarray, round_idx: int) -> list[int]:
+        """Where clients work in turn (`Traits.in_turn`): their order, as places in ``client_ids (n,)``. Default: as they are.
+
+        It must not depend on who else is among them, as refused clients are not asked again.
+        """
+        return list(range(len(client_ids)))
+
     def broadcast(self, state: State, round_idx: int, group: Hashable) -> Payload:
         """The payload for the clients of a group."""
         return Payload(state.tensors)

@@ -15,7 +15,7 @@ What a method of the family may override: `SplitConfig.serving`, and of `SplitMe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -105,9 +105,11 @@ class SplitMethod(Method):
         depth, on_client = self.context.num_layers, self.num_client_blocks
         if not 1 <= on_client < depth:
             side = "client" if on_client < 1 else "server"
+            what = (
+                "it" if isinstance(self.config.split_point, int) else f"of {depth} blocks this is {on_client}, and it"
+            )
             raise UserError(
-                f"lies outside the model: of its {depth} blocks it gives the client {on_client}, and must give it from 1 to "
-                f"{depth - 1}",
+                f"lies outside the model: {what} must be from 1 to {depth - 1}",
                 field="method.split_point",
                 value=self.config.split_point,
                 hint=f"leave at least one block to the {side}",
@@ -164,8 +166,12 @@ class SplitMethod(Method):
             values[PERIOD] = values.get(PERIOD, 0) + 1
         return State({**state.tensors, **total, **server}, values)
 
-    def evaluated(self, state: State, private: PrivateStates) -> GlobalModel:
-        """Both halves together; the server's moments are no part of the model.
+    def evaluated(self, state: State, private: PrivateStates) -> GlobalModel | Mapping[str, GlobalModel]:
+        """Both halves together."""
+        return self.common_model(state, private)
+
+    def common_model(self, state: State, private: PrivateStates) -> GlobalModel:
+        """The server's half with the clients' common one; the server's moments are no part of the model.
 
         Between two aggregations the client's half is the average of those that were trained since, by numbers of examples.
         """

@@ -245,10 +245,6 @@ class SplitRound:
         optimizer.step(grads)
 
     # -- bytes and results ----------------------------------------------------------------------------------------------
-    def sent(self, client: int, examples: np.ndarray) -> np.ndarray:
-        """Those of a client's examples, (b,), that cross the cut now; ``client`` counts in the stack's order. Default: all."""
-        return examples
-
     def _charge(self, active: list[ClientTask], batch: Batch, smashed: Tensor) -> None:
         """Each client pays for its own batch, padded to its own longest example.
 
@@ -258,10 +254,8 @@ class SplitRound:
         precision, path, size = self.config.cut_precision, batch.path, batch.path.examples.shape[1]
         for k in range(len(active)):
             examples = path.examples[k]
-            examples = self.sent(k, examples[examples != NO_EXAMPLE])
-            if not len(examples):
-                continue
-            rows = slice(k * size, k * size + len(examples))  # of any examples: only their number and length count
+            examples = examples[examples != NO_EXAMPLE]
+            rows = slice(k * size, k * size + len(examples))  # without those that fill up a short batch
             tokens = int(row_lengths(self.worker.data, examples).max())
             crossing = wire_bytes(smashed[rows, :tokens], precision)
             up, down = crossing, crossing if path.learns == "both" else 0

@@ -27,5 +27,10 @@ class Traits:
     """Adapters have ranks, and a client may train only the first of them (`Method.narrowed`)."""
     serves: bool = False
     """The server may have work of its own that needs a model and examples (`Method.server_work`); a worker carries it out."""
+    in_turn: bool = False
+    """Clients of a round work one after the other (`Method.turns`), so a round lasts as long as all their turns together."""
+    caches: bool = False
+    """The server keeps what clients sent of an example, so that a client works on it and sends it once in a run. Such a method
+    sends no provisions."""
     pooled: bool = False
     """There is no federation: the server holds the examples of all clients and works on them alone (`problem.pooled`)."""

@@ -12,12 +12,14 @@ takes are those of the run; these three are replaced:
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, MutableMapping
 
 import numpy as np
 
 from fleetune.cost.estimate import Load
 from fleetune.cost.polynomials import NUM, monomials
 from fleetune.engine.round.planner import Hints, RoundPlanner
+from fleetune.engine.round.rules import Outcome
 from fleetune.engine.round.work import Work
 from fleetune.problem import Problem
 
@@ -66,6 +68,15 @@ class ExpectedRounds(RoundPlanner):
             mean += fraction[:, None] * monomials(examples, padded, examples * self.learnt[client_ids])
             largest = np.maximum(largest, examples)
         return Load(steps, mean, monomials(largest, self.longest[client_ids], largest * self.most_learnt[client_ids]))
+
+    def new_load(self, work: Work, client_ids: np.ndarray, sent: Mapping[int, str]) -> Load:
+        """All of it: which examples a client meets again is not drawn."""
+        return self.load(work, client_ids)
+
+    def note_sent(
+        self, work: Work, client_ids: np.ndarray, outcome: Outcome, provisioned: MutableMapping[int, str]
+    ) -> None:
+        """Nothing is noted."""
 
     def _expected(self, kind: int, batch_size: int) -> np.ndarray:
         """Tokens (num_clients,) to which batches of a kind are padded, with at most ``batch_size`` examples in each."""

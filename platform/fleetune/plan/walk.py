@@ -91,6 +91,8 @@ def plan(spec: RunSpec, *, label: str | None = None, cache_dir: Path | None = No
         assumptions.append(
             "so many batches are not drawn: their lengths are taken by expectation, the longest as the client's"
         )
+        if problem.method.traits.caches:
+            assumptions.append("what the server keeps of an example is priced as if it were sent each time")
     rounds: list[Row] = []
     devices: list[Row] = []
     if not hints:

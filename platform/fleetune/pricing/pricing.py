@@ -64,11 +64,13 @@ class Pricing:
         provision_bytes: np.ndarray,
         *,
         checkpointing: np.ndarray | None = None,
+        server_load: Load | None = None,
     ) -> dict[str, np.ndarray]:
         """The cost table's columns (n,) and the bytes of both links, for the clients ``client_ids (n,)``.
 
         ``group_of (n,)`` is the place of each client's payload in ``payloads``, and ``provision_bytes (n,)`` what it is sent
         beside it. ``checkpointing``, bool (n,), says which clients compute their blocks again; by default the job does.
+        ``server_load``: what the server's half works on for them, by default their own ``load``.
         """
         again = np.full(len(client_ids), self.shape.checkpointing) if checkpointing is None else checkpointing
         kinds = 2 * group_of + again  # (n,): clients of one kind have the same trace, and are priced together
@@ -77,7 +79,13 @@ class Pricing:
             where = np.flatnonzero(kinds == kind)
             shape = replace(self.shape, checkpointing=bool(kind % 2))
             part = self._uniform(
-                round_idx, client_ids[where], payloads[kind // 2], load.at(where), provision_bytes[where], shape
+                round_idx,
+                client_ids[where],
+                payloads[kind // 2],
+                load.at(where),
+                provision_bytes[where],
+                shape,
+                server_load=None if server_load is None else server_load.at(where),
             )
             for name, column in part.items():
                 out.setdefault(name, np.zeros(len(client_ids), dtype=column.dtype))[where] = column
@@ -91,6 +99,8 @@ class Pricing:
         load: Load,
         provision_bytes: np.ndarray,
         shape: WorkShape,
+        *,
+        server_load: Load | None,
     ) -> dict[str, np.ndarray]:
         """The columns (n,) of clients that receive the same payload and work in the same way."""
         spec, fleet = self.problem.spec, self.problem.fleet
@@ -110,6 +120,7 @@ class Pricing:
             devices=fleet.devices,
             device_index=fleet.device_index[client_ids],
             server=fleet.server,
+            server_load=server_load,
         )
         costs = {**table.columns(), "downlink_bytes": down, "uplink_bytes": up}
         if not self.problem.method.local_plan(payload).pipelined:

@@ -3,9 +3,10 @@ chrome://tracing. One microsecond in the trace is one microsecond of virtual tim
 
 A process for the server, with a lane for rounds, one for stages and one for what it does, and counters of what was
 spent so far; then a process per device class with a lane per client. A client's slices in a round follow each other
-without a gap from the round's start to its end: downlink, compute, server (split learning: it waits for the server's
-half), uplink, idle; one slice where these overlap (pipelined); or refused all along. A late client's are cut at the
-round's close. So the slices of a lane never overlap, and those of one turn add up to the round.
+without a gap from the round's start to its end: waiting (where clients work in turn), downlink, compute, server (split
+learning: it waits for the server's half), uplink, idle; one slice where these overlap (pipelined); or refused all
+along. A late client's are cut at the round's close. So the slices of a lane never overlap, and those of one turn add up
+to the round.
 """
 
 from __future__ import annotations
@@ -169,7 +170,9 @@ def _spans(clients: pd.DataFrame) -> dict[str, np.ndarray]:
     overlaps = together > turn * (1 + 1e-9)
     spans = {phase: np.where(overlaps, 0.0, seconds) for phase, seconds in spans.items()}
     rest = np.where((server > 0) & ~overlaps, turn - sum(spans.values()), 0.0)
+    waiting = clients["waiting_seconds"].to_numpy(dtype=float) if "waiting_seconds" in clients else np.zeros(len(turn))
     return {
+        "waiting": np.nan_to_num(waiting),
         "downlink": spans["downlink"],
         "compute": spans["compute"],
         "server": rest,

@@ -14,9 +14,9 @@ from typing import Literal
 import numpy as np
 
 from fleetune.cost.estimate import Load
-from fleetune.data.batches import draw_batches, draw_epochs
+from fleetune.data.batches import draw_batches, draw_epochs, without
 from fleetune.engine.round.fitting import BudgetFitting, Costs
-from fleetune.engine.round.rules import Opening, Outcome, close_round, open_round, sample_clients
+from fleetune.engine.round.rules import LATE, OK, Opening, Outcome, close_round, open_round, sample_clients
 from fleetune.engine.round.serving import NO_WORK, ServerCosts
 from fleetune.engine.round.work import Work
 from fleetune.engine.round.workload import Workload
@@ -53,6 +53,8 @@ class RoundPlan:
     """(n,) float: virtual seconds that each client is at work, to the end of its turn or until it leaves."""
     server: ServerCosts
     """What the server's own work before the round cost; the round begins after it."""
+    waiting_seconds: np.ndarray
+    """(n,) float: virtual seconds from the round's start to each client's turn; 0 unless clients work in turn."""
 
 
 Hints = Literal["all", "once_per_stage", "none"]
@@ -89,6 +91,7 @@ class RoundPlanner:
         Two values live from round to round and are brought up to date in place: ``provisioned``, client id -> key of the
         weights that it was sent last, and ``busy_until``, (num_clients,) float, the virtual time at which each client's
         last turn ends. Both are written after the close is known, because a refused client neither receives nor does anything.
+        Where the server keeps what it was sent (`Traits.caches`), ``provisioned`` says of which examples instead.
         """
         fleet = self.problem.fleet
         ready_seconds = sim_seconds + server.seconds
@@ -104,10 +107,11 @@ class RoundPlanner:
         )
         fitted = fitting.fit(self._work(state, round_idx, drawn_from, client_ids), client_ids)
         work, costs = fitted.work, fitted.costs
-        dropped, busy_seconds = self._departures(round_idx, client_ids, costs, opening.start_seconds)
+        waiting = self._waiting(round_idx, client_ids, costs["sim_seconds"], fitted.refused_by)
+        dropped, busy_seconds = self._departures(round_idx, client_ids, costs, opening.start_seconds, waiting)
         outcome = close_round(
             self.spec.rounds,
-            sim_seconds=costs["sim_seconds"],
+            sim_seconds=waiting + costs["sim_seconds"],
             refused_by=fitted.refused_by,
             dropped=dropped,
         )
@@ -115,8 +119,10 @@ class RoundPlanner:
             provision = work.payloads[work.payload_of[i]].provision
             if provision is not None:
                 provisioned[int(client_ids[i])] = provision.key
+        if self.method.traits.caches:
+            self.note_sent(work, client_ids, outcome, provisioned)
         # A round that does not wait for everybody ends while some are still at work; they are not sampled until they are done.
-        busy_until[client_ids[outcome.started]] = opening.start_seconds + busy_seconds[outcome.started]
+        busy_until[client_ids[outcome.started]] = opening.start_seconds + (waiting + busy_seconds)[outcome.started]
         return RoundPlan(
             client_ids=client_ids,
             work=work,
@@ -129,6 +135,7 @@ class RoundPlanner:
             num_available=len(opening.available),
             busy_seconds=busy_seconds,
             server=server,
+            waiting_seconds=waiting,
         )
 
     def _opening(self, round_idx: int, busy_until: np.ndarray, sim_seconds: float) -> Opening:
@@ -179,6 +186,31 @@ class RoundPlanner:
         """Steps and lengths of the clients' batches, as the cost model takes them."""
         return batch_load(self.problem.inputs.train, work.rows)
 
+    def new_load(self, work: Work, client_ids: np.ndarray, sent: Mapping[int, str]) -> Load:
+        """The load of what clients have not sent before in the run (`Traits.caches`); ``sent``: as ``provisioned`` of `round`."""
+        new = [
+            without(rows, self.problem.partition.shard(client)[self._sent_of(client, sent.get(client))])
+            for client, rows in zip(client_ids.tolist(), work.rows, strict=True)
+        ]
+        return batch_load(self.problem.inputs.train, new)
+
+    def _sent_of(self, client: int, key: str | None) -> np.ndarray:
+        """True for the examples of a client's shard that the server has, (n_k,) bool. ``key``: a bit for each, in hexadecimal."""
+        size = int(self.sizes[client])
+        if key is None:
+            return np.zeros(size, bool)
+        return np.unpackbits(np.frombuffer(bytes.fromhex(key), np.uint8), count=size).astype(bool)
+
+    def note_sent(
+        self, work: Work, client_ids: np.ndarray, outcome: Outcome, provisioned: MutableMapping[int, str]
+    ) -> None:
+        """Note what the server keeps of a round from now on. Who has left in its midst may not have sent everything."""
+        for i in np.flatnonzero((outcome.status == OK) | (outcome.status == LATE)).tolist():
+            client = int(client_ids[i])
+            has = self._sent_of(client, provisioned.get(client))
+            has |= np.isin(self.problem.partition.shard(client), work.rows[i])
+            provisioned[client] = np.packbits(has).tobytes().hex()
+
     def _work(self, state: State, round_idx: int, drawn_from: int, client_ids: np.ndarray) -> Work:
         """One payload per group of clients, each client's group, and its batches as they were drawn for a round."""
         rows = self._ahead.pop(drawn_from, None) or self.batches(drawn_from, client_ids)
@@ -208,14 +240,17 @@ class RoundPlanner:
     def _price(self, work: Work, client_ids: np.ndarray, provisioned: Mapping[int, str]) -> Costs:
         """What the work costs these clients, and the memory that they have for it (``budget_bytes``)."""
         fleet = self.problem.fleet
+        load = self.load(work, client_ids)
+        caches = self.method.traits.caches
         costs = self.pricing.columns(
             work.round_idx,
             client_ids,
             work.payloads,
             work.payload_of,
-            self.load(work, client_ids),
+            self.new_load(work, client_ids, provisioned) if caches else load,
             self._provision_bytes(work, client_ids, provisioned),
             checkpointing=work.checkpointing,
+            server_load=load if caches else None,
         )
         # The limit that the job sets for the client, which may be less than its device has (`fleet.budgets`).
         costs["budget_bytes"] = fleet.budgets.memory_bytes[fleet.device_index[client_ids]]
@@ -247,16 +282,36 @@ class RoundPlanner:
         np.add.at(counts, (np.repeat(np.arange(part.num_clients), self.sizes), categories[part.indices]), 1)
         return counts.argmax(axis=1)
 
+    def _waiting(
+        self, round_idx: int, client_ids: np.ndarray, turn_seconds: np.ndarray, refused_by: np.ndarray
+    ) -> np.ndarray:
+        """Virtual seconds, (n,) float, for which each client waits for its turn: those of the turns before it.
+
+        Refused clients have none. Whoever leaves in the midst of its turn is waited for until the turn would have ended.
+        """
+        waiting = np.zeros(len(client_ids))
+        if self.method.traits.in_turn:
+            order = self.method.turns(client_ids, round_idx)
+            lasts = np.where([budget is None for budget in refused_by], turn_seconds, 0.0)[order]
+            waiting[order] = np.cumsum(lasts) - lasts
+        return waiting
+
     def _departures(
-        self, round_idx: int, client_ids: np.ndarray, costs: dict[str, np.ndarray], start_seconds: float
+        self,
+        round_idx: int,
+        client_ids: np.ndarray,
+        costs: dict[str, np.ndarray],
+        start_seconds: float,
+        waiting: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Who leaves before the end of its turn, (n,) bool, and the virtual seconds that each is at work, (n,) float.
 
+        The round begins at ``start_seconds``, and each turn ``waiting (n,)`` later; who has left by then is not at work at all.
         A client leaves if its availability ends before its turn does, or by chance (``fleet.dropout``); the latter has computed
         everything and leaves before it sends.
         """
         fleet = self.problem.fleet
-        stays = fleet.availability.until(start_seconds)[client_ids] - start_seconds
+        stays = np.maximum(fleet.availability.until(start_seconds)[client_ids] - start_seconds - waiting, 0.0)
         leaves = fleet.dropped(self.spec.seed, round_idx, client_ids)
         turn = costs["sim_seconds"] - np.where(leaves, costs["uplink_seconds"], 0.0)
         return leaves | (stays < costs["sim_seconds"]), np.minimum(turn, stays)

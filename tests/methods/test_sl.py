@@ -1,0 +1,105 @@
+"""Split learning: a chain of clients, in what they learn and on the virtual clock."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fleetune.errors import UserError
+from fleetune.methods.sl import SL
+from fleetune.methods.split import drawn_order
+from support import runs, tiny
+
+SGD = {"evaluation.generate": False, "local.optimizer": "sgd", "local.learning_rate": 0.5}
+ALL = {"fleet.num_clients": 3, "rounds.clients_per_round": 3}
+ISOLATED = {"method.isolated": True}
+
+
+def test_the_next_client_starts_where_the_last_one_ended():
+    """Three clients in a chain are three calls with one client each, each from the halves of the one before, bit for bit."""
+    done, passed = runs.recorded(tiny.spec({**SGD, "rounds.num_rounds": 1}, method="sl"))
+    (one,) = passed
+    (cohort,) = one.unit.cohorts
+    method, payload, tasks = done.problem.method, one.payloads[cohort.payload], one.unit.tasks(cohort)
+    assert isinstance(method, SL)
+    worker = runs.worker(done.problem)
+    for place in method.turns(np.array([task.client_id for task in tasks]), 0):
+        update = method.local_update(worker, payload, [tasks[place]])
+        assert update.upload is not None
+        payload = replace(payload, tensors=update.upload.client(0), server={**payload.server, **update.server})
+    runs.same_tensors(done.state.tensors, {**payload.tensors, **payload.server})
+
+
+def test_a_round_lasts_as_long_as_all_turns_together():
+    """Each client waits for those before it in the drawn order, and the round ends with the last one."""
+    done = runs.run(tiny.spec(SGD, method="sl"))
+    for round_idx, rows in done.clients.groupby("round"):
+        order = drawn_order(done.problem.spec.seed, int(round_idx) - 1, rows["client_id"].tolist())
+        turns = rows["sim_seconds"].to_numpy()[order]
+        np.testing.assert_allclose(rows["waiting_seconds"].to_numpy()[order], np.cumsum(turns) - turns)
+    lasts = np.diff(done.rounds["sim_seconds"], prepend=0.0)
+    np.testing.assert_allclose(lasts, done.clients.groupby("round")["sim_seconds"].sum())
+    side_by_side = runs.run(tiny.spec(SGD, method="sfl"))
+    assert not side_by_side.clients["waiting_seconds"].any()
+    assert side_by_side.rounds["sim_seconds"].iloc[-1] < done.rounds["sim_seconds"].iloc[-1]
+
+
+def test_who_comes_after_the_deadline_is_the_end_of_the_chain():
+    """With a deadline after the second turn of three the third client is late, and the round is closed at the deadline."""
+    plain = runs.run(tiny.spec({**SGD, "rounds.num_rounds": 1}, method="sl"))
+    by_turn = plain.clients.sort_values("waiting_seconds")
+    third = by_turn["waiting_seconds"].iloc[2]
+    close = {"rounds.num_rounds": 1, "rounds.close": "deadline", "rounds.deadline_seconds": float(third) * 1.01}
+    done = runs.run(tiny.spec({**SGD, **close}, method="sl"))
+    status = done.clients.set_index("client_id")["status"]
+    assert status[by_turn["client_id"]].tolist() == ["ok", "ok", "late"]
+    assert done.rounds["sim_seconds"].iloc[0] == close["rounds.deadline_seconds"]
+
+
+def test_the_plan_adds_up_turns_too():
+    from fleetune.plan.walk import plan
+
+    spec = tiny.spec(SGD, method="sl")
+    done = runs.run(spec)
+    planned = [row["sim_seconds"] for row in plan(spec).rounds]
+    np.testing.assert_allclose(planned, done.rounds["sim_seconds"])
+
+
+def test_the_order_of_turns_is_the_clients_own():
+    """Who else takes part, and how they are arranged, does not decide who comes first."""
+    ids = [7, 2, 9, 4]
+    ranked = [ids[place] for place in drawn_order(0, 5, ids)]
+    fewer = [4, 7, 2]
+    assert [fewer[place] for place in drawn_order(0, 5, fewer)] == [client for client in ranked if client != 9]
+
+
+def test_isolated_halves_stay_and_the_servers_goes_on():
+    """Nothing of a client's half is sent after the first time; the shared model takes their mean, by numbers of examples."""
+    done = runs.run(tiny.spec({**SGD, **ALL, **ISOLATED, "rounds.num_rounds": 2}, method="sl"))
+    assert isinstance(done.problem.method, SL)
+    on_client = done.problem.method.on_client
+    fresh = done.problem.method.context.fresh_adapter()
+    for name in filter(on_client, fresh):
+        assert torch.equal(done.state.tensors[name], fresh[name])
+    sizes = done.clients.set_index("client_id")["shard_examples"].loc[lambda s: ~s.index.duplicated()]
+    shipped = done.deployed.adapter
+    for name in filter(on_client, fresh):
+        mean = sum(done.private[c][name] * (n / sizes.sum()) for c, n in sizes.items())
+        torch.testing.assert_close(shipped[name], mean)
+    assert len({done.private[c][next(filter(on_client, fresh))].sum().item() for c in sizes.index}) == 3
+
+
+def test_isolated_clients_can_be_evaluated_each():
+    settings = {**SGD, **ALL, **ISOLATED, "method.evaluates": "clients", "rounds.num_rounds": 1}
+    done = runs.run(tiny.spec(settings, method="sl"))
+    losses = [done.rounds[f"eval_loss/client-{client}"].iloc[-1] for client in range(3)]
+    assert len(set(losses)) == 3
+    np.testing.assert_allclose(done.rounds["eval_loss"].iloc[-1], np.mean(losses))
+
+
+def test_only_isolated_clients_have_models_of_their_own():
+    with pytest.raises(UserError, match="one half that is handed on"):
+        tiny.spec({"method.evaluates": "clients"}, method="sl")
