@@ -24,8 +24,9 @@ from support import REPOSITORY, closed_forms
 
 
 def polynomial(**coefficients: float) -> np.ndarray:
-    """Of the basis 1, B, S, BS, BSS, M."""
-    return np.array([coefficients.get(name, 0.0) for name in ("one", "B", "S", "BS", "BSS", "M")])
+    """Of the basis 1, B, S, BS, BSS, M, R, BR, BRR."""
+    names = ("one", "B", "S", "BS", "BSS", "M", "R", "BR", "BRR")
+    return np.array([coefficients.get(name, 0.0) for name in names])
 
 
 def side(*products: tuple[int, np.ndarray, np.ndarray], moved: np.ndarray, num_ops: int = 0) -> SideWork:

@@ -31,6 +31,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "split-lora",
         {"method.cut_precision": "fp16", "method.head": "client", "method.aggregate_every": 2},
     ),
+    "lesft through": ("lesft", {"method.ref_grad": "through", "method.p_sal": 0.0014}),
+    "lesft base every other round": ("lesft", {"method.paths": "base", "method.aggregate_every": 2}),
+    "lesft per_client": ("lesft", {"method.server": "per_client"}),
     "split-lora in_turn": ("split-lora", {"method.server": "in_turn"}),
     "split-lora per_client": ("split-lora", {"method.server": "per_client"}),
 }

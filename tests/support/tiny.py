@@ -32,6 +32,7 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     },
     "flora": {"ranks": {"jetson-nano": 1}},
     "fwdllm": {"directions": 2, "h": 0.1, "learning_rate": 0.01},
+    "lesft": {"split_point": 2},
     "progfed": {"stages": 2},
 }
 

@@ -66,6 +66,7 @@ def data_file(num_examples: int = 120) -> str:
                 "prompt": f"Q: {a} + {b}\nA:",
                 "response": f"#### {a + b}",
                 "category": f"c{(a + b) % 4}",
+                "reference": f"{b} + {a}",
             }
             file.write(json.dumps(record) + "\n")
     return str(path)

@@ -24,8 +24,8 @@ class Load:
     """The batches that n clients work on, as monomials (`cost.polynomials.BASIS`): costs are linear in these."""
 
     num_steps: np.ndarray  # (n,)
-    mean: np.ndarray  # (n, 6), the mean over a client's steps: decides FLOPs, bytes and time
-    largest: np.ndarray  # (n, 6), the most that any of its steps has of each monomial: decides memory
+    mean: np.ndarray  # (n, NUM), the mean over a client's steps: decides FLOPs, bytes and time
+    largest: np.ndarray  # (n, NUM), the most that any of its steps has of each monomial: decides memory
 
     @classmethod
     def equal(cls, num_steps: np.ndarray, batch_size: ArrayLike, num_tokens: ArrayLike, num_logits: ArrayLike) -> Load:
@@ -35,7 +35,7 @@ class Load:
 
     @classmethod
     def of_steps(cls, owner: np.ndarray, basis: np.ndarray, num_clients: int) -> Load:
-        """Load from the monomials of all t steps, ``basis (t, 6)``; ``owner (t,)`` is the client of each."""
+        """Load from the monomials of all t steps, ``basis (t, NUM)``; ``owner (t,)`` is the client of each."""
         num_steps = np.bincount(owner, minlength=num_clients)
         sums = np.stack([np.bincount(owner, column, num_clients) for column in basis.T], axis=1)
         largest = np.zeros((num_clients, basis.shape[1]))
@@ -161,7 +161,7 @@ def estimate(
 def seconds_of(
     work: SideWork, basis: np.ndarray, precision: str, devices: Sequence[DeviceProfile], device_index: np.ndarray
 ) -> np.ndarray:
-    """Seconds (n,) of one step for n clients: their batches ``basis (n, 6)``, their devices ``devices[device_index (n,)]``.
+    """Seconds (n,) of one step for n clients: their batches ``basis (n, NUM)``, their devices ``devices[device_index (n,)]``.
 
     Every operator has its own roofline: it takes ``max(FLOPs / rate, bytes / bandwidth)``, and its launch (Williams, Waterman
     and Patterson 2009, doi:10.1145/1498765.1498785). Bytes are those of its distinct inputs and outputs, as in eager execution

@@ -1,8 +1,9 @@
 """Sizes as exact functions of a step's batch, found from two traced points; nothing is estimated.
 
-A step has B examples of S tokens, and M positions where the loss looks (summed over the examples). Every tensor of a step
-has a number of elements that is a constant times one of a few forms (B S, M, B (S - 1), …), and so have the FLOPs of an
-operator. The points are chosen so that the ratio of a quantity's values at the two tells its form; the constant is then exact.
+A step has B examples of S tokens, and M positions where the loss looks (summed over the examples); examples have R tokens on
+their reference path, if the method has one (`data.references`). Every tensor of a step has a number of elements that is a
+constant times one of a few forms (B S, M, B (S - 1), …), and so have the FLOPs of an operator.
+The points are chosen so that the ratio of a quantity's values at the two tells its form; the constant is then exact.
 """
 
 from __future__ import annotations
@@ -20,33 +21,42 @@ class Point(NamedTuple):
     batch_size: int
     num_tokens: int  # of each example
     num_logits: int  # positions where the loss looks, over all examples
+    num_reference: int = 0  # of each example's reference path; 0: there is none
 
 
-BASIS = ("1", "B", "S", "B S", "B S^2", "M")
+BASIS = ("1", "B", "S", "B S", "B S^2", "M", "R", "B R", "B R^2")
 NUM = len(BASIS)
 # Any two points will do at which no two forms have the same ratio.
-POINTS = (Point(3, 64, 97), Point(5, 112, 331))
+POINTS = (Point(3, 64, 97, 80), Point(5, 112, 331, 168))
 # Coefficients of `BASIS` of every form that a size or a count of FLOPs takes.
 FORMS: Mapping[str, tuple[int, ...]] = {
-    "1": (1, 0, 0, 0, 0, 0),
-    "B": (0, 1, 0, 0, 0, 0),
-    "S": (0, 0, 1, 0, 0, 0),
-    "S - 1": (-1, 0, 1, 0, 0, 0),
-    "B S": (0, 0, 0, 1, 0, 0),
-    "B (S - 1)": (0, -1, 0, 1, 0, 0),
-    "B S^2": (0, 0, 0, 0, 1, 0),
-    "M": (0, 0, 0, 0, 0, 1),
+    "1": (1, 0, 0, 0, 0, 0, 0, 0, 0),
+    "B": (0, 1, 0, 0, 0, 0, 0, 0, 0),
+    "S": (0, 0, 1, 0, 0, 0, 0, 0, 0),
+    "S - 1": (-1, 0, 1, 0, 0, 0, 0, 0, 0),
+    "B S": (0, 0, 0, 1, 0, 0, 0, 0, 0),
+    "B (S - 1)": (0, -1, 0, 1, 0, 0, 0, 0, 0),
+    "B S^2": (0, 0, 0, 0, 1, 0, 0, 0, 0),
+    "M": (0, 0, 0, 0, 0, 1, 0, 0, 0),
+    "R": (0, 0, 0, 0, 0, 0, 1, 0, 0),
+    "R - 1": (-1, 0, 0, 0, 0, 0, 1, 0, 0),
+    "B R": (0, 0, 0, 0, 0, 0, 0, 1, 0),
+    "B (R - 1)": (0, -1, 0, 0, 0, 0, 0, 1, 0),
+    "B R^2": (0, 0, 0, 0, 0, 0, 0, 0, 1),
 }
 
 
-def monomials(batch_size: ArrayLike, num_tokens: ArrayLike, num_logits: ArrayLike) -> np.ndarray:
-    """The values of `BASIS` at n batches, scalars or (n,) each -> (n, 6)."""
-    b, s, m = np.broadcast_arrays(*(np.asarray(x, float) for x in (batch_size, num_tokens, num_logits)))
-    return np.stack([np.ones(b.shape), b, s, b * s, b * s * s, m], axis=-1)
+def monomials(
+    batch_size: ArrayLike, num_tokens: ArrayLike, num_logits: ArrayLike, num_reference: ArrayLike = 0
+) -> np.ndarray:
+    """The values of `BASIS` at n batches, scalars or (n,) each -> (n, NUM)."""
+    sizes = (batch_size, num_tokens, num_logits, num_reference)
+    b, s, m, r = np.broadcast_arrays(*(np.asarray(x, float) for x in sizes))
+    return np.stack([np.ones(b.shape), b, s, b * s, b * s * s, m, r, b * r, b * r * r], axis=-1)
 
 
 def evaluate(polynomials: np.ndarray, basis: np.ndarray) -> np.ndarray:
-    """Polynomials (…, 6) at n batches (n, 6) -> (n, …).
+    """Polynomials (…, NUM) at n batches (n, NUM) -> (n, …).
 
     Term by term, not as a matrix product, whose order of summation depends on n: a client's costs must not change with the
     clients beside it.
@@ -64,14 +74,14 @@ class Fitter:
 
     def __init__(self, points: tuple[Point, Point] = POINTS):
         at = [[int(x) for x in monomials(*point)] for point in points]
-        self.forms: list[tuple[np.ndarray, int, int]] = []  # coefficients (6,), values at the two points
+        self.forms: list[tuple[np.ndarray, int, int]] = []  # coefficients (NUM,), values at the two points
         for form in FORMS.values():
             first, second = (sum(c * x for c, x in zip(form, xs, strict=True)) for xs in at)
             self.forms.append((np.array(form, float), first, second))
         self._found: dict[tuple[int, int], np.ndarray] = {(0, 0): np.zeros(NUM)}
 
     def __call__(self, first: int, second: int) -> np.ndarray:
-        """The polynomial (6,) with these values. Raises ValueError if no form has them."""
+        """The polynomial (NUM,) with these values. Raises ValueError if no form has them."""
         key = (first, second)
         if key not in self._found:
             self._found[key] = self._fit(first, second)

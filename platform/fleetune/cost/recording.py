@@ -1,6 +1,6 @@
 """From two recordings of a step, at two batches, to its trace: exact functions of the batch, and of the model's depth.
 
-Legend: t operators were recorded, memory has 7 parts (`cost.trace.PARTS`), polynomials have 6 coefficients.
+Legend: t operators were recorded, memory has 7 parts (`cost.trace.PARTS`), polynomials have NUM coefficients.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ class Recording:
     """A call that was recorded at both `POINTS`: a trace with every moment of its memory, not only the possible peaks."""
 
     sides: dict[str, SideWork]  # by `scopes.CLIENT` and `scopes.SERVER`
-    live: np.ndarray  # (t, 7, 6): bytes by part that the client holds after every operator
+    live: np.ndarray  # (t, 7, NUM): bytes by part that the client holds after every operator
     places: list[tuple[int, int | None]]  # (t,): step and block of every operator; None outside the blocks
     names: list[str]  # (t,): torch's names of the operators
-    saved: np.ndarray  # (6,), as in StepTrace
-    cut: np.ndarray  # (2, 6), as in StepTrace
+    saved: np.ndarray  # (NUM,), as in StepTrace
+    cut: np.ndarray  # (2, NUM), as in StepTrace
     upload: np.ndarray  # (2,), as in StepTrace
 
     @classmethod
     def of(
-        cls, recordings: Sequence[Any], cuts: Sequence[Sequence[int]], uploads: Sequence[Sequence[int]]
+        cls, recordings: Sequence[Any], cuts: Sequence[Sequence[Sequence[int]]], uploads: Sequence[Sequence[int]]
     ) -> Recording:
-        """From the tracers of both points, the bytes of a step at the cut (sent, received), and those of the upload (of any
-        number of steps, of each step).
+        """From the tracers of both points, the bytes of a step at the cut (sent and received, path by path), and those of the
+        upload (of any number of steps, of each step).
 
         Raises ValueError if the work runs other operators, or holds other tensors, for another batch: the n-th of one recording
         is then not the n-th of the other, and no polynomial goes through the two. An upload may not depend on the batch either.
@@ -54,7 +54,7 @@ class Recording:
             places=first.places,
             names=[op.name for op in first.ops],
             saved=sum((fit(*pair) for pair in zip(first.saved_bytes, second.saved_bytes, strict=True)), np.zeros(NUM)),
-            cut=np.stack([fit(*pair) for pair in zip(*cuts, strict=True)]),
+            cut=sum((_cut(a, b, fit) for a, b in zip(cuts[0], cuts[1], strict=True)), np.zeros((2, NUM))),
             upload=np.array(uploads[0], float),
         )
 
@@ -149,6 +149,11 @@ def _linear(small: SideWork, large: SideWork, num_more: int) -> SideWork:
     )
 
 
+def _cut(first: Sequence[int], second: Sequence[int], fit: Fitter) -> np.ndarray:
+    """The polynomials of one path's bytes at the cut (sent, received), (2, NUM), from both points."""
+    return np.stack([fit(*pair) for pair in zip(first, second, strict=True)])
+
+
 def _side_work(first: Any, second: Any, side: str, fit: Fitter) -> SideWork:
     """The operators of one step on one side, from the tracers of both points.
 
@@ -177,7 +182,7 @@ def _side_work(first: Any, second: Any, side: str, fit: Fitter) -> SideWork:
 
 
 def live_bytes(first: Any, second: Any, sides: Sequence[str], parts: Sequence[str] = PARTS) -> np.ndarray:
-    """Bytes by part that the sides hold together after every operator, (t, len(parts), 6).
+    """Bytes by part that the sides hold together after every operator, (t, len(parts), NUM).
 
     Each piece of memory is added at the operator that made it and taken away at the first that runs without it; the running sum
     is what is held. A piece that several sides hold counts once, from the earliest on.
@@ -196,12 +201,12 @@ def live_bytes(first: Any, second: Any, sides: Sequence[str], parts: Sequence[st
 
 
 def possible_peaks(live: np.ndarray) -> np.ndarray:
-    """The moments of ``live (t, 7, 6)`` that no other exceeds in every coefficient, (m, 7, 6).
+    """The moments of ``live (t, 7, NUM)`` that no other exceeds in every coefficient, (m, 7, NUM).
 
     One of them is the peak, whatever the batch: no monomial of a batch is negative, so that a moment that another exceeds in
     every coefficient never needs more. That leaves a handful of some thousand moments to evaluate.
     """
-    totals = live.sum(axis=1)  # (t, 6)
+    totals = live.sum(axis=1)  # (t, NUM)
     order = np.lexsort(totals.T)[::-1]
     # Largest sums first: a moment can only be exceeded by one that comes before it.
     left = order[np.argsort(-totals[order].sum(axis=1), kind="stable")]

@@ -1,6 +1,6 @@
 """The cost of one local step as exact functions of its batch: a step is traced once, and prices clients with any batch.
 
-A polynomial, of FLOPs or of bytes, is an array (6,): the coefficients of `cost.polynomials.BASIS`. Memory has 7 parts.
+A polynomial, of FLOPs or of bytes, is an array (NUM,): the coefficients of `cost.polynomials.BASIS`. Memory has 7 parts.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ class SideWork:
     The others only move bytes, and so can be added up.
     """
 
-    products: np.ndarray  # (p, 2, 6): FLOPs and bytes of each distinct operator that computes
+    products: np.ndarray  # (p, 2, NUM): FLOPs and bytes of each distinct operator that computes
     counts: np.ndarray  # (p,): how often each runs in a step
     names: tuple[str, ...]  # (p,): torch's name of each
-    moved: np.ndarray  # (6,): bytes that all other operators move in a step
+    moved: np.ndarray  # (NUM,): bytes that all other operators move in a step
     num_ops: int  # operators that move bytes, so kernels to launch
 
     @property
     def flops(self) -> np.ndarray:
-        """FLOPs of a step, (6,)."""
+        """FLOPs of a step, (NUM,)."""
         return (self.products[:, 0] * self.counts[:, None]).sum(0)
 
     def to_json(self) -> dict[str, Any]:
@@ -57,15 +57,15 @@ class StepTrace:
 
     client: SideWork
     server: SideWork  # what the server does for one client (split learning); empty for other methods
-    moments: np.ndarray  # (m, 7, 6): bytes by part at every moment that can be the peak, depending on the batch
-    saved: np.ndarray  # (6,): bytes that autograd keeps of a step for its backward pass, beside weights and adapters
-    cut: np.ndarray  # (2, 6): bytes that a step sends to the server at the cut, and receives from it (split learning)
+    moments: np.ndarray  # (m, 7, NUM): bytes by part at every moment that can be the peak, depending on the batch
+    saved: np.ndarray  # (NUM,): bytes that autograd keeps of a step for its backward pass, beside weights and adapters
+    cut: np.ndarray  # (2, NUM): bytes that a step sends to the server at the cut, and receives from it (split learning)
     upload: (
         np.ndarray
     )  # (2,): bytes that go up at the end whatever the number of steps, and bytes that go up for each step
 
     def peak(self, basis: np.ndarray) -> np.ndarray:
-        """Bytes by part at the peak of a step, for n batches ``basis (n, 6)`` -> (n, 7)."""
+        """Bytes by part at the peak of a step, for n batches ``basis (n, NUM)`` -> (n, 7)."""
         where = evaluate(self.moments.sum(axis=1), basis).argmax(axis=1)  # (n,): when each batch needs most
         at_peak = self.moments[where]
         return sum((at_peak[:, :, k] * basis[:, k, None] for k in range(NUM)), np.zeros(at_peak.shape[:2]))

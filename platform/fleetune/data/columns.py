@@ -12,6 +12,7 @@ from fleetune.errors import UserError, unknown_name
 PROMPT_NAMES = ("prompt", "question", "instruction", "query", "problem", "input", "text")
 RESPONSE_NAMES = ("response", "completion", "output", "solution", "answer", "rationale", "target", "label")
 CATEGORY_NAMES = ("category", "skill", "topic", "subject", "task", "type")
+REFERENCE_NAMES = ("reference", "ground_truth")
 CHAT_NAMES = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat")
 CHAT_HINT = "chats are not read; write what the user says and what is to be learnt as two columns of text"
 ROLES = frozenset({"prompt", "response", "category"})
@@ -45,7 +46,8 @@ class Roles:
         used = {self.response, *(named - ROLES)}
         if "prompt" in named:
             used |= {self.prompt, "input"} if self.input_follows else {self.prompt}
-        return used | {name for name in (self.category, _key_column(config)) if name is not None}
+        named_by_the_job = (self.category, _key_column(config), config.columns.reference)
+        return used | {name for name in named_by_the_job if name is not None} | set(REFERENCE_NAMES)
 
 
 def find_roles(table: Table, config: DataConfig) -> Roles:

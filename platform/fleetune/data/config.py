@@ -22,6 +22,8 @@ class ColumnMapping(Config):
     """Column of the text to be learnt. Default: the first of response, completion, output, answer, …"""
     category: str | None = None
     """Column by which clients can differ. Default: category, skill, topic, … where there is one."""
+    reference: str | None = None
+    """Column of the ground-truth solution, for methods with a reference path (lesft). Default: reference, ground_truth."""
 
 
 class PartitionConfig(Config):
@@ -60,6 +62,9 @@ class DataConfig(Config):
     """Which columns hold the prompt, the response and the category."""
     template: str = "{prompt}"
     """The prompt's text, with the source's columns in braces; `{{` is a brace."""
+    reference_template: str = "{reference}\n{prompt}"
+    """The reference path's prompt (lesft): `{reference}` is the solution, `{prompt}` the prompt as `template` writes it. Its
+    end should be the prompt's, so that the response follows on both paths in the same way."""
     separator: str = Field(default=" ", max_length=1000)
     """Text between prompt and response. It is learnt and generated with the response."""
     add_bos: bool | Literal["auto"] = "auto"
@@ -79,6 +84,9 @@ class DataConfig(Config):
     """Held-out examples to use at most, drawn at random."""
     max_tokens: int = Field(default=128, ge=4, le=1_048_576)
     """Longest example, prompt and response together. Longer prompts lose their beginning."""
+    max_reference_tokens: int | None = Field(default=None, ge=4, le=1_048_576)
+    """Longest reference path (lesft), which is never cut: a longer one is refused. Default: twice max_tokens, or the model's
+    positions if these are fewer."""
     loss_on: Literal["response", "all"] = "response"
     """Tokens that are learnt: those of the response and its end, or all."""
     answer_pattern: str = r"####\s*([-+]?\$?[\d,]*\.?\d+)"
@@ -109,7 +117,16 @@ class DataConfig(Config):
             raise ValueError("the template names no column; write at least {prompt}")
         return template
 
-    @field_validator("template", "separator")
+    @field_validator("reference_template")
+    @classmethod
+    def _reference_is_named(cls, template: str) -> str:
+        if "reference" not in column_names(template):
+            raise ValueError(
+                "the template does not name {reference}, so that the reference path would hold no solution"
+            )
+        return template
+
+    @field_validator("template", "reference_template", "separator")
     @classmethod
     def _all_are_characters(cls, text: str) -> str:
         try:

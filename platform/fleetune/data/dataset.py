@@ -34,6 +34,9 @@ class TokenizedDataset:
     """reason -> number of examples that were left out for it"""
     categories: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """int64 ``(n,)``: each example's category, from 0; empty if nobody asked for them. They are not in the file."""
+    reference: TokenizedDataset | None = None
+    """The reference path of every example, in the same order: another prompt before the same response ids. None if the method
+    has no such path (`data.references`). It is not in the file."""
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)

@@ -45,7 +45,7 @@ def tokenize(
     ends = ends_of(backend, tokenizer, config)
     # `ends` adds its tokens instead; it would also trim blanks, after which tokens no longer map to characters.
     backend.post_processor = None
-    prompts, responses = _texts(examples, config, ends)
+    prompts, responses = texts_of(examples, config, ends)
     settings = json.dumps([FORMAT, config.max_tokens, config.loss_on, config.separator, ends, tokenizer.pad_token_id])
     key = _content_hash([backend.to_str(), settings], prompts, responses)
 
@@ -90,7 +90,7 @@ def plain_backend(tokenizer: Any) -> Any:
     return Tokenizer.from_str(json.dumps({**content, "padding": None, "truncation": None}))
 
 
-def _texts(examples: Examples, config: DataConfig, ends: Ends) -> tuple[list[str], list[str]]:
+def texts_of(examples: Examples, config: DataConfig, ends: Ends) -> tuple[list[str], list[str]]:
     """Prompts and responses, without a bos that would be another one."""
     columns = ends.without_inner_bos(examples.columns, config.template)
     return [ends.once(prompt) for prompt in render_prompts(config.template, columns)], columns["response"]
@@ -166,10 +166,10 @@ def _cut(encoding: Any, prompt: str, response: str, *, config: DataConfig, ends:
     """The joint text's tokens, cut at the beginning of the response; or the reason why the example cannot be learnt."""
     ids, seam = encoding.ids, len(prompt)
     stop = seam + len(config.separator) + len(response)
-    own = _first_token(encoding, stop - len(response), stop)  # not the separator's
+    own = first_token(encoding, stop - len(response), stop)  # not the separator's
     if own is None or ends.is_end_alone(response):
         return NO_RESPONSE
-    begins = _first_token(encoding, seam, stop - len(response))
+    begins = first_token(encoding, seam, stop - len(response))
     first = own if begins is None else begins
     head, num_fixed = ends.head_of(prompt, ids)
     pieces = _Pieces(
@@ -184,7 +184,7 @@ def _cut(encoding: Any, prompt: str, response: str, *, config: DataConfig, ends:
     return NO_ROOM if pieces.num_separator >= config.max_tokens - max(num_fixed, 1) else pieces
 
 
-def _first_token(encoding: Any, start: int, stop: int) -> int | None:
+def first_token(encoding: Any, start: int, stop: int) -> int | None:
     """Index of the first token with one of the characters start … stop - 1; None if a normalizer has dropped them all."""
     tokens = (encoding.char_to_token(position) for position in range(start, stop))
     return next((token for token in tokens if token is not None), None)
@@ -209,7 +209,7 @@ def _assemble(pieces: list[_Pieces], max_tokens: int) -> tuple[np.ndarray, ...]:
     response_starts = len(prompt_flat) + np.cumsum(response_sizes) - response_sizes
     starts = np.stack([prompt_ends - prompt_sizes, prompt_ends - (kept_prompt - fixed), response_starts], axis=1)
     sizes = np.stack([fixed, kept_prompt - fixed, kept_response], axis=1)
-    tokens = np.concatenate([prompt_flat, response_flat])[_ranges(starts.ravel(), sizes.ravel())]
+    tokens = np.concatenate([prompt_flat, response_flat])[ranges(starts.ravel(), sizes.ravel())]
     cut = lengths < prompt_sizes + response_sizes
     overlaps = np.array([piece.overlap for piece in pieces], dtype=np.int32)
     return tokens, lengths, kept_prompt.astype(np.int32), cut, overlaps
@@ -221,7 +221,7 @@ def _flatten(ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     return sizes, np.fromiter(chain.from_iterable(ids), dtype=np.int32, count=int(sizes.sum()))
 
 
-def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """``[s0, s0+1, …, s1, s1+1, …]``: for every start, as many consecutive numbers as its size."""
     before = np.cumsum(sizes) - sizes
     return np.repeat(starts - before, sizes) + np.arange(sizes.sum())

@@ -15,6 +15,7 @@ from fleetune.methods.fedsa_lora import FedSALoRA
 from fleetune.methods.fedsoda import FedSODA
 from fleetune.methods.flora import FLoRA
 from fleetune.methods.fwdllm import FwdLLM
+from fleetune.methods.lesft import LESFT
 from fleetune.methods.progfed import ProgFed
 from fleetune.methods.sfl import SFL
 from fleetune.methods.sl import SL
@@ -35,6 +36,7 @@ METHODS: dict[str, type[Method]] = {
     "fedsoda": FedSODA,
     "flora": FLoRA,
     "fwdllm": FwdLLM,
+    "lesft": LESFT,
     "progfed": ProgFed,
     "sfl": SFL,
     "sl": SL,

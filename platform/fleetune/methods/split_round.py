@@ -29,6 +29,7 @@ from fleetune.training.wire import GRADIENT_SCALE, received, wire_bytes
 from fleetune.training.worker import Worker
 
 if TYPE_CHECKING:
+    from fleetune.data.dataset import TokenizedDataset
     from fleetune.methods.base import Payload
     from fleetune.methods.split import SplitMethod
 
@@ -48,6 +49,8 @@ class Path:
     """Which halves get gradients of it: with ``server`` no gradient comes down, with ``neither`` both only look ahead."""
     sends_labels: bool = True
     """True if its labels go up with it: 4 bytes per token."""
+    on_reference: bool = False
+    """True if these are the examples' reference paths (`data.references`)."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class SplitRound:
         with on_server():
             self._set_up_server(payload, rates)
         self.losses, self.num_tokens = np.zeros(len(tasks)), np.zeros(len(tasks), np.int64)
-        self.cut_bytes = np.zeros((2, len(tasks)), np.int64)
+        self.cut_bytes: dict[int, np.ndarray] = {}  # place of a path among those of a step -> (2, K) bytes up and down
         # When each client's loss was first not finite, (K,), counted in calls of the server's half (`CohortUpdate.diverged_at`).
         self.diverged_at, self.num_served = np.full(len(tasks), np.inf), 0
 
@@ -132,13 +135,20 @@ class SplitRound:
             grads = [self._returned(s) for _, s in returning]
             torch.autograd.backward([h for h, _ in returning], grads)
             self._update(self.clients, client, self.client_optimizer, n)
-        for smashed_, batch in zip(smashed, batches, strict=True):
-            self._charge(active, batch, smashed_)
+        for i, (smashed_, batch) in enumerate(zip(smashed, batches, strict=True)):
+            self._charge(i, batch, smashed_)
         self.num_tokens[:n] += row_lengths(self.worker.data, batches[0].path.examples).sum(axis=1)
+
+    def _data(self, path: Path) -> TokenizedDataset:
+        """The tokens that a path's examples have on it."""
+        if not path.on_reference:
+            return self.worker.data
+        assert self.worker.data.reference is not None, "the method's traits do not ask for references"
+        return self.worker.data.reference
 
     # -- what crosses ---------------------------------------------------------------------------------------------------
     def _collated(self, path: Path) -> Batch:
-        ids, labels = collate(self.worker.data, path.examples.reshape(-1))
+        ids, labels = collate(self._data(path), path.examples.reshape(-1))
         return Batch(path, on_device(ids, self.network.device), on_device(labels, self.network.device))
 
     def _client_forward(self, batch: Batch) -> Tensor:
@@ -245,25 +255,25 @@ class SplitRound:
         optimizer.step(grads)
 
     # -- bytes and results ----------------------------------------------------------------------------------------------
-    def _charge(self, active: list[ClientTask], batch: Batch, smashed: Tensor) -> None:
-        """Each client pays for its own batch, padded to its own longest example.
+    def _charge(self, i: int, batch: Batch, smashed: Tensor) -> None:
+        """Each client pays for its own batch, padded to its own longest example, on the step's i-th path.
 
         Up: activations and labels; down: dL/dS if it learns. With the head on the client no labels go up, but hidden states
         come down, and their gradients go up.
         """
         precision, path, size = self.config.cut_precision, batch.path, batch.path.examples.shape[1]
-        for k in range(len(active)):
-            examples = path.examples[k]
+        total = self.cut_bytes.setdefault(i, np.zeros((2, len(self.tasks)), np.int64))
+        for k, examples in enumerate(path.examples):
             examples = examples[examples != NO_EXAMPLE]
             rows = slice(k * size, k * size + len(examples))  # without those that fill up a short batch
-            tokens = int(row_lengths(self.worker.data, examples).max())
+            tokens = int(row_lengths(self._data(path), examples).max())
             crossing = wire_bytes(smashed[rows, :tokens], precision)
             up, down = crossing, crossing if path.learns == "both" else 0
             if self.config.head == "client":
                 up, down = up + (crossing if path.learns != "neither" else 0), down + crossing
             elif path.sends_labels:
                 up += batch.labels[rows, :tokens].to(torch.int32).nbytes
-            self.cut_bytes[:, k] += (up, down)
+            total[:, k] += (up, down)
 
     def result(self) -> CohortUpdate:
         """The cohort's update in the order of its tasks."""
@@ -278,13 +288,15 @@ class SplitRound:
             server = self.server.trained.to("cpu").client(0)
             server.update(moments(self.server_optimizer, self.server.trained))
         upload = trained.columns(self.plan.uploads)
+        cut_paths = [self.cut_bytes[i][:, back] for i in sorted(self.cut_bytes)]
         return CohortUpdate(
             upload=upload if upload.shapes else None,
             private=self._kept(trained),
             server=server,
             losses=(self.losses / steps)[back],
             num_tokens=self.num_tokens[back],
-            cut_bytes=self.cut_bytes[:, back],
+            cut_bytes=sum(cut_paths, np.zeros((2, len(back)), np.int64)),
+            cut_paths=cut_paths,
             diverged_at=self.diverged_at[back],
         )
 

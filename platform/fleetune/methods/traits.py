@@ -32,5 +32,7 @@ class Traits:
     caches: bool = False
     """The server keeps what clients sent of an example, so that a client works on it and sends it once in a run. Such a method
     sends no provisions."""
+    references: bool = False
+    """Examples have a reference path: the same response after a prompt with the ground-truth solution (`data.references`)."""
     pooled: bool = False
     """There is no federation: the server holds the examples of all clients and works on them alone (`problem.pooled`)."""

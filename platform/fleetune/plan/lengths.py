@@ -11,7 +11,7 @@ import hashlib
 import json
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,15 +39,22 @@ class Lengths:
     keys: np.ndarray  # (n,) int64: `data.partition` deals by these
     loss_on: str  # response or all, as in `data.loss_on`
     assumed: tuple[str, ...] = ()  # assumptions about the data, in words
+    reference: np.ndarray | None = None  # (n,) int64: tokens of each example's reference path, if the method has one
 
     def dataset(self) -> TokenizedDataset:
         """A dataset of examples of these lengths, without tokens."""
+        base = self._of(self.tokens, self.prompt)
+        if self.reference is None:
+            return base
+        return replace(base, reference=self._of(self.reference, self.reference - self.tokens + self.prompt))
+
+    def _of(self, tokens: np.ndarray, prompt: np.ndarray) -> TokenizedDataset:
         return TokenizedDataset(
             tokens=np.empty(0, np.int32),
-            offsets=np.concatenate([[0], np.cumsum(self.tokens)]).astype(np.int64),
-            prompt_lengths=self.prompt.astype(np.int32),
-            rows=np.arange(len(self.tokens)),
-            overlaps=np.zeros(len(self.tokens), np.int32),
+            offsets=np.concatenate([[0], np.cumsum(tokens)]).astype(np.int64),
+            prompt_lengths=prompt.astype(np.int32),
+            rows=np.arange(len(tokens)),
+            overlaps=np.zeros(len(tokens), np.int32),
             loss_on=self.loss_on,
             pad_token_id=0,
             num_truncated=0,
@@ -62,7 +69,8 @@ def load_lengths(spec: RunSpec, base: BaseModel, *, cache_dir: Path | None = Non
     path = Path(cache_dir or default_cache_dir()) / "lengths" / f"{_key(spec, files)}.npz"
     try:
         with np.load(path) as arrays:
-            return Lengths(arrays["tokens"], arrays["prompt"], arrays["keys"], spec.data.loss_on)
+            reference = arrays.get("reference")
+            return Lengths(arrays["tokens"], arrays["prompt"], arrays["keys"], spec.data.loss_on, reference=reference)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):  # a zip has checksums of its own
         pass
     found = _tokenised(spec, base, cache_dir)
@@ -74,9 +82,11 @@ def _tokenised(spec: RunSpec, base: BaseModel, cache_dir: Path | None) -> Length
     from fleetune.problem import load_inputs
 
     inputs = load_inputs(spec, base=base, cache_dir=cache_dir)
+    train = inputs.train
     return Lengths(
-        inputs.train.lengths, inputs.train.prompt_lengths.astype(np.int64), inputs.keys, inputs.train.loss_on
-    )
+        train.lengths, train.prompt_lengths.astype(np.int64), inputs.keys, train.loss_on,
+        reference=None if train.reference is None else train.reference.lengths,
+    )  # fmt: skip
 
 
 def _assumed(spec: RunSpec, base: BaseModel) -> Lengths:
@@ -91,7 +101,11 @@ def _assumed(spec: RunSpec, base: BaseModel) -> Lengths:
     if data.partition.kind not in ("iid", "quantity"):
         notes.append(f"data.partition.kind={data.partition.kind} goes by a column of it: dealt as iid here")
     zero = np.zeros(num_examples, np.int64)
-    return Lengths(np.full(num_examples, data.max_tokens, np.int64), zero, zero, "all", tuple(notes))
+    tokens = np.full(num_examples, data.max_tokens, np.int64)
+    if not spec.method.traits.references:
+        return Lengths(tokens, zero, zero, "all", tuple(notes))
+    notes.append("the reference path of every example is taken to be as long")
+    return Lengths(tokens, zero, zero, "all", tuple(notes), reference=tokens)
 
 
 def _files(data: DataConfig, base: BaseModel) -> list[Path] | None:
@@ -113,7 +127,8 @@ def _key(spec: RunSpec, files: list[Path]) -> str:
     """A hash of all that decides the lengths: settings, files, and the code that reads them."""
     data = spec.data.model_dump(mode="json", exclude={"partition"})
     partition = [spec.data.partition.kind in ("iid", "quantity"), spec.data.partition.key]
-    digest = hashlib.blake2b(json.dumps([data, partition, spec.seed], sort_keys=True).encode(), digest_size=16)
+    facts = [data, partition, spec.seed, spec.method.traits.references]
+    digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)
     for path in files:
         with contextlib.suppress(OSError):  # the error is raised, with the file's name, when the data is read
             digest.update(f"{path.resolve()} {file_digest(path)}".encode())
@@ -125,7 +140,10 @@ def _key(spec: RunSpec, files: list[Path]) -> str:
 def _write(path: Path, found: Lengths) -> None:
     """Write the cache; if that fails, the next plan computes the lengths again."""
     with contextlib.suppress(OSError), files.replacing(path) as scratch, scratch.open("wb") as file:
-        np.savez(file, tokens=found.tokens, prompt=found.prompt, keys=found.keys)
+        arrays = {"tokens": found.tokens, "prompt": found.prompt, "keys": found.keys}
+        if found.reference is not None:
+            arrays["reference"] = found.reference
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes any keyword for allow_pickle
 
 
 def without_partition(spec: RunSpec) -> RunSpec:

@@ -42,8 +42,11 @@ class ExpectedRounds(RoundPlanner):
                 continue
             self.kinds[: len(batches), :, self.sizes == size] = np.array(batches)[:, ::-1, None]
         self.steps = self.kinds[:, 0].sum(axis=0)  # (num_clients,), as all that follows
-        self.longest = np.zeros(part.num_clients)
+        self.longest, self.longest_reference = np.zeros((2, part.num_clients))
         np.maximum.at(self.longest, owner, lengths)
+        self.references = None if data.reference is None else data.reference.lengths[part.indices].astype(float)
+        if self.references is not None:
+            np.maximum.at(self.longest_reference, owner, self.references)
         self.expected = functools.cache(self._expected)
         unlearnt = 1.0 if data.loss_on == "all" else np.maximum(prompts, 1.0)
         learnt = np.maximum(lengths - unlearnt, 0.0)
@@ -60,14 +63,16 @@ class ExpectedRounds(RoundPlanner):
         batch, steps = work.of_clients("batch_size"), self.steps[client_ids]
         mean, largest = np.zeros((len(client_ids), NUM)), np.zeros(len(client_ids), np.int64)
         for kind, (times, examples) in enumerate(self.kinds[:, :, client_ids]):
-            examples, padded = np.minimum(examples, batch), np.zeros(len(client_ids))
+            examples, padded = np.minimum(examples, batch), np.zeros((2, len(client_ids)))
             for size in np.unique(batch).tolist():
                 same = batch == size
-                padded[same] = self.expected(kind, size)[client_ids[same]]
+                padded[:, same] = self.expected(kind, size)[:, client_ids[same]]
             fraction = times / np.maximum(steps, 1)
-            mean += fraction[:, None] * monomials(examples, padded, examples * self.learnt[client_ids])
+            tokens, references = padded
+            mean += fraction[:, None] * monomials(examples, tokens, examples * self.learnt[client_ids], references)
             largest = np.maximum(largest, examples)
-        return Load(steps, mean, monomials(largest, self.longest[client_ids], largest * self.most_learnt[client_ids]))
+        most = largest * self.most_learnt[client_ids]
+        return Load(steps, mean, monomials(largest, self.longest[client_ids], most, self.longest_reference[client_ids]))
 
     def new_load(self, work: Work, client_ids: np.ndarray, sent: Mapping[int, str]) -> Load:
         """All of it: which examples a client meets again is not drawn."""
@@ -79,12 +84,18 @@ class ExpectedRounds(RoundPlanner):
         """Nothing is noted."""
 
     def _expected(self, kind: int, batch_size: int) -> np.ndarray:
-        """Tokens (num_clients,) to which batches of a kind are padded, with at most ``batch_size`` examples in each."""
-        draws, out = np.minimum(self.kinds[kind, 1], batch_size), np.zeros(len(self.sizes))
+        """Tokens (2, num_clients) to which batches of a kind, of at most ``batch_size`` examples, are padded.
+
+        The second row is that of the reference paths, 0 if there are none.
+        """
+        draws, out = np.minimum(self.kinds[kind, 1], batch_size), np.zeros((2, len(self.sizes)))
         for size in np.unique(draws[draws > 0]).tolist():
             same = draws == size
-            lengths, sizes = self.lengths[np.repeat(same, self.sizes)], self.sizes[same]
-            out[same] = expected_longest(lengths, np.repeat(np.arange(len(sizes)), sizes), sizes, draws=size)
+            chosen, sizes = np.repeat(same, self.sizes), self.sizes[same]
+            owner = np.repeat(np.arange(len(sizes)), sizes)
+            out[0, same] = expected_longest(self.lengths[chosen], owner, sizes, draws=size)
+            if self.references is not None:
+                out[1, same] = expected_longest(self.references[chosen], owner, sizes, draws=size)
         return out
 
 

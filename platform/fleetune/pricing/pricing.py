@@ -144,8 +144,8 @@ def work_shape(spec: RunSpec) -> WorkShape:
 def batch_load(data: TokenizedDataset, rows: Sequence[np.ndarray]) -> Load:
     """The load of n clients from their batches, examples (steps, batch) each; a device pads a batch to its longest example.
 
-    A short batch counts as the examples that it has: `NO_EXAMPLE`, which fills it up, costs nothing. The loss looks at no first
-    token, because nothing predicts it.
+    So it does with the reference paths, if there are any. A short batch counts as the examples that it has: `NO_EXAMPLE`, which
+    fills it up, costs nothing. The loss looks at no first token, because nothing predicts it.
     """
     if not any(len(batches) for batches in rows):
         return Load.equal(np.zeros(len(rows), int), 0, 0, 0)
@@ -153,7 +153,9 @@ def batch_load(data: TokenizedDataset, rows: Sequence[np.ndarray]) -> Load:
     sizes = np.concatenate([(batches != NO_EXAMPLE).sum(axis=1) for batches in rows])
     flat = np.concatenate([batches[batches != NO_EXAMPLE] for batches in rows])
     lengths = data.offsets[flat + 1] - data.offsets[flat]
+    paths = np.zeros_like(lengths) if data.reference is None else data.reference.lengths[flat]
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])  # (t,): where each step's examples begin in ``flat``
     unlearnt = 1 if data.loss_on == "all" else np.maximum(data.prompt_lengths[flat], 1)
     logits = np.add.reduceat(np.maximum(lengths - unlearnt, 0), starts)
-    return Load.of_steps(owner, monomials(sizes, np.maximum.reduceat(lengths, starts), logits), len(rows))
+    longest, longest_reference = (np.maximum.reduceat(each, starts) for each in (lengths, paths))
+    return Load.of_steps(owner, monomials(sizes, longest, logits, longest_reference), len(rows))

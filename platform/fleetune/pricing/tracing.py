@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -194,8 +194,9 @@ class Tracing:
 
     def record(
         self, model: CostedModel, payload: Payload, shape: WorkShape
-    ) -> list[tuple[Tracer, list[int], list[int]]]:
-        """Trace a step at both `POINTS`. Per point: the tracer, a step's bytes at the cut each way, and the upload's bytes."""
+    ) -> list[tuple[Tracer, list[list[int]], list[int]]]:
+        """Trace a step at both `POINTS`. Per point: the tracer, a step's bytes at the cut each way and path by path, and the
+        upload's bytes."""
         with torch.device("meta"):  # whatever the worker and the method create has no content
             worker = _MetaWorker(model, self.lora, self.local, shape)
             method = model.method(self.trained_method)
@@ -207,17 +208,19 @@ class Tracing:
 
 def record(
     method: Method, worker: _MetaWorker, payload: Payload, point: Point, weights: list[torch.Tensor]
-) -> tuple[Tracer, list[int], list[int]]:
+) -> tuple[Tracer, list[list[int]], list[int]]:
     """Record two steps of one client, the second of which finds the optimizer's state.
 
-    Also a step's bytes at the cut each way, and the upload's bytes: those of any number of steps, and those of each step.
+    Also a step's bytes at the cut each way, for each path that examples take, and the upload's bytes: those of any number of
+    steps, and those of each step.
     """
     worker.data = _examples(point)
     tracer = Tracer(worker.base.shape.vocab_size)
     tracer.given(weights, WEIGHTS)
     tracer.given([*payload.tensors.values(), *payload.server.values()], PAYLOAD)
     update = _update(method, worker, payload, point, tracer, num_steps=2)
-    cut = [0, 0] if update.cut_bytes is None else [int(n) // 2 for n in update.cut_bytes[:, 0]]
+    whole = [] if update.cut_bytes is None else [update.cut_bytes]
+    cut = [[int(n) // 2 for n in path[:, 0]] for path in update.cut_paths or whole]
     return tracer, cut, _upload_bytes(method, worker, payload, point, update)
 
 
@@ -296,13 +299,21 @@ class _MetaWorker(Worker):
 
 
 def _examples(point: Point) -> TokenizedDataset:
-    """B examples of S tokens with M positions where the loss looks: never at the first token, which nothing predicts."""
+    """B examples of S tokens, and of R on the reference path, with M positions where the loss looks on either.
+
+    It never looks at the first token, which nothing predicts.
+    """
+    return replace(_path(point, point.num_tokens), reference=_path(point, point.num_reference))
+
+
+def _path(point: Point, num_tokens: int) -> TokenizedDataset:
+    """One path of the B examples, ``num_tokens`` each."""
     share, rest = divmod(point.num_logits, point.batch_size)
     learnt = np.full(point.batch_size, share) + (np.arange(point.batch_size) < rest)
     return TokenizedDataset(
-        tokens=np.zeros(point.batch_size * point.num_tokens, np.int32),
-        offsets=np.arange(point.batch_size + 1) * point.num_tokens,
-        prompt_lengths=(point.num_tokens - learnt).astype(np.int32),
+        tokens=np.zeros(point.batch_size * num_tokens, np.int32),
+        offsets=np.arange(point.batch_size + 1) * num_tokens,
+        prompt_lengths=(num_tokens - learnt).astype(np.int32),
         rows=np.arange(point.batch_size),
         overlaps=np.zeros(point.batch_size, np.int32),
         categories=np.zeros(point.batch_size, np.int64),

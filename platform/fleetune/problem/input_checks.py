@@ -38,6 +38,12 @@ def check_length(max_tokens: int, base: BaseModel) -> None:
         )
 
 
+def room_of(base: BaseModel) -> int:
+    """Tokens of the longest text that the model takes: its positions, or its attention window if that is less."""
+    positions, window = int(base.config.get("max_position_embeddings", 1 << 30)), attention_window(base.config)
+    return positions if window is None else min(positions, window)
+
+
 def check_answers(
     data: TokenizedDataset, config: EvaluationConfig, base: BaseModel, *, what: str = "the held-out examples"
 ) -> None:
@@ -51,7 +57,7 @@ def check_answers(
         return
     longest = int(data.prompt_lengths.max())
     positions, window = int(base.config.get("max_position_embeddings", 1 << 30)), attention_window(base.config)
-    room = positions if window is None else min(positions, window)
+    room = room_of(base)
     if longest + config.max_new_tokens - 1 > room:
         limit = f"{positions} positions" if room == positions else f"attention window of {window}"
         raise UserError(
@@ -80,6 +86,9 @@ def within_vocabulary(data: TokenizedDataset, tokenizer: Any, base: BaseModel, *
             value=base.name,
             hint="save the model's own tokenizer beside it, or the model after model.resize_token_embeddings",
         )
+    if data.reference is not None:
+        paths = within_vocabulary(data.reference, tokenizer, base, what=f"{what}, on the reference path,")
+        data = replace(data, reference=paths)
     return data if data.pad_token_id < vocabulary else replace(data, pad_token_id=0)
 
 

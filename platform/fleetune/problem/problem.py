@@ -13,6 +13,7 @@ import torch
 from fleetune.data.answers import AnswerReader
 from fleetune.data.dataset import TokenizedDataset
 from fleetune.data.partition import Partition, hold_out, partition, partition_keys
+from fleetune.data.references import with_references
 from fleetune.data.sources import load_records
 from fleetune.data.tokenize import continuations, tokenize
 from fleetune.errors import UserError
@@ -25,7 +26,7 @@ from fleetune.models.base import BaseModel
 from fleetune.models.load import check_unchanged, load_base, load_tokenizer
 from fleetune.models.network import linear_sites
 from fleetune.problem.content import Content, check_devices, code_content, fleet_content, model_content
-from fleetune.problem.input_checks import check_adapt, check_answers, check_length, within_vocabulary
+from fleetune.problem.input_checks import check_adapt, check_answers, check_length, room_of, within_vocabulary
 from fleetune.problem.pooled import one_shard, server_alone
 from fleetune.spec import RunSpec
 
@@ -104,6 +105,8 @@ def load_inputs(spec: RunSpec, *, base: BaseModel | None = None, cache_dir: Path
     check_unchanged(base)  # the tokenizer is read now, the weights perhaps long ago
     config = spec.data
     train = tokenize(records.train, tokenizer=tokenizer, config=config, cache_dir=cache_dir)
+    if spec.method.traits.references:  # training alone: what is held out is answered without its solution
+        train = with_references(train, records.train, tokenizer=tokenizer, config=config, room=room_of(base))
     held_out = tokenize(records.eval, tokenizer=tokenizer, config=config, cache_dir=cache_dir)
     check_length(config.max_tokens, base)
     train = within_vocabulary(train, tokenizer, base, what="the training examples")

@@ -58,7 +58,8 @@ def inputs_key(spec: RunSpec) -> str:
     targets = spec.model.lora.model_dump(mode="json")["targets"]
     fleet = spec.fleet.model_dump(include={"availability", "device_files", "devices", "num_clients"}, mode="json")
     reads = spec.fleet.availability.path is not None or spec.fleet.device_files
-    return json.dumps([base_key(spec), targets, data, spec.seed, fleet if reads else None], sort_keys=True)
+    facts = [base_key(spec), targets, data, spec.seed, fleet if reads else None, spec.method.traits.references]
+    return json.dumps(facts, sort_keys=True)
 
 
 Fetch = Callable[[str], Inputs | None]

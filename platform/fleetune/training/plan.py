@@ -112,6 +112,9 @@ class CohortUpdate:
     """The server's own tensors, trained meanwhile by its half of the model (split learning); they cross no link."""
     cut_bytes: np.ndarray | None = None
     """(2, K) int: bytes that each client sent over the cut and received over it (split learning)."""
+    cut_paths: Sequence[np.ndarray] = ()
+    """``cut_bytes`` path by path, each (2, K), if examples take several: the cost model needs them apart, as each has a length of
+    its own. Empty: there is one path."""
     upload_bytes: np.ndarray | None = None
     """(K,) int: bytes of each client's upload, if some rows of ``upload`` are filled up to the length of others; else None."""
     diverged_at: np.ndarray | None = None
