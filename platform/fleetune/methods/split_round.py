@@ -137,7 +137,7 @@ class SplitRound:
             self._update(self.clients, client, self.client_optimizer, n)
         for i, (smashed_, batch) in enumerate(zip(smashed, batches, strict=True)):
             self._charge(i, batch, smashed_)
-        self.num_tokens[:n] += row_lengths(self.worker.data, batches[0].path.examples).sum(axis=1)
+        self.num_tokens[:n] += row_lengths(self._data(batches[0].path), batches[0].path.examples).sum(axis=1)
 
     def _data(self, path: Path) -> TokenizedDataset:
         """The tokens that a path's examples have on it."""
