@@ -34,15 +34,27 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lesft through": ("lesft", {"method.ref_grad": "through", "method.p_sal": 0.0014}),
     "lesft base every other round": ("lesft", {"method.paths": "base", "method.aggregate_every": 2}),
     "lesft per_client": ("lesft", {"method.server": "per_client"}),
+    "smartfed equal quotas": ("smartfed", {"method.elastic": False, "method.record_fusion": True}),
+    "smartfed adapters": (
+        "smartfed",
+        {"method.experts": "adapter", "method.adapters": [tiny.library_folder((2, 2, 2))]},
+    ),
+    "smartfed layer": ("smartfed", {"method.router": "layer", "method.residual": "round_robin", "method.gates": "all"}),
+    "smartfed low-rank": ("smartfed", {"method.router": "low-rank", "method.router_rank": 2, "method.elastic": False}),
+    "lora-flow with fusion": ("lora-flow", {"method.record_fusion": True, "method.bias": [-0.5, 0.5, 0.0]}),
     "split-lora in_turn": ("split-lora", {"method.server": "in_turn"}),
     "split-lora per_client": ("split-lora", {"method.server": "per_client"}),
 }
 CASES: dict[str, tuple[str, dict[str, Any]]] = {**{name: (name, {}) for name in METHODS}, **VARIANTS}
 
+CHOOSES_ALL = {"method.quota": 7, "local.optimizer": "sgd", "local.learning_rate": 0.5}
 WHEN_STACKED: dict[str, dict[str, Any]] = {
     # A step of fixed length along |G - m| blows up the rounding of domains that nearly agree, and AdamW that of gradients near 0.
     "dofit": {"method.exchange": "mean", "local.optimizer": "sgd", "local.learning_rate": 0.5},
     "devft+dofit": {"method.inner.exchange": "mean", "local.optimizer": "sgd", "local.learning_rate": 0.5},
+    # Rounding decides which of two nearly equal experts is chosen: here all are. AdamW blows up that of gradients near 0.
+    **dict.fromkeys(("smartfed", "smartfed equal quotas", "smartfed layer", "smartfed low-rank"), CHOOSES_ALL),
+    "smartfed adapters": {**CHOOSES_ALL, "method.quota": 6},
 }
 """What is set otherwise where cohorts of different sizes are compared, and why."""
 

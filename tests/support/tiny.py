@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from fleetune.check import tiny_world
-from fleetune.check.tiny_world import SPEC, data_file, model_folder
+from fleetune.check.tiny_world import SPEC, data_file, library_folder, model_folder
 from fleetune.spec import RunSpec
 
-__all__ = ["METHOD_SETTINGS", "SPEC", "data_file", "model_folder", "spec"]
+__all__ = ["METHOD_SETTINGS", "SPEC", "data_file", "library_folder", "model_folder", "spec"]
 
 # What each method needs beyond its defaults to run on four blocks and three rounds.
 METHOD_SETTINGS: dict[str, dict[str, Any]] = {
@@ -33,7 +33,10 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "flora": {"ranks": {"jetson-nano": 1}},
     "fwdllm": {"directions": 2, "h": 0.1, "learning_rate": 0.01},
     "lesft": {"split_point": 2},
+    "lora-flow": {"adapters": [library_folder()]},
+    "mole": {"adapters": [library_folder()]},
     "progfed": {"stages": 2},
+    "smartfed": {"adapters": [library_folder()]},
 }
 
 

@@ -105,6 +105,11 @@ def flop_formulas() -> dict[Any, Callable]:
     aten = torch.ops.aten
     return {
         **flop_counter.flop_registry,
+        # Bags of rows (T q rows of D numbers, by a flat index): a product and a sum for each number, as in `models.routed`.
+        aten._embedding_bag: of_shapes(lambda rows, index, *_, **__: 2 * index.numel() * rows[1]),
+        aten._embedding_bag_per_sample_weights_backward: of_shapes(
+            lambda grad, rows, index, *_, **__: 2 * index.numel() * rows[1]
+        ),
         aten._scaled_dot_product_flash_attention_for_cpu: of_shapes(
             lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(q, k, v)
         ),

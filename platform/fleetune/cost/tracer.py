@@ -143,8 +143,10 @@ class Tracer(TorchDispatchMode):
         out = func(*args, **kwargs)
         flops = int(formula(*args, **kwargs, out_val=out)) if formula else 0
         outputs = [out] if isinstance(out, Tensor) else list(tensors_in(out))
-        # An output that is one of the inputs must stay that tensor: a new one would count its memory twice.
-        if key and outputs and all(t.is_meta for t in outputs) and not any(t is u for t in outputs for u in inputs):
+        # An output that is one of the inputs must stay that tensor: a new one would count its memory twice. An operator may also
+        # leave out some of its outputs, such as the gradients of weights that there are none of.
+        is_plain = isinstance(out, Tensor) or 1 < len(outputs) == len(out)
+        if key and is_plain and all(t.is_meta for t in outputs) and not any(t is u for t in outputs for u in inputs):
             if len(_derived) >= MAX_DERIVED:
                 _derived.clear()
             _derived[key] = [(t.shape, t.stride(), t.dtype) for t in outputs], flops

@@ -16,9 +16,12 @@ from fleetune.methods.fedsoda import FedSODA
 from fleetune.methods.flora import FLoRA
 from fleetune.methods.fwdllm import FwdLLM
 from fleetune.methods.lesft import LESFT
+from fleetune.methods.lora_flow import LoRAFlow
+from fleetune.methods.mole import MoLE
 from fleetune.methods.progfed import ProgFed
 from fleetune.methods.sfl import SFL
 from fleetune.methods.sl import SL
+from fleetune.methods.smartfed import SmartFed
 from fleetune.methods.split_frozen import SplitFrozen
 from fleetune.methods.split_lora import SplitLoRA
 
@@ -37,9 +40,12 @@ METHODS: dict[str, type[Method]] = {
     "flora": FLoRA,
     "fwdllm": FwdLLM,
     "lesft": LESFT,
+    "lora-flow": LoRAFlow,
+    "mole": MoLE,
     "progfed": ProgFed,
     "sfl": SFL,
     "sl": SL,
+    "smartfed": SmartFed,
     "split-frozen": SplitFrozen,
     "split-lora": SplitLoRA,
 }

@@ -7,6 +7,8 @@ part, what it is. A network takes whatever tensors it is given and knows no meth
                                  lora_E beside them       y + alpha / r · B diag(E) A x        (Zhang et al. 2023)
         after a half of a block  bottleneck_down, …_up    y + U act(D y + d) + u               (Houlsby et al. 2019)
                                  generator.…              y + an adapter that a network makes   (`models.generated`)
+        at a block's beginning   flow_weight, block_router,
+        and at a linear layer    router, mole_gate, …     y + a mixture of a frozen pool of pairs (`models.pools`)
 
 Stacked tensors have the clients in front: ``lora_A`` is (r, in) on its own and (K, r, in) in a cohort of K.
 
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fleetune.models.generated import GENERATOR_AXES, Generated, Generator
+from fleetune.models.pools import POOL, POOL_AXES
 from fleetune.tensors import Tensors
 
 RANK = "rank"
@@ -39,6 +42,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "bottleneck_up": ("hidden", RANK),
     "bottleneck_up_bias": ("hidden",),
     **GENERATOR_AXES,
+    **POOL_AXES,
 }
 """Last part of a name -> what each axis of the tensor (without clients) counts. ``in`` and ``out`` are the sizes of the linear
 layer, ``hidden`` is the width of the residual stream, ``blocks`` the number of blocks; any other word is a size of its own."""
@@ -75,8 +79,8 @@ def cut(tensors: Tensors, rank: int, axes: Axes = AXES) -> Tensors:
 
 
 def is_pair(name: str) -> bool:
-    """True for the tensors of a LoRA pair, the only kind that PEFT's format holds."""
-    return name.endswith((".lora_A", ".lora_B"))
+    """True for the tensors of a LoRA pair, the only kind that PEFT's format holds; those of a pool do nothing without a gate."""
+    return name.endswith((".lora_A", ".lora_B")) and not name.startswith(POOL)
 
 
 def adds_nothing(adapter: Tensors) -> bool:

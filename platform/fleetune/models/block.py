@@ -23,6 +23,9 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 def run_block(layer: Any, h: Tensor, cos: Tensor, sin: Tensor, attend: Attend = causal) -> Tensor:
     """h (B, S, D) -> (B, S, D): attention and SwiGLU, each on a normed copy and added to the residual stream."""
     scopes.current.block = id(layer)  # tells a cost trace which block is at work
+    gate = getattr(layer, "at_start", None)
+    if gate is not None:
+        gate(h)  # the block's linear layers read what it notes
     h, x = norm(layer.input_layernorm, h)
     x = _attention(layer.self_attn, x, cos, sin, attend)
     h = _added(h, x, layer.self_attn.o_proj, getattr(layer, "after_attention", None))

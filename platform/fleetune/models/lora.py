@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fleetune.models.config import LoRAConfig
 from fleetune.models.fused import product_dtype
+from fleetune.models.pools import Mixture, Pool
 from fleetune.models.project import Projection, project
 from fleetune.seeds import seed_of
 from fleetune.tensors import Tensors
@@ -33,6 +34,8 @@ class AdaptedLinear(nn.Module):
         self.scaling, self.dropout = scaling, dropout
         self.lora_A: Tensor | None = None  # (K, r, in)
         self.lora_B: Tensor | None = None  # (K, out, r)
+        self.pool: Pool | None = None  # frozen pairs of adapters that exist already
+        self.beside: Mixture | None = None  # what is made of the pool and added to the output
         self._merged: Tensor | None = None  # (out, in), the base's matrix with what is held added to it
         self._delta: Tensor | None = None  # (out, in), what is held beside a quantised matrix
 
@@ -77,16 +80,24 @@ class AdaptedLinear(nn.Module):
 
 
 def linears(x: Tensor, layers: Sequence[Any], residual: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Linear layers, adapted or not, on the same x: (K b, S, in) -> (K b, S, out) each.
+    """Linear layers, adapted or not, on the same x: (K b, S, in) -> (K b, S, out) each, with what stands beside them.
 
     The first one's output is added to ``residual`` (K b, S, out) if there is one. Layers with plain weights run as one
     function (`fleetune.models.project`). Quantised layers and adapters with dropout are not fused: each layer runs on its own.
     """
     plain = [_as_projection(layer) for layer in layers]
     if all(plain):
-        return project(x, [layer for layer in plain if layer], residual)
-    first, *others = (layer(x) for layer in layers)
-    return (first if residual is None else residual + first, *others)
+        ys = project(x, [layer for layer in plain if layer], residual)
+    else:
+        first, *others = (layer(x) for layer in layers)
+        ys = (first if residual is None else residual + first, *others)
+    return tuple(_with_mixture(y, x, layer) for y, layer in zip(ys, layers, strict=True))
+
+
+def _with_mixture(y: Tensor, x: Tensor, layer: Any) -> Tensor:
+    """A layer's output y (K b, S, out) with what its pool makes of its input x (K b, S, in)."""
+    beside = layer.beside if isinstance(layer, AdaptedLinear) else None
+    return y if beside is None else y + beside(x)
 
 
 def _as_projection(layer: Any) -> Projection | None:

@@ -19,6 +19,7 @@ from fleetune.models.config import LoRAConfig
 from fleetune.models.decoder import ATTENTION, Decoder
 from fleetune.models.generated import Generator
 from fleetune.models.lora import AdaptedLinear
+from fleetune.models.pools import BlockGate, Pool, mixture
 from fleetune.models.submodel import Submodel
 from fleetune.tensors import Tensors
 
@@ -69,14 +70,27 @@ class Network:
         for n, layer in enumerate(self.layers):
             layer.after_attention = block_adapter(tensors, n, "self_attn", generator)
             layer.after_mlp = block_adapter(tensors, n, "mlp", generator)
+            layer.at_start = BlockGate.of(tensors, n)
+        for name, site in self.sites.items():
+            of_block = self.layers[int(name.split(".")[1])].at_start
+            site.beside = mixture(tensors, name, site.pool, of_block)
+
+    def gates(self) -> Tensors:
+        """{site: (K, n, E)}: the gates of each client's n tokens in the last call, where they are noted (`models.pools`)."""
+        mixtures = {name: site.beside for name, site in self.sites.items() if site.beside is not None}
+        return {name: found.gates for name, found in mixtures.items() if found.gates is not None}
 
     def hold(self, held: Tensors) -> None:
-        """Add frozen matrices ``<site>.delta`` (out, in) to those of the base, in place of the ones held before."""
+        """Take up what is held, in place of what was held before.
+
+        It is matrices ``<site>.delta`` (out, in), which are added to those of the base, and pools of pairs (`models.pools`).
+        """
         if held is self._held or not (held or self._held):  # the same cohort after cohort, and mostly none at all
             return
         for name, site in self.sites.items():
             delta = held.get(f"{name}.delta")
             site.hold(delta if delta is None or delta.is_meta else delta.to(self.device))
+            site.pool = Pool.of(held, name, dtype=self.dtype, device=self.device)
         self._held = held
 
     @property

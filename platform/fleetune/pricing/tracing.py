@@ -177,13 +177,15 @@ class Tracing:
     def _is_uniform(self, payload: Payload, plan: LocalPlan) -> bool:
         """True if all blocks have tensors of the same names and sizes, and the plan trains, sends and keeps the same of each.
 
-        So it is, too, if no block has a tensor of its own.
+        So it is, too, if no block has a tensor of its own. Tensors that are held may be named after what they are a part of
+        first (``pool.0.layers.3.…``).
         """
         of_block: dict[str, set[tuple]] = {}
-        for part in (payload.tensors, self.trained_method.client_adapter(payload)):
+        for part in (payload.tensors, self.trained_method.client_adapter(payload), payload.held):
             for name, tensor in part.items():
-                _, block, rest = name.split(".", 2) if name.startswith("layers.") else ("", "", name)
-                facts = (rest, tuple(tensor.shape), plan.trainable(name), plan.uploads(name), plan.keeps(name))
+                before, layers, after = name.partition("layers.")
+                block, _, rest = after.partition(".") if layers else ("", "", name)
+                facts = (before + rest, tuple(tensor.shape), plan.trainable(name), plan.uploads(name), plan.keeps(name))
                 of_block.setdefault(block, set()).add(facts)
         of_block.pop("", None)
         is_same = len({frozenset(facts) for facts in of_block.values()}) == 1

@@ -13,6 +13,7 @@ from fleetune.records.run_directory import RunDirectory
 from fleetune.records.sweep_directory import SweepDirectory
 from fleetune.reports.client_report import personal_sections, profile_sections
 from fleetune.reports.figures import runs as figures
+from fleetune.reports.figures.adapter_pool import adapter_pool
 from fleetune.reports.figures.block_groups import block_groups
 from fleetune.reports.figures.devices import cost_by_device
 from fleetune.reports.figures.timeline import timeline
@@ -142,9 +143,14 @@ def _swept(runs: Sequence[RunDirectory], folder: Path) -> list[Section]:
 
 
 def _groups(runs: Sequence[RunDirectory], folder: Path) -> list[Section]:
-    """How blocks were grouped, of a single run whose method has kept that."""
-    groups = block_groups(runs[0], path=folder / "block_groups.png") if len(runs) == 1 else None
-    return [Section("Groups of blocks", [image(groups)])] if groups else []
+    """How blocks were grouped, or adapters used, of a single run whose method has kept that."""
+    if len(runs) != 1:
+        return []
+    found = {
+        "Groups of blocks": block_groups(runs[0], path=folder / "block_groups.png"),
+        "The pool of adapters": adapter_pool(runs[0], path=folder / "adapter_pool.png"),
+    }
+    return [Section(title, [image(figure)]) for title, figure in found.items() if figure]
 
 
 def _device_costs(runs: Sequence[RunDirectory], folder: Path) -> list[Part]:

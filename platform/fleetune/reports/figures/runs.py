@@ -10,6 +10,7 @@ import numpy as np
 
 from fleetune.records.naming import group_labels, varied_fields
 from fleetune.records.run_directory import RunDirectory
+from fleetune.reports.figures.adapter_pool import adapter_pool
 from fleetune.reports.figures.block_groups import block_groups
 from fleetune.reports.figures.devices import cost_by_device
 from fleetune.reports.figures.style import PALETTE, largest, legend, panels, percent
@@ -33,8 +34,11 @@ def write_figures(run: RunDirectory) -> list[Path]:
     if run.rounds()["eval_accuracy"].notna().any():
         figures.append(("accuracy_vs_cost", accuracy_vs_cost))
     made = [draw([run], path=folder / f"{name}.png") for name, draw in figures]
-    groups = block_groups(run, path=folder / "block_groups.png")
-    return [*made, timeline(run, path=folder / "timeline.png"), *([groups] if groups else [])]
+    of_method = [
+        block_groups(run, path=folder / "block_groups.png"),
+        adapter_pool(run, path=folder / "adapter_pool.png"),
+    ]
+    return [*made, timeline(run, path=folder / "timeline.png"), *(figure for figure in of_method if figure)]
 
 
 def learning_curve(runs: Sequence[RunDirectory], *, path: Path) -> Path:
