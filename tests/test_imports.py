@@ -129,6 +129,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "engine",
         "engine/checkpoint",
         "engine/execution",
+        "engine/round",
         "methods",
         "models",
         "pricing",

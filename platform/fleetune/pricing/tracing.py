@@ -172,7 +172,7 @@ class Tracing:
             with on_server(), tracer.running():
                 method.serve(worker, ServerWork(costed, _rows(point, tracer, num_steps=2)))
             tracers.append(tracer)
-        return Recording.of(tracers, [[0, 0], [0, 0]], [[0, 0], [0, 0]]).trace()
+        return Recording.of(tracers, [[], []], [[0, 0], [0, 0]]).trace()
 
     def _is_uniform(self, payload: Payload, plan: LocalPlan) -> bool:
         """True if all blocks have tensors of the same names and sizes, and the plan trains, sends and keeps the same of each.

@@ -144,7 +144,7 @@ def bert_step() -> Step:
     with tracer.running():
         hidden = embeddings(input_ids=torch.zeros(4, 256, dtype=torch.long))
         encoder(hidden).last_hidden_state.sum().backward()
-    return Step(Recording.of((tracer, tracer), ((0, 0), (0, 0)), ((0, 0), (0, 0))).trace(), "fp32")
+    return Step(Recording.of((tracer, tracer), ([], []), ((0, 0), (0, 0))).trace(), "fp32")
 
 
 def step_of(run: Measurement) -> Step:
