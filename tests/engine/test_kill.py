@@ -12,7 +12,9 @@ import pandas as pd
 import psutil
 import pytest
 
+from fleetune.engine.launch import run as launch
 from fleetune.records.run_directory import RunDirectory
+from fleetune.spec import load
 from support import commands
 from support.commands import end_group, started
 
@@ -38,9 +40,11 @@ def kill_when_recorded(process: subprocess.Popen[str], workspace: Path, *, num_r
 def same_runs(one: Path, other: Path) -> None:
     """All records but the run's name and its wall time, and the adapter's files."""
     a, b = RunDirectory.open(one), RunDirectory.open(other)
-    told = ["run_id", "wall_seconds"]
-    for mine, theirs in ((a.rounds(), b.rounds()), (a.clients(), b.clients())):
-        pd.testing.assert_frame_equal(mine.drop(columns=told), theirs.drop(columns=told), check_exact=True)
+    differing = ["run_id", "wall_seconds"]
+    for rows, other_rows in ((a.rounds(), b.rounds()), (a.clients(), b.clients())):
+        pd.testing.assert_frame_equal(
+            rows.drop(columns=differing), other_rows.drop(columns=differing), check_exact=True
+        )
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (one / "adapter" / name).read_bytes() == (other / "adapter" / name).read_bytes()
     results = [run.result() or {} for run in (a, b)]
@@ -72,7 +76,5 @@ def test_a_killed_run_goes_on_bit_for_bit(kind: str, method: str, tmp_path: Path
     assert resumed.document["status"] == "finished"
     assert "going on after round" in resumed.stderr
 
-    with started("run", job, "-w", tmp_path / "whole", "--set", "execution.kind=serial", "--json") as process:
-        whole = commands.finish(process)
-    assert whole.status == 0, whole.stderr
-    same_runs(run_path, Path(whole.document["run_dir"]))
+    untouched = launch.run(load(job, {"execution.kind": "serial"}), workspace=tmp_path / "untouched")
+    same_runs(run_path, untouched.run_dir)

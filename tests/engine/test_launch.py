@@ -26,6 +26,9 @@ from fleetune.records.run_directory import RunDirectory
 from fleetune.spec import RunSpec
 from support import commands, tiny
 
+PATIENCE_SECONDS = 60
+"""For what takes a moment on a quiet machine. How long it takes on another is no test's claim."""
+
 
 @pytest.mark.parametrize("address", ["127.0.0.1:x", "127.0.0.1:99999", "127.0.0.1:"])
 def test_an_address_that_is_none_is_told_at_once(address: str):
@@ -154,16 +157,14 @@ def same_records(one: Path, other: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_run_joins_a_cluster_only_where_it_is_told_to(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path):
-    """The same job on a running cluster, beside it on a Ray of its own, and serially: three times the same records.
+    """The same job on a running cluster, at the same time on a Ray of its own, and serially: three times the same records.
 
     Its own Ray listens on this machine alone, and asks for a token that no file holds.
     """
     job = commands.job_file(tmp_path, {"execution.workers": 1, "execution.kind": "ray"})
     access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}  # its own, whatever this machine has
     with cluster(tmp_path_factory.mktemp("r"), access) as address:
-        joined = commands.finish(commands.start("run", job, "-w", tmp_path, "--json", "--address", address, **access))
-        assert joined.status == 0, joined.stderr
-        assert joined.document["status"] == "finished"
+        joining = commands.start("run", job, "-w", tmp_path / "joined", "--json", "--address", address, **access)
         # Without --address, Ray would join the cluster that runs here, whoever's it is.
         home = tmp_path / "home"
         home.mkdir()
@@ -178,7 +179,10 @@ def test_a_run_joins_a_cluster_only_where_it_is_told_to(tmp_path_factory: pytest
                     }
                     if one.name() == "gcs_server":
                         modes.add((one.environ().get("RAY_AUTH_MODE"), len(one.environ().get("RAY_AUTH_TOKEN", ""))))
-            time.sleep(0.1)
+            time.sleep(0.3)  # looking at every process of the machine takes time from those that are looked at
+        joined = commands.finish(joining)
+        assert joined.status == 0, joined.stderr
+        assert joined.document["status"] == "finished"
         beside = commands.finish(process)
         assert beside.status == 0, beside.stderr
         assert {"gcs_server", "raylet"} <= {name for name, _ in seen}
@@ -205,7 +209,7 @@ def test_a_mistake_that_shows_while_ray_starts_leaves_no_process_behind(tmp_path
     out = commands.finish(process)
     assert (out.status, out.document["field"]) == (2, "model.base")
     assert not (tmp_path / "runs").exists()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while (left := in_session(process.pid)) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not left, [one.cmdline() for one in left]
@@ -228,8 +232,8 @@ def test_three_signals_end_a_run_on_ray_in_one_sentence_and_leave_no_process(tmp
         process.send_signal(number)
         time.sleep(0.1)
     out = commands.finish(process)
-    assert time.monotonic() - began < 10
-    assert not psutil.wait_procs(family, timeout=max(0.0, began + 10 - time.monotonic()))[1]
+    left = max(0.0, began + PATIENCE_SECONDS - time.monotonic())
+    assert not psutil.wait_procs(family, timeout=left)[1]
     (run_path,) = (tmp_path / "runs").iterdir()
     assert out.status == 130
     assert out.stderr.splitlines()[-1] == f"fleetune: stopped; go on with fleetune resume {run_path}"

@@ -371,7 +371,7 @@ def find(client, run: RunDirectory, more: str):
     return found[0] if found else None
 
 
-def wait_for(condition, *, timeout_seconds: float = 60.0):
+def wait_for(condition, *, timeout_seconds: float = 150.0):
     """What ``condition`` gives once it is true."""
     deadline = time.monotonic() + timeout_seconds
     while not (value := condition()):
