@@ -104,6 +104,12 @@ def world(
     return World(method, worker, payload, tracing, WorkShape(weights, precision, checkpointing))
 
 
+@functools.cache
+def usual(case: str, checkpointing: bool) -> World:
+    """The world of a case for all tests that look at it, so that its trace is made once."""
+    return world(case, checkpointing=checkpointing)
+
+
 def at(polynomial: np.ndarray, point: Point) -> float:
     return float(evaluate(polynomial, monomials(*([x] for x in point)))[0])
 
@@ -255,7 +261,7 @@ def test_a_deep_model_is_traced_on_two_shallow_ones(case: str, checkpointing: bo
 @pytest.mark.parametrize("case", CASES)
 def test_flops_equal_those_that_torch_counts_in_real_steps(case: str, checkpointing: bool):
     """Two steps, client and server together, at batches that were not traced."""
-    this = world(case, checkpointing=checkpointing)
+    this = usual(case, checkpointing)
     trace = this.trace()
     for point in BATCHES:
         assert 2 * (at(trace.client.flops, point) + at(trace.server.flops, point)) == counted_flops(this, point)
@@ -265,7 +271,7 @@ def test_flops_equal_those_that_torch_counts_in_real_steps(case: str, checkpoint
 @pytest.mark.parametrize("case", CASES)
 def test_peak_memory_is_the_allocators(case: str, checkpointing: bool):
     """To 0.5 %, client and server together, at batches that were not traced."""
-    met(world(case, checkpointing=checkpointing))
+    met(usual(case, checkpointing))
 
 
 VARIANTS: dict[str, tuple[ModelShape, dict[str, Any]]] = {
@@ -296,7 +302,7 @@ def test_storage_precision_optimizer_and_adapters_show(variant: str):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
 @pytest.mark.parametrize("case", CASES)
 def test_saved_activations_are_those_of_a_real_step(case: str, checkpointing: bool):
-    this = world(case, checkpointing=checkpointing)
+    this = usual(case, checkpointing)
     trace = this.trace()
     for point in BATCHES:
         assert at(trace.saved, point) == kept_bytes(this, point), point
