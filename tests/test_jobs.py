@@ -8,6 +8,13 @@ import numpy as np
 import pytest
 
 from fleetune.methods import METHODS
+from fleetune.methods.base import GlobalModel
+from fleetune.models.load import load_base
+from fleetune.models.lora import init_lora
+from fleetune.models.model import Model
+from fleetune.models.network import linear_sites
+from fleetune.models.peft_format import save_adapter
+from fleetune.models.submodel import Submodel
 from fleetune.plan.walk import outline
 from fleetune.problem import build_problem, load_inputs
 from fleetune.spec import RunSpec, load, read_yaml
@@ -52,11 +59,25 @@ def test_a_paper_s_job_can_be_planned(path: Path):
     assert problem.fleet.num_clients == len(problem.eligible)
 
 
+def fresh_adapter(spec: RunSpec, folder: Path) -> Path:
+    """An untrained adapter of the job's base and targets, in PEFT's format."""
+    base = load_base(spec.model)
+    fresh = init_lora(linear_sites(base, spec.model.lora), spec.model.lora, run_seed=0)
+    whole = Model(Submodel.prefix(base.num_layers))
+    save_adapter(folder, GlobalModel(whole, fresh), base, spec.model.lora)
+    return folder
+
+
 @pytest.mark.parametrize("path", [path for path in FILES if path.parent.name != "paper"], ids=lambda path: path.stem)
-def test_a_job_builds(path: Path):
-    """On the built-in model; data that one has to fetch is stood in for by a small file."""
+def test_a_job_builds(path: Path, tmp_path: Path):
+    """On the built-in model; data that one has to fetch, and adapters that one has to train, are stood in for by small files."""
     spec = load(path)
-    if spec.data.dataset.endswith(".jsonl"):
+    adapters = getattr(spec.method, "adapters", ())
+    if adapters:
+        made = [str(fresh_adapter(spec, tmp_path / Path(name).name)) for name in adapters]
+        small = {"data.num_examples": 400, "data.num_eval_examples": 8}
+        spec = load(path, {**small, "method.adapters": made})
+    elif spec.data.dataset.endswith(".jsonl"):
         columns = {"prompt": "prompt", "response": "response"}
         stand_in = {"data.dataset": tiny.data_file(), "data.eval_dataset": None, "data.columns": columns}
         spec = load(path, {**stand_in, "data.template": "{prompt}"})

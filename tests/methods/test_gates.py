@@ -133,7 +133,7 @@ def test_the_balance_is_in_the_training_loss():
     plain = runs.run(tiny.spec({**FAST, "method.balance": 0.0, "rounds.num_rounds": 1}, method="mole"))
     heavy = runs.run(tiny.spec({**FAST, "method.balance": 10.0, "rounds.num_rounds": 1}, method="mole"))
     extra = heavy.rounds["train_loss"].iloc[0] - plain.rounds["train_loss"].iloc[0]
-    assert extra == pytest.approx(10 * 3 * math.log(3), rel=1e-2)
+    assert extra == pytest.approx(10 * 3 * math.log(3), rel=0.05)
 
 
 def test_checkpointing_changes_nothing():
