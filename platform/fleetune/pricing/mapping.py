@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fleetune.errors import UserError
 from fleetune.methods.base import Method, Payload, num_blocks
 from fleetune.models.adapters import AXES, Axes, axes_of
 from fleetune.models.architectures import ModelShape
@@ -64,8 +65,19 @@ class CostedModel:
         return type(method)(config.model_copy(update=blocks), costed)
 
     def payload(self, payload: Payload, num_layers: int) -> Payload:
-        """A payload for ``num_layers`` trained blocks, as it would be on the costed architecture; its tensors are empty."""
+        """A payload for ``num_layers`` trained blocks, as it would be on the costed architecture; its tensors are empty.
+
+        Raises UserError if the costed architecture has fewer blocks, and those of the payload are not alike.
+        """
         source = self._sources(num_layers)
+        if len(source) < num_layers and not _are_alike(payload, num_layers):
+            raise UserError(
+                f"has {len(source)} blocks for {num_layers} trained ones, which have different adapters: some of these would "
+                "have no block that stands for them, and cost nothing",
+                field="cost.model",
+                value=self.shape.name,
+                hint="take an architecture that is at least as deep as the trained model, or leave cost.model out",
+            )
         return replace(
             payload,
             tensors=self._tensors(payload.tensors, source),
@@ -134,3 +146,15 @@ def _deepened(value: Any, source: list[int], num_layers: int) -> Any:
     if isinstance(value, list) and len(value) == num_layers:
         return [value[n] for n in source]
     return value
+
+
+def _are_alike(payload: Payload, num_layers: int) -> bool:
+    """True if each of the trained blocks has tensors of the same names and sizes, on whichever side of a cut."""
+    of_block: list[set[tuple[Any, ...]]] = [set() for _ in range(num_layers)]
+    # Of the server's tensors only adapters count: it has moments for those of its own blocks alone.
+    server = {name: tensor for name, tensor in payload.server.items() if name.startswith("layers.")}
+    for name, tensor in [*payload.tensors.items(), *server.items(), *payload.held.items()]:
+        found = _OF_A_BLOCK.fullmatch(name)
+        if found is not None:
+            of_block[int(found["block"])].add((found["before"], found["rest"], tensor.shape))
+    return all(block == of_block[0] for block in of_block)
