@@ -35,7 +35,7 @@ FOLDERS = {
     "docs/guides/": "do something",
     "docs/reference/": "look something up: job file, tables, costs, devices, glossary",
     "docs/methods/": "one page per method",
-    "docs/results/": "what runs have found, with their commands",
+    "docs/results/": "what runs have found, with their commands: comparisons, verdicts on papers' claims",
     "docs/design/": "how it is built, and why",
     "benchmarks/peers/": "the same work under Flower, pfl-research and a plain loop",
 }
