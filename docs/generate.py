@@ -1,4 +1,4 @@
-"""Write the generated pages: the job file, from the models that read it; the devices; the tree of files; the README's tree.
+"""Write the generated pages: the job file, from the models that read it; the devices; the trees of files; the index's methods.
 
 python docs/generate.py            write
 python docs/generate.py --check    exit status 1 where a page is not what would be written
@@ -6,7 +6,9 @@ python docs/generate.py --check    exit status 1 where a page is not what would 
 
 from __future__ import annotations
 
+import re
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Iterator
@@ -94,6 +96,14 @@ def _method_names() -> str:
     return ", ".join(f"[`{name}`](../methods/{name}.md)" for name in METHODS)
 
 
+def index() -> str:
+    """The index, with all methods by name."""
+    links = ", ".join(f"[{name}](methods/{name}.md)" for name in sorted(METHODS))
+    text = textwrap.fill(f"- {links}", 118, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    old = (DOCS / "index.md").read_text(encoding="utf-8")
+    return re.sub(r"(?<=<!-- methods -->\n\n).*?(?=\n\n<!-- end -->)", text, old, flags=re.S)
+
+
 def _is_config(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
@@ -144,6 +154,7 @@ def _default(field: FieldInfo) -> str:
 
 
 PAGES = {
+    "index.md": index,
     "reference/job_file.md": job_file,
     "reference/devices.md": devices.markdown,
     "design/tree.md": tree_page,
