@@ -58,7 +58,20 @@ NO_RESULT_CHANGES = {
 
 # Fields that came when there were runs on record, with the value at which a run is what it was without them. There they are left
 # out of the hash, so that those runs stay what they are: a sweep finds them again, and `resume` goes on with them.
-ADDED_LATER = {"rounds.max_sim_seconds": None}
+ADDED_LATER = {
+    "rounds.max_sim_seconds": None,
+    "data.skills": [],
+    "data.scored_by": "auto",
+    "data.columns.reference": None,
+    "data.reference_template": "{reference}\n{prompt}",
+    "data.max_reference_tokens": None,
+    "data.held_out": 0.0,
+    "evaluation.personal": "none",
+    # Split learning had a file of its own before it had a family.
+    "method.cut_precision": "same",
+    "method.head": "server",
+    "method.aggregate_every": 1,
+}
 
 
 class RunSpec(Config):
