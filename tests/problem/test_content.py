@@ -13,10 +13,13 @@ import pytest
 
 from fleetune.engine.launch import backends
 from fleetune.engine.launch import run as launch
+from fleetune.engine.launch.directories import run_meta
 from fleetune.errors import UserError
+from fleetune.methods import METHODS
+from fleetune.problem.content import Contents, identity
 from fleetune.records.run_directory import RunDirectory
 from fleetune.spec import RunSpec, from_dict
-from support import tiny
+from support import runs, tiny
 from support.changed_files import a_blank_more, a_faster_link, flipped, other_answers
 
 
@@ -255,3 +258,19 @@ def test_a_base_model_that_was_kept_is_read_again_once_its_files_change(tmp_path
     assert second.base is not first
     assert second.base.key != first.key
     assert second.content["model.base/model.safetensors"] != first.content["model.safetensors"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_is_known_by_its_job(method: str):
+    """What a run notes is what `resume` and a sweep that is launched again will look for, though it may be worked otherwise:
+    centralised training of 6 clients is carried out as that of the server alone."""
+    spec = tiny.spec({"evaluation.generate": False}, method=method)
+    noted = run_meta(runs.problem(spec))
+    assert noted["spec_hash"] == spec.spec_hash
+    assert noted["identity"] == identity(spec, Contents().of(spec))
+
+
+def test_a_run_that_is_carried_out_as_another_job_is_resumed(tmp_path: Path):
+    run_dir = stopped_run(tmp_path, {"evaluation.generate": False, "method": {"name": "centralized"}})
+    assert run_dir.spec["fleet"]["num_clients"] == 6
+    assert launch.resume(run_dir.path).status == "finished"

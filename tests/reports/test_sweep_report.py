@@ -211,3 +211,15 @@ def test_a_claim_that_was_written_into_a_sweep_s_directory_is_checked(tmp_path: 
     with pytest.raises(UserError, match="the grid has devft, fedit") as error:
         report([sweep.path])
     assert error.value.field == "claims.0.than.method.name"
+
+
+def test_more_methods_than_there_is_room_for(tmp_path: Path):
+    """A field of many names, beside fields that only one method has."""
+    methods = [{"name": name} for name in ("fedit", "fedavg", "fedsa-lora", "flora", "c2a", "progfed", "fedadapter")]
+    methods += [
+        {"name": "fedprox", "mu": 0.1},
+        {"name": "devft", "initial_capacity": 2},
+        {"name": "dofit", "domains": 2},
+    ]
+    sweep = make_sweep(tmp_path, {"method": methods}, num_rounds=2)
+    assert "parallel" in figures_of(report([sweep.path]))

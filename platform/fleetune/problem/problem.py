@@ -67,8 +67,10 @@ class Inputs:
 class Problem:
     """One run's inputs, and what follows from them by the spec."""
 
+    job: RunSpec
+    """The job as it was given. By it a run is known: in its directory, to a sweep, when it is resumed."""
     spec: RunSpec
-    """The job; of a pooled method that of the server alone (`problem.pooled`)."""
+    """What is carried out: the job, or for a pooled method the job of the server alone (`problem.pooled`)."""
     inputs: Inputs
     fleet: Fleet
     partition: Partition
@@ -171,7 +173,7 @@ def build_problem(spec: RunSpec, inputs: Inputs) -> Problem:
         shards, own = hold_out(shards, spec.data.held_out, seed=spec.seed)
     fleet = build_fleet(spec.fleet, spec.seed, trace=inputs.availability)
     check_devices(spec.fleet, inputs.content)
-    problem = Problem(spec, inputs, fleet, shards, method, own)
+    problem = Problem(spec, spec, inputs, fleet, shards, method, own)
     if len(problem.eligible) < spec.rounds.clients_per_round:
         raise UserError(
             f"exceeds the {len(problem.eligible)} clients that hold examples",
@@ -181,7 +183,7 @@ def build_problem(spec: RunSpec, inputs: Inputs) -> Problem:
         )
     if method.traits.pooled:
         alone = server_alone(spec)
-        return Problem(alone, inputs, build_fleet(alone.fleet, spec.seed), one_shard(len(inputs.keys)), method)
+        return Problem(spec, alone, inputs, build_fleet(alone.fleet, spec.seed), one_shard(len(inputs.keys)), method)
     return problem
 
 

@@ -148,7 +148,7 @@ class TrialRunner:
     def _directory(self, order: TrialOrder, problem: Problem) -> RunDirectory:
         if (order.run_path / RunDirectory.SPEC).is_file():
             run_dir = RunDirectory.open(order.run_path)
-            check_content(problem.spec, run_dir.meta.get("content"), problem.content, run=str(order.run_path))
+            check_content(problem.job, run_dir.meta.get("content"), problem.content, run=str(order.run_path))
             return run_dir
         meta = {**run_meta(problem), **order.meta}
-        return RunDirectory.create(order.workspace, order.run_id, problem.spec.to_dict(), meta=meta)
+        return RunDirectory.create(order.workspace, order.run_id, problem.job.to_dict(), meta=meta)

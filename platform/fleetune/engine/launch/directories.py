@@ -23,7 +23,7 @@ from fleetune.spec import RunSpec
 
 def run_meta(problem: Problem) -> dict[str, Any]:
     """The content of ``meta.json``: identity, data, models, and the version of the code."""
-    spec, content = problem.spec, problem.content
+    spec, content = problem.job, problem.content
     dataset = {
         "name": problem.inputs.dataset_name,
         "source": spec.data.dataset,
@@ -45,16 +45,16 @@ def run_meta(problem: Problem) -> dict[str, Any]:
     }
 
 
-def new_run_directory(spec: RunSpec, problem: Problem, workspace: Path, meta: dict[str, Any]) -> RunDirectory:
+def new_run_directory(problem: Problem, workspace: Path, meta: dict[str, Any]) -> RunDirectory:
     """A directory with a new name. Raises UserError if the workspace cannot be written to."""
     meta = {**run_meta(problem), **meta}
-    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{slug(spec.name)}-{meta['identity'][:6]}"
+    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{slug(problem.job.name)}-{meta['identity'][:6]}"
     number = 1
     while (workspace / "runs" / run_id).exists():
         number += 1
         run_id = f"{run_id.removesuffix(f'-{number - 1}')}-{number}"
     with writable(workspace):
-        return RunDirectory.create(workspace, run_id, spec.to_dict(), meta=meta)
+        return RunDirectory.create(workspace, run_id, problem.job.to_dict(), meta=meta)
 
 
 @contextlib.contextmanager

@@ -72,7 +72,7 @@ def run(
         if warn is not None:
             for note in problem.fleet.rate_notes(spec.cost.precision):
                 warn(note)
-        run_dir = new_run_directory(spec, problem, workspace, meta or {})
+        run_dir = new_run_directory(problem, workspace, meta or {})
         return _execute(backend, problem, run_dir, report=report, warn=warn)
 
 

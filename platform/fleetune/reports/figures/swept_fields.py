@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Ordered in lightness, and the same to the colour-blind: https://doi.org/10.1371/journal.pone.0199239
 COLORS = "cividis"
 MAX_FIELDS = 6
+MAX_NAMES = 16  # that have room above each other on an axis
 
 
 def effects(results: SweepResults, *, path: Path) -> Path | None:
@@ -165,11 +166,13 @@ class _Places:
         return np.nan_to_num((at - ends[0]) / span if span else np.where(np.isfinite(at), 0.5, np.nan), nan=-0.03)
 
     def ticks(self, score: Any) -> list[tuple[float, str]]:
-        """(height, text) of each value, or of five in equal steps where there are many."""
+        """(height, text) of each value. Of many numbers: five in equal steps; of many names: those that there is room for."""
         values = self.ordered
-        if len(values) > 8:
+        if self.numeric and len(values) > 8:
             low, high = values[0], values[-1]
             steps = np.geomspace(low, high, 5) if self.is_log else np.linspace(low, high, 5)
-            values = [float(f"{step:.3g}") for step in steps] if self.numeric else values[:: -(-len(values) // 5)]
+            values = [float(f"{step:.3g}") for step in steps]
+        elif len(values) > MAX_NAMES:
+            values = values[:: -(-len(values) // MAX_NAMES)]
         texts = [amount(v, score) if score else f"{v:.3g}" if self.numeric else value_text(v) for v in values]
         return list(zip(self.heights(values).tolist(), texts, strict=True))
