@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 
+from fleetune.engine.round.serving import serve
 from fleetune.errors import UserError
 from fleetune.methods import wrapping
 from fleetune.methods.base import Method, MethodConfig, Payload, Report, ServerWork, State
@@ -19,8 +22,10 @@ from fleetune.methods.similarity_groups import cheapest_groups, groups_above, ke
 from fleetune.methods.traits import Traits
 from fleetune.methods.wire import from_wire, to_wire
 from fleetune.models.nf4_rows import LEVELS, from_nf4, nf4_bytes, to_nf4
+from fleetune.models.quantize import is_linear
 from fleetune.plan.walk import plan
 from fleetune.tensors import num_bytes
+from fleetune.training.worker import Worker
 from support import runs, tiny
 
 EVERYBODY = {"rounds.clients_per_round": 6, "evaluation.generate": False}
@@ -113,11 +118,22 @@ def test_the_loss_of_the_alignment():
 
 
 def test_the_divergence_of_gradients_and_the_loss_fall_with_the_alignment():
-    steps = {"method.align_steps": 60, "method.learning_rate": 0.01, "method.calibration_examples": 32}
-    done = runs.run(spec(**{**steps, "method.realign_steps": 0, "rounds.num_rounds": 1, "method.batch_size": 8}))
-    row = done.rounds.iloc[0]
-    assert 0 < row["divergence_after"] < row["divergence_before"]
-    assert any(name.startswith("align.") and tensor.any() for name, tensor in done.state.tensors.items())
+    """On blocks that matter: ten times the random weights, which else change the residual stream so little that pruning is no loss.
+
+    It is no theorem: with steps of 0.01 the loss falls further here, and the divergence rises.
+    """
+    settings = {"align_steps": 60, "learning_rate": 0.003, "calibration_examples": 32, "batch_size": 8}
+    settings |= {"divergence_examples": 16, "realign_steps": 0}
+    made = runs.problem(spec(**{f"method.{name}": value for name, value in settings.items()}))
+    base = made.inputs.base
+    base = replace(base, weights={name: w * 10 if is_linear(name) else w for name, w in base.weights.items()})
+    worker = Worker(base=base, lora=made.spec.model.lora, local=made.spec.local, data=made.inputs.train)
+    carry_out = functools.partial(made.method.serve, worker)
+    state, _ = serve(made.method, made.method.start(), 0, carry_out=carry_out, price=lambda work: (0.0, 0.0))
+    before, after = state.values["divergence"]
+    first, last = state.values["align_loss"]
+    assert 0 < after < before
+    assert last < first / 2
 
 
 def test_with_all_blocks_in_full_precision_and_no_alignment_it_is_fedit_bit_for_bit():
