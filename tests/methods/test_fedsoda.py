@@ -118,7 +118,7 @@ def test_the_loss_of_the_alignment():
 
 
 def test_the_divergence_of_gradients_and_the_loss_fall_with_the_alignment():
-    """On blocks that matter: ten times the random weights, which else change the residual stream so little that pruning is no loss.
+    """On blocks that matter: ten times the random weights, which change the residual stream so little that pruning is no loss.
 
     It is no theorem: with steps of 0.01 the loss falls further here, and the divergence rises.
     """

@@ -201,7 +201,8 @@ class FedSODA(Method):
     def _text(self) -> np.ndarray:
         """The server's examples, those for similarities and alignment first."""
         wanted = self.config.calibration_examples + self.config.divergence_examples
-        return rng(self.context.seed, "fedsoda-text").choice(self.context.num_examples, size=wanted, replace=False)
+        # The first ones of one shuffle: which examples are aligned on does not depend on how many are measured on.
+        return rng(self.context.seed, "fedsoda-text").permutation(self.context.num_examples)[:wanted]
 
     def _in_batches(self, examples: np.ndarray) -> np.ndarray:
         size = min(self.config.batch_size, len(examples))
