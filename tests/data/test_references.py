@@ -130,9 +130,8 @@ def test_the_prompt_of_the_reference_is_the_templates(tmp_path):
 
 
 def test_micro_reasoning_gives_a_differently_worded_chain():
-    spec = tiny.spec(
-        {"data.dataset": "micro-reasoning", "data.max_tokens": 128, "data.num_examples": 50}, method="lesft"
-    )
+    settings = {"data.dataset": "micro-reasoning", "data.max_tokens": 128, "data.num_examples": 50}
+    spec = tiny.spec({**settings, "model.base": "micro-llama"}, method="lesft")  # the tiny model has too few positions
     inputs = load_inputs(spec)
     reference = inputs.train.reference
     assert reference is not None
