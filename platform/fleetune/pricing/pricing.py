@@ -111,7 +111,8 @@ class Pricing:
         down = np.rint(down_bytes + provision_bytes + cut_down)
         up = np.rint(trace.upload[0] + load.num_steps * trace.upload[1] + cut_up)
         down_bps, up_bps, latency = fleet.draw_rates(spec.seed, round_idx, client_ids)
-        num_messages = 1 + load.num_steps * trace.cut.any()  # the payload, and one a step where the model is cut
+        # The payload, and one a step where the model is cut.
+        num_messages = 1 + load.num_steps * trace.cut.any()
         table = estimate(
             trace,
             load,
@@ -127,8 +128,9 @@ class Pricing:
             return costs
         return overlapped(
             costs,
-            adapter_down_seconds=latency + 8 * (down - cut_down) / down_bps,
-            adapter_up_seconds=latency + 8 * (up - cut_up) / up_bps,
+            # Nothing at all takes no time (`Traffic.seconds`): to a client that does not learn nothing comes down.
+            adapter_down_seconds=np.where(down > 0, latency + 8 * (down - cut_down) / down_bps, 0.0),
+            adapter_up_seconds=np.where(up > 0, latency + 8 * (up - cut_up) / up_bps, 0.0),
             idle_watts=per_device("idle_watts", fleet.devices, fleet.device_index[client_ids]),
         )
 
