@@ -110,6 +110,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "fedsa-lora": ("fedsa-lora", {}),
     "devft": ("devft", {}),
     "devft+fedsa-lora": ("devft", {"method.aggregation": "fedsa-lora"}),
+    "sl": ("sl", {}),
+    "sl isolated": ("sl", {"method.isolated": True}),
     "split-lora concatenated": ("split-lora", {"method.server": "concatenated"}),
     "split-lora in_turn": ("split-lora", {"method.server": "in_turn"}),
     "split-lora per_client": ("split-lora", {"method.server": "per_client"}),

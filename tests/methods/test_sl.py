@@ -11,6 +11,7 @@ import torch
 from fleetune.errors import UserError
 from fleetune.methods.sl import SL
 from fleetune.methods.split import drawn_order
+from fleetune.training.plan import CohortUpdate
 from support import runs, tiny
 
 SGD = {"evaluation.generate": False, "local.optimizer": "sgd", "local.learning_rate": 0.5}
@@ -59,6 +60,84 @@ def test_who_comes_after_the_deadline_is_the_end_of_the_chain():
     assert done.rounds["sim_seconds"].iloc[0] == close["rounds.deadline_seconds"]
 
 
+@pytest.mark.parametrize("isolated", [False, True])
+def test_nobody_begins_a_turn_after_the_close(isolated: bool):
+    """The round closes with the first client of three. The others come too late, but were never called.
+
+    So they receive, do, spend and keep nothing, and are free for the next round.
+    """
+    close = {"rounds.num_rounds": 2, "rounds.close": "first_k", "rounds.first_k": 1, "method.isolated": isolated}
+    done = runs.run(tiny.spec({**SGD, **ALL, **close}, method="sl"))
+    late = done.clients[done.clients["status"] == "late"]
+    assert len(late) == 4
+    for name in ("flops", "uplink_bytes", "downlink_bytes", "sim_seconds", "energy_joules", "num_tokens"):
+        assert not late[name].any(), name
+    assert done.rounds["num_available"].tolist() == [3, 3]
+    first = done.clients[done.clients["status"] == "ok"]
+    np.testing.assert_allclose(np.diff(done.rounds["sim_seconds"], prepend=0.0), first["sim_seconds"])
+    assert set(done.private) == (set(first["client_id"]) if isolated else set())
+
+
+def test_a_late_client_in_the_midst_of_its_turn_keeps_its_half_alone():
+    """Isolated, closed in the second of three turns: that client's half is its own, and the server's is the first client's."""
+    one_round = {**SGD, **ALL, **ISOLATED, "rounds.num_rounds": 1}
+    by_turn = runs.run(tiny.spec(one_round, method="sl")).clients.sort_values("waiting_seconds")
+    close = {"rounds.close": "deadline", "rounds.deadline_seconds": float(by_turn["waiting_seconds"].iloc[1]) * 1.01}
+    done, passed = runs.recorded(tiny.spec({**one_round, **close}, method="sl"))
+    first, second, _ = by_turn["client_id"]
+    assert done.clients.set_index("client_id")["status"][by_turn["client_id"]].tolist() == ["ok", "late", "late"]
+    assert set(done.private) == {first, second}
+    (one,) = passed
+    (cohort,) = one.unit.cohorts
+    tasks = {task.client_id: task for task in one.unit.tasks(cohort)}
+    method, worker = done.problem.method, runs.worker(done.problem)
+    alone = method.local_update(worker, one.payloads[cohort.payload], [tasks[first]])
+    runs.same_tensors(
+        {n: done.state.tensors[n] for n in alone.server if n in done.state.tensors},
+        {n: t for n, t in alone.server.items() if n in done.state.tensors},
+    )
+
+
+def test_who_hands_on_what_is_not_finite_is_to_blame(monkeypatch: pytest.MonkeyPatch):
+    """The first client's loss is finite, but the half that it hands on is not: it has diverged, and not the one that gets it."""
+    done, passed = runs.recorded(tiny.spec({**SGD, "rounds.num_rounds": 1}, method="sl"))
+    (one,) = passed
+    (cohort,) = one.unit.cohorts
+    method, tasks = done.problem.method, one.unit.tasks(cohort)
+    order = method.turns(np.array([task.client_id for task in tasks]), 0)
+
+    class Overflows(method.Round):  # type: ignore[name-defined, misc]
+        def result(self) -> CohortUpdate:
+            update = super().result()
+            if self.tasks[0].client_id == tasks[order[0]].client_id:
+                update.upload.data[0, 0] = np.inf
+            return update
+
+    monkeypatch.setattr(method, "Round", Overflows)
+    update = method.local_update(runs.worker(done.problem), one.payloads[cohort.payload], tasks)
+    assert update.diverged_at is not None
+    assert np.isfinite(update.losses[order[0]])
+    assert not np.isfinite(update.losses[order[1]])
+    assert update.diverged_at.argmin() == order[0]
+    assert (update.diverged_at == update.diverged_at.min()).sum() == 1
+
+
+def test_isolated_clients_are_evaluated_with_their_own_halves():
+    """Each on the examples that it holds out, in its own model, whatever the run's quality is that of."""
+    found = []
+    for evaluates in ("average", "clients"):
+        settings = {**SGD, **ALL, **ISOLATED, "rounds.num_rounds": 1, "method.evaluates": evaluates}
+        done = runs.run(tiny.spec({**settings, "data.held_out": 0.2, "evaluation.personal": "last"}, method="sl"))
+        found.append(done.rounds["eval_personal_loss"].iloc[-1])
+    assert found[0] == found[1]
+    common = runs.run(
+        tiny.spec(
+            {**SGD, **ALL, "rounds.num_rounds": 1, "data.held_out": 0.2, "evaluation.personal": "last"}, method="sl"
+        )
+    )
+    assert found[0] != common.rounds["eval_personal_loss"].iloc[-1]
+
+
 def test_the_plan_adds_up_turns_too():
     from fleetune.plan.walk import plan
 
@@ -89,7 +168,8 @@ def test_isolated_halves_stay_and_the_servers_goes_on():
     for name in filter(on_client, fresh):
         mean = sum(done.private[c][name] * (n / sizes.sum()) for c, n in sizes.items())
         torch.testing.assert_close(shipped[name], mean)
-    assert len({done.private[c][next(filter(on_client, fresh))].sum().item() for c in sizes.index}) == 3
+    name = next(name for name in fresh if on_client(name) and name.endswith("lora_B"))
+    assert len({done.private[c][name].numpy().tobytes() for c in sizes.index}) == 3
 
 
 def test_isolated_clients_can_be_evaluated_each():

@@ -187,12 +187,13 @@ class Coordinator:
         """Begin the work of the clients whose reply matters, and return their updates as they come; None if there are none.
 
         Those are the clients that count, and late ones if they keep private tensors: the device has trained them, and its next
-        turn goes on from there. All others were refused, left, or came too late, and simulating them would change nothing.
+        turn goes on from there, unless this one never began. All others were refused, left, or came too late, and simulating
+        them would change nothing.
         ``replies`` receives every work unit's reply while the updates are read.
         """
         client_ids, work, outcome = now.client_ids, now.work, now.outcome
         keeps = self.method.traits.private
-        active = np.flatnonzero((outcome.status == OK) | ((outcome.status == LATE) & keeps))
+        active = np.flatnonzero((outcome.status == OK) | ((outcome.status == LATE) & keeps & now.begins))
         if not len(active):
             return None
         counted = self.sizes[client_ids].astype(float) * (outcome.status == OK)

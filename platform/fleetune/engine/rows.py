@@ -25,8 +25,11 @@ def client_columns(problem: Problem, now: RoundPlan, replies: Sequence[WorkUnitR
 
 
 def costed_columns(problem: Problem, now: RoundPlan) -> dict[str, Any]:
-    """The columns that need no training. A refused client spends nothing, one that leaves what it did until then."""
-    fleet, costs, work, started = problem.fleet, now.costs, now.work, now.outcome.started
+    """The columns that need no training.
+
+    A client spends nothing if it is refused or its turn would begin after the close, and if it leaves what it did until then.
+    """
+    fleet, costs, work, started = problem.fleet, now.costs, now.work, now.begins
     out: dict[str, Any] = {
         "client_id": now.client_ids,
         "device": np.array(fleet.device_names, dtype=object)[fleet.device_index[now.client_ids]],
@@ -70,7 +73,7 @@ def _measured(problem: Problem, now: RoundPlan, replies: Sequence[WorkUnitReply]
     Of several replies about a client (`engine.divergence`) the last one counts. The loss is null if it is not finite, or if the
     client's work would have changed nothing and was not simulated.
     """
-    n, rows, started = len(now.client_ids), now.work.rows, now.outcome.started
+    n, rows, started = len(now.client_ids), now.work.rows, now.begins
     loss, wall = np.full(n, np.nan), np.zeros(n)
     examples = np.array([int((r != NO_EXAMPLE).sum()) for r in rows], np.int64)
     tokens = np.array([int(num_tokens(problem.inputs.train, r).sum()) for r in rows], np.int64)
@@ -92,7 +95,7 @@ def round_row(
 
     ``serves``: whether the method's server may have work of its own (`Traits.serves`), whose costs are columns then.
     """
-    outcome, ran = now.outcome, now.outcome.started
+    outcome, ran = now.outcome, now.begins
     ok = outcome.status == OK
     weights = clients["shard_examples"][ok]
     loss = clients["train_loss"][ok]

@@ -22,7 +22,7 @@ from fleetune.methods.base import MAIN, GlobalModel, Payload, PrivateStates, Sta
 from fleetune.methods.split import SplitConfig, SplitMethod, drawn_order
 from fleetune.methods.split_round import PERIOD
 from fleetune.methods.traits import Traits
-from fleetune.tensors import Tensors
+from fleetune.tensors import Tensors, all_finite
 from fleetune.training.plan import ClientTask, CohortUpdate
 from fleetune.training.worker import Worker
 
@@ -67,7 +67,10 @@ class SL(SplitMethod):
         return drawn_order(self.context.seed, round_idx, client_ids.tolist())
 
     def local_update(self, worker: Worker, payload: Payload, tasks: Sequence[ClientTask]) -> CohortUpdate:
-        """The clients one after the other. Late ones come last, and what the server learnt from them does not count."""
+        """The clients one after the other. Late ones come last, and what the server learnt from them does not count.
+
+        Who hands on numbers that are not finite has diverged, and not the next client, whose loss they spoil.
+        """
         updates: dict[int, CohortUpdate] = {}
         server: Tensors = {}
         last: CohortUpdate | None = None
@@ -77,8 +80,12 @@ class SL(SplitMethod):
                 payload = self._handed_on(payload, last)
             last = self.Round(self, worker, payload, [tasks[place]]).run()
             assert last.diverged_at is not None
-            updates[place] = replace(last, server={}, diverged_at=last.diverged_at + num_served)
-            num_served += len(tasks[place].rows)
+            diverged_at, num_served = last.diverged_at + num_served, num_served + len(tasks[place].rows)
+            if len(tasks) > 1 and not _is_finite(last):
+                diverged_at = np.minimum(
+                    diverged_at, num_served - 0.5
+                )  # after its last call, before the next client's first
+            updates[place] = replace(last, server={}, diverged_at=diverged_at)
             if tasks[place].weight > 0:
                 server = last.server
         return replace(CohortUpdate.joined([updates[place] for place in range(len(tasks))]), server=server)
@@ -119,3 +126,9 @@ class SL(SplitMethod):
     def deployed(self, state: State, private: PrivateStates) -> GlobalModel:
         """The common model, or that of the isolated halves' average."""
         return self.common_model(state, private)
+
+
+def _is_finite(update: CohortUpdate) -> bool:
+    """True if all that a client hands on or keeps is finite."""
+    own = [stack.data for stack in (update.upload, update.private) if stack is not None]
+    return all_finite([*own, *update.server.values()])

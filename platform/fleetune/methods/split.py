@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fleetune.errors import UserError
 from fleetune.methods.base import (
+    ClientInfo,
     GlobalModel,
     Method,
     MethodConfig,
@@ -188,6 +189,17 @@ class SplitMethod(Method):
         mean = weighted_sum((n / total, half) for n, half in halves)
         mean.pop(PERIOD, None)
         return mean
+
+    def personal(
+        self, state: State, client: ClientInfo, private: Tensors, models: Mapping[str, GlobalModel]
+    ) -> GlobalModel:
+        """The server's half with the client's own, where it keeps one, or else with the common one from which it starts next."""
+        if self.config.period == 1:
+            return super().personal(state, client, private, models)
+        adapter = select(state.tensors, lambda name: name.startswith("layers."))
+        if private and int(private[PERIOD]) == state.values.get(PERIOD, 0):
+            adapter.update(select(private, lambda name: name != PERIOD))
+        return GlobalModel(self.context.whole_model, adapter)
 
     def columns(self, state: State) -> dict[str, float]:
         """Where the model is cut."""

@@ -50,11 +50,21 @@ class RoundPlan:
     num_available: int
     """Clients that could have been sampled."""
     busy_seconds: np.ndarray
-    """(n,) float: virtual seconds that each client is at work, to the end of its turn or until it leaves."""
+    """(n,) float: virtual seconds that each client is at work, to its turn's end or until it leaves; 0 if it never begins."""
     server: ServerCosts
     """What the server's own work before the round cost; the round begins after it."""
     waiting_seconds: np.ndarray
     """(n,) float: virtual seconds from the round's start to each client's turn; 0 unless clients work in turn."""
+
+    @property
+    def begins(self) -> np.ndarray:
+        """True for clients whose turn begins, (n,) bool: they are not refused, and the round was not closed before."""
+        return begins(self.outcome, self.waiting_seconds)
+
+
+def begins(outcome: Outcome, waiting_seconds: np.ndarray) -> np.ndarray:
+    """True for clients whose turn begins, (n,) bool. Where clients work in turn, none is called after the round's close."""
+    return outcome.started & ((waiting_seconds == 0) | (waiting_seconds < outcome.sim_seconds))
 
 
 Hints = Literal["all", "once_per_stage", "none"]
@@ -90,7 +100,8 @@ class RoundPlanner:
 
         Two values live from round to round and are brought up to date in place: ``provisioned``, client id -> key of the
         weights that it was sent last, and ``busy_until``, (num_clients,) float, the virtual time at which each client's
-        last turn ends. Both are written after the close is known, because a refused client neither receives nor does anything.
+        last turn ends. Both are written after the close is known, because a client that is refused, or whose turn would begin
+        after the close, neither receives nor does anything.
         Where the server keeps what it was sent (`Traits.caches`), ``provisioned`` says of which examples instead.
         """
         fleet = self.problem.fleet
@@ -115,14 +126,16 @@ class RoundPlanner:
             refused_by=fitted.refused_by,
             dropped=dropped,
         )
-        for i in np.flatnonzero(outcome.started).tolist():
+        begun = begins(outcome, waiting)
+        busy_seconds = np.where(begun | ~outcome.started, busy_seconds, 0.0)
+        for i in np.flatnonzero(begun).tolist():
             provision = work.payloads[work.payload_of[i]].provision
             if provision is not None:
                 provisioned[int(client_ids[i])] = provision.key
         if self.method.traits.caches:
             self.note_sent(work, client_ids, outcome, provisioned)
         # A round that does not wait for everybody ends while some are still at work; they are not sampled until they are done.
-        busy_until[client_ids[outcome.started]] = opening.start_seconds + (waiting + busy_seconds)[outcome.started]
+        busy_until[client_ids[begun]] = opening.start_seconds + (waiting + busy_seconds)[begun]
         return RoundPlan(
             client_ids=client_ids,
             work=work,
@@ -293,7 +306,7 @@ class RoundPlanner:
         if self.method.traits.in_turn:
             order = self.method.turns(client_ids, round_idx)
             lasts = np.where([budget is None for budget in refused_by], turn_seconds, 0.0)[order]
-            waiting[order] = np.cumsum(lasts) - lasts
+            waiting[order[1:]] = np.cumsum(lasts)[:-1]
         return waiting
 
     def _departures(
