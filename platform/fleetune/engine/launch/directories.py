@@ -18,7 +18,6 @@ from fleetune.methods.find import code_path
 from fleetune.problem import Problem
 from fleetune.problem.content import identity
 from fleetune.records.run_directory import RunDirectory
-from fleetune.spec import RunSpec
 
 
 def run_meta(problem: Problem) -> dict[str, Any]:
