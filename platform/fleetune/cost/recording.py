@@ -81,7 +81,7 @@ def at_depth(small: Recording, large: Recording, num_more: int) -> StepTrace:
     some block is then treated as no other, and the model must be traced in full.
     """
     of_small, of_large = small.by_slot(), large.by_slot()
-    highest = max(block for _, block in of_small if block is not None)
+    highest = max((block for _, block in of_small if block is not None), default=0)
     moments = []
     for (step, block), ticks in of_small.items():
         # The lowest block has a counterpart from below alone, the highest from above alone: neither stands at the other end.

@@ -92,6 +92,19 @@ class Tracer(TorchDispatchMode):
         """Called when the code asks for the examples of this step."""
         self.step = max(self.step, step)
 
+    def only_held(self) -> None:
+        """Called after work that ran no operator: from its one moment on, the client holds all that it was given.
+
+        Nobody made an adapter of the payload, so what was sent of it is what there is.
+        """
+        assert not self.ops, "what was held is seen where operators read it"
+        for held in self.held:
+            held.since[scopes.CLIENT] = 0
+            held.part = scopes.ADAPTERS if held.part == PAYLOAD else held.part
+        self.ops.append(Op("hold", 0, (), scopes.SIMULATION, self.step))  # a moment, which costs nobody anything
+        self.places.append((self.step, None))
+        self.clock += 1
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """No: torch would wrap every call of `__torch_dispatch__` to keep its compiler off, and nothing is compiled here."""

@@ -221,6 +221,8 @@ def record(
     tracer.given(weights, WEIGHTS)
     tracer.given([*payload.tensors.values(), *payload.server.values()], PAYLOAD)
     update = _update(method, worker, payload, point, tracer, num_steps=2)
+    if not tracer.ops:
+        tracer.only_held()  # a client that computes nothing needs the memory of its model all the same
     whole = [] if update.cut_bytes is None else [update.cut_bytes]
     cut = [[int(n) // 2 for n in path[:, 0]] for path in update.cut_paths or whole]
     return tracer, cut, _upload_bytes(method, worker, payload, point, update)
