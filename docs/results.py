@@ -4,8 +4,8 @@ python docs/results.py WORKSPACE            every sweep that a page names and th
 python docs/results.py WORKSPACE NAME...    these alone
 
 A page marks the place of a sweep's results with ``<!-- results of NAME -->`` and ``<!-- end of NAME -->``. What stands between is
-replaced by what ``fleetune report WORKSPACE/sweeps/NAME-<id> --markdown`` prints. If there are several of one name, the last
-that was written counts.
+replaced by what ``fleetune report WORKSPACE/sweeps/NAME-<id> --markdown`` prints. ``<!-- results of NAME, target 0.25 -->`` adds
+``--target 0.25``. If there are several of one name, the last that was written counts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from fleetune.records import SweepDirectory
 from fleetune.reports.sweep_report import sweep_markdown
 
 PAGES = Path(__file__).parent / "results"
-PLACE = re.compile(r"<!-- results of (?P<name>\w+) -->\n.*?<!-- end of (?P=name) -->", re.DOTALL)
+PLACE = re.compile(
+    r"(?P<begin><!-- results of (?P<name>\w+)(?:, target (?P<target>[\d.]+))? -->)\n.*?(?P<end><!-- end of (?P=name) -->)",
+    re.DOTALL,
+)
 
 
 def main(workspace: Path, names: list[str]) -> int:
@@ -45,13 +48,13 @@ def filled(text: str, workspace: Path, names: list[str], missing: list[str]) -> 
             missing.append(f"{name}: not in {workspace / 'sweeps'}")
             return place[0]
         try:
-            found = sweep_markdown(sweep)
+            found = sweep_markdown(sweep, targets=[place["target"]] if place["target"] else [])
         except UserError as error:
             missing.append(f"{name}: {error}")
             return place[0]
         states = SweepDirectory.open(sweep).trials()["status"].value_counts()
         counts = ", ".join(f"{count} {state}" for state, count in states.items())
-        return f"<!-- results of {name} -->\n\n{counts} of {int(states.sum())} trials.\n\n{found}\n\n<!-- end of {name} -->"
+        return f"{place['begin']}\n\n{counts} of {int(states.sum())} trials.\n\n{found}\n\n{place['end']}"
 
     return PLACE.sub(results, text)
 
