@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ def test_equal_importances_give_equal_quotas(value: float):
     assert elastic_quotas([value] * 49, 3, [7] * 49) == [3] * 49
 
 
+@functools.cache
 def measured() -> tuple[runs.Finished, list[runs.Passed]]:
+    """A run of three rounds, of which the first measures."""
     return runs.recorded(tiny.spec(FAST, method="smartfed"))
 
 
