@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from fleetune.errors import UserError
 from fleetune.methods.sl import SL
 from fleetune.methods.split import drawn_order
+from fleetune.records.timeline import write_timeline
 from fleetune.training.plan import CohortUpdate
 from support import runs, tiny
 
@@ -43,6 +45,12 @@ def test_a_round_lasts_as_long_as_all_turns_together():
         np.testing.assert_allclose(rows["waiting_seconds"].to_numpy()[order], np.cumsum(turns) - turns)
     lasts = np.diff(done.rounds["sim_seconds"], prepend=0.0)
     np.testing.assert_allclose(lasts, done.clients.groupby("round")["sim_seconds"].sum())
+    drawn = json.loads(write_timeline(done.run_dir).read_text())["traceEvents"]
+    halves = [event["ts"] + event["dur"] for event in drawn if event["name"] == "its half"]
+    starts = np.cumsum(lasts) - lasts
+    called = starts + done.clients.groupby("round")["waiting_seconds"].max()  # the last one's turn
+    assert len(halves) == 3
+    assert (np.array(halves) > 1e6 * called).all()
     side_by_side = runs.run(tiny.spec(SGD, method="sfl"))
     assert not side_by_side.clients["waiting_seconds"].any()
     assert side_by_side.rounds["sim_seconds"].iloc[-1] < done.rounds["sim_seconds"].iloc[-1]

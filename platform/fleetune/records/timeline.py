@@ -107,15 +107,18 @@ def _server_events(rounds: pd.DataFrame, clients: pd.DataFrame) -> Iterator[Even
     """What the server does: it waits for somebody to come, works on its half of a split model, and aggregates."""
     starts, ends = round_starts(rounds), round_ends(rounds)
     waited = dict(zip(rounds["round"], rounds["waited_seconds"].fillna(0.0), strict=True))
-    half = clients.assign(server=clients["server_seconds"].fillna(0.0)).groupby("round")["server"].agg(["max", "sum"])
+    served = clients["server_seconds"].fillna(0.0)
+    # Where clients work in turn, its half is at work until the last one's turn.
+    until = (served + _waiting(clients)).where(served > 0, 0.0)
+    half = clients.assign(until=until, served=served).groupby("round").agg({"until": "max", "served": "sum"})
     first = clients[clients["downlink_seconds"] > 0].groupby("round")["downlink_seconds"].min()
     for round_idx, start in starts.items():
         if waited[round_idx] > 0:
             yield _slice("nobody available", start - waited[round_idx], start, SERVER, WORK)
-        longest = half["max"].get(round_idx, 0.0)
+        longest = half["until"].get(round_idx, 0.0)
         if longest > 0:
             begin = start + first.get(round_idx, 0.0)
-            args = {"seconds of all clients": half["sum"][round_idx]}
+            args = {"seconds of all clients": half["served"][round_idx]}
             yield {**_slice("its half", begin, min(begin + longest, ends[round_idx]), SERVER, WORK), "args": args}
         yield {"name": "aggregate", "ph": "i", "s": "t", "ts": ends[round_idx] * 1e6, "pid": SERVER, "tid": WORK}
 
@@ -170,15 +173,21 @@ def _spans(clients: pd.DataFrame) -> dict[str, np.ndarray]:
     overlaps = together > turn * (1 + 1e-9)
     spans = {phase: np.where(overlaps, 0.0, seconds) for phase, seconds in spans.items()}
     rest = np.where((server > 0) & ~overlaps, turn - sum(spans.values()), 0.0)
-    waiting = clients["waiting_seconds"].to_numpy(dtype=float) if "waiting_seconds" in clients else np.zeros(len(turn))
     return {
-        "waiting": np.nan_to_num(waiting),
+        "waiting": _waiting(clients),
         "downlink": spans["downlink"],
         "compute": spans["compute"],
         "server": rest,
         "uplink": spans["uplink"],
         "pipelined": np.where(overlaps, turn, 0.0),
     }
+
+
+def _waiting(clients: pd.DataFrame) -> np.ndarray:
+    """Seconds from the round's start to each of n turns, (n,); 0 for runs that were recorded without them."""
+    if "waiting_seconds" not in clients:
+        return np.zeros(len(clients))
+    return np.nan_to_num(clients["waiting_seconds"].to_numpy(dtype=float))
 
 
 def _pids(clients: pd.DataFrame) -> dict[Any, int]:
