@@ -124,7 +124,7 @@ MISTAKES: dict[str, tuple[list[str], str, Any, str]] = {
     "frozen clients with a head": (
         ["method.name=split-frozen", "method.split_point=2", "method.head=client"],
         "method",
-        None,
+        "dict",
         "nothing comes down to a frozen client; set head: server, or use split-lora",
     ),
     "no assignment": (["rounds.num_rounds"], "--set", "rounds.num_rounds", "must have the form path.to.field=value"),
