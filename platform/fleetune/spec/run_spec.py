@@ -58,7 +58,7 @@ NO_RESULT_CHANGES = {
 
 # Fields that came when there were runs on record, with the value at which a run is what it was without them. There they are left
 # out of the hash, so that those runs stay what they are: a sweep finds them again, and `resume` goes on with them.
-ADDED_LATER = {
+ADDED_LATER: dict[str, Any] = {
     "rounds.max_sim_seconds": None,
     "data.skills": [],
     "data.scored_by": "auto",
