@@ -42,6 +42,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "smartfed layer": ("smartfed", {"method.router": "layer", "method.residual": "round_robin", "method.gates": "all"}),
     "smartfed low-rank": ("smartfed", {"method.router": "low-rank", "method.router_rank": 2, "method.elastic": False}),
     "lora-flow with fusion": ("lora-flow", {"method.record_fusion": True, "method.bias": [-0.5, 0.5, 0.0]}),
+    "linear-arithmetic tuned": ("linear-arithmetic", {"method.tune": True}),
+    "lorahub of three": ("lorahub", {"method.candidates": 3, "method.examples": "fresh"}),
     "split-lora in_turn": ("split-lora", {"method.server": "in_turn"}),
     "split-lora per_client": ("split-lora", {"method.server": "per_client"}),
 }

@@ -70,8 +70,8 @@ def _fractions_done(costs: dict[str, np.ndarray], busy_seconds: np.ndarray) -> d
 def _measured(problem: Problem, now: RoundPlan, replies: Sequence[WorkUnitReply]) -> dict[str, np.ndarray]:
     """The columns (n,) that workers measure: examples, tokens, loss, real time.
 
-    Of several replies about a client (`engine.divergence`) the last one counts. The loss is null if it is not finite, or if the
-    client's work would have changed nothing and was not simulated.
+    Of several replies about a client (`engine.divergence`) the last one counts. The loss is null if it is not finite, if the
+    client's work would have changed nothing and was not simulated, or if it looked at no example.
     """
     n, rows, started = len(now.client_ids), now.work.rows, now.begins
     loss, wall = np.full(n, np.nan), np.zeros(n)
@@ -83,7 +83,7 @@ def _measured(problem: Problem, now: RoundPlan, replies: Sequence[WorkUnitReply]
     return {
         "num_examples": np.where(started, examples, 0),
         "num_tokens": np.where(started, tokens, 0),
-        "train_loss": np.where(np.isfinite(loss), loss, np.nan),
+        "train_loss": np.where(np.isfinite(loss) & (tokens > 0), loss, np.nan),
         "wall_seconds": wall,
     }
 

@@ -16,7 +16,9 @@ from fleetune.methods.fedsoda import FedSODA
 from fleetune.methods.flora import FLoRA
 from fleetune.methods.fwdllm import FwdLLM
 from fleetune.methods.lesft import LESFT
+from fleetune.methods.linear_arithmetic import LinearArithmetic
 from fleetune.methods.lora_flow import LoRAFlow
+from fleetune.methods.lorahub import LoRAHub
 from fleetune.methods.mole import MoLE
 from fleetune.methods.progfed import ProgFed
 from fleetune.methods.sfl import SFL
@@ -40,7 +42,9 @@ METHODS: dict[str, type[Method]] = {
     "flora": FLoRA,
     "fwdllm": FwdLLM,
     "lesft": LESFT,
+    "linear-arithmetic": LinearArithmetic,
     "lora-flow": LoRAFlow,
+    "lorahub": LoRAHub,
     "mole": MoLE,
     "progfed": ProgFed,
     "sfl": SFL,

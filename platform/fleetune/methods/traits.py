@@ -36,3 +36,5 @@ class Traits:
     """Examples have a reference path: the same response after a prompt with the ground-truth solution (`data.references`)."""
     pooled: bool = False
     """There is no federation: the server holds the examples of all clients and works on them alone (`problem.pooled`)."""
+    steps: bool = True
+    """The model changes by steps of a learning rate; otherwise it is put together from adapters that exist."""
