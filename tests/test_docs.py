@@ -119,14 +119,23 @@ def test_a_method_has_its_page_and_its_row(name: str):
     assert f"| [`{name}`](docs/methods/{name}.md) |" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def verbs(program: Any) -> set[str]:
+    """The names of a typer program's own commands."""
+    return {command.name or command.callback.__name__ for command in program.registered_commands if command.callback}
+
+
 @every_page
 def test_documented_commands_exist_and_their_fields_too(page: Path):
     """Every command is one of the program's; every job file loads with its overrides."""
-    known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    known = verbs(app)
+    for group in app.registered_groups:
+        known |= {f"{group.name} {verb}" for verb in verbs(group.typer_instance)}
     for command in commands(page):
         _, verb, *words = shlex.split(command)
+        if any(verb == group.name for group in app.registered_groups):
+            verb = f"{verb} {words.pop(0)}"
         assert verb in known, command
-        if verb in ("run", "plan") and words and words[0].startswith("jobs/"):
+        if verb in ("run", "plan", "adapters train") and words and words[0].startswith("jobs/"):
             overrides = [value for flag, value in pairwise(words) if flag == "--set"]
             if not any("…" in value for value in overrides):
                 specs.load(ROOT / words[0], specs.parse_overrides(overrides))

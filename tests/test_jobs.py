@@ -17,7 +17,7 @@ from fleetune.models.peft_format import save_adapter
 from fleetune.models.submodel import Submodel
 from fleetune.plan.walk import outline
 from fleetune.problem import build_problem, load_inputs
-from fleetune.spec import RunSpec, load, read_yaml
+from fleetune.spec import RunSpec, from_dict, load, read_yaml
 from fleetune.sweep.config import load as load_sweep
 from fleetune.sweep.expansion import trials_of
 from support import is_sweep, tiny
@@ -68,21 +68,26 @@ def fresh_adapter(spec: RunSpec, folder: Path) -> Path:
     return folder
 
 
+def with_fresh_adapters(spec: RunSpec, folder: Path) -> RunSpec:
+    """The job with untrained adapters in the place of those that it composes."""
+    names = [Path(name).name for name in getattr(spec.method, "adapters", ())]
+    made = [folder / name if (folder / name).exists() else fresh_adapter(spec, folder / name) for name in names]
+    return from_dict(spec.to_dict(), {"method.adapters": [str(path) for path in made]}) if made else spec
+
+
 @pytest.mark.parametrize("path", [path for path in FILES if path.parent.name != "paper"], ids=lambda path: path.stem)
 def test_a_job_builds(path: Path, tmp_path: Path):
     """On the built-in model; data that one has to fetch, and adapters that one has to train, are stood in for by small files."""
     spec = load(path)
-    adapters = getattr(spec.method, "adapters", ())
-    if adapters:
-        made = [str(fresh_adapter(spec, tmp_path / Path(name).name)) for name in adapters]
-        small = {"data.num_examples": 400, "data.num_eval_examples": 8}
-        spec = load(path, {**small, "method.adapters": made})
+    small = {"data.num_examples": 400, "data.num_eval_examples": 8}
+    if getattr(spec.method, "adapters", ()):
+        spec = with_fresh_adapters(load(path, small), tmp_path)
     elif spec.data.dataset.endswith(".jsonl"):
         columns = {"prompt": "prompt", "response": "response"}
         stand_in = {"data.dataset": tiny.data_file(), "data.eval_dataset": None, "data.columns": columns}
         spec = load(path, {**stand_in, "data.template": "{prompt}"})
     else:
-        spec = load(path, {"data.num_examples": 400, "data.num_eval_examples": 8})
+        spec = load(path, small)
     problem = build_problem(spec, load_inputs(spec))
     assert problem.fleet.num_clients == problem.spec.fleet.num_clients  # of a pooled method one: the server
     assert len(problem.eligible) >= problem.spec.rounds.clients_per_round
@@ -91,8 +96,8 @@ def test_a_job_builds(path: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_a_sweep_s_trials_build(path: Path):
-    """It opens with how to run it; every trial is one that the built-in model and data allow.
+def test_a_sweep_s_trials_build(path: Path, tmp_path: Path):
+    """It opens with how to run it; every trial is one that the built-in model and data allow, with untrained adapters.
 
     A comparison or a paper's study has at least five seeds, so that something can be decided; a sweep that shows how it is done
     has three.
@@ -106,7 +111,7 @@ def test_a_sweep_s_trials_build(path: Path):
     assert len(seeds) == 3 if path.parent.name == "sweeps" else len(seeds) >= 5
     inputs = load_inputs(trials[0].spec)
     for trial in trials[:: len(seeds)]:
-        build_problem(trial.spec, inputs)
+        build_problem(with_fresh_adapters(trial.spec, tmp_path), inputs)
 
 
 def test_no_two_sweeps_share_a_name():

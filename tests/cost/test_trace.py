@@ -23,6 +23,7 @@ from fleetune.cost.recording import live_bytes, possible_peaks
 from fleetune.cost.trace import PARTS, SideWork, StepTrace
 from fleetune.methods import METHODS
 from fleetune.methods.base import Context, Method, Payload, Report
+from fleetune.methods.reuse import Reuse
 from fleetune.models.architectures import ModelShape, architecture
 from fleetune.models.base import PRODUCT_DTYPES, BaseModel, placed
 from fleetune.models.config import LINEAR_NAMES, LoRAConfig
@@ -37,7 +38,7 @@ from fleetune.training.config import LocalConfig
 from fleetune.training.plan import ClientTask
 from fleetune.training.trainer import StackedAdapters
 from fleetune.training.worker import Worker
-from support import closed_forms
+from support import closed_forms, tiny
 
 WIDE = ModelShape("wide", 3, 64, 192, 4, 4, 16, 256)
 GROUPED = ModelShape("grouped", 3, 64, 128, 4, 2, 32, 320, tied_embeddings=True)
@@ -52,7 +53,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fedprox": {"mu": 0.1},
 }
 CASES = {**{name: (name, {}) for name in METHODS}, "devft+fedsa-lora": ("devft", {"aggregation": "fedsa-lora"})}
+CASES["linear-arithmetic"] = ("linear-arithmetic", {"tune": True})
+CASES["lorahub of two"] = ("lorahub", {"candidates": 2})
 CASES |= {f"split-lora {server}": ("split-lora", {"server": server}) for server in ("in_turn", "per_client")}
+COMPUTE_NOTHING = {"linear-arithmetic untuned": ("linear-arithmetic", {"tune": False})}
+"""Cases in which a client runs no operator: there is nothing real to hold their traces against."""
 
 
 class World(NamedTuple):
@@ -93,8 +98,11 @@ def world(
     checkpointing: bool = False, lora: LoRAConfig | None = None, round_idx: int = 3, **local: Any,
 ) -> World:  # fmt: skip
     """``round_idx``: of eight; 3 is in the second of devft's three stages."""
-    name, settings = CASES[case]
+    name, settings = {**CASES, **COMPUTE_NOTHING}[case]
     base, lora = random_base(shape, weights, precision), lora or LoRAConfig(rank=4)
+    if issubclass(METHODS[name], Reuse):
+        library = tiny.library_folder((4, 3), shape.num_layers, width=shape.hidden_size, inner=shape.intermediate_size)
+        settings = {"adapters": [library], **settings}
     config = METHODS[name].Config(name=name, **{**SETTINGS.get(name, {}), **settings})
     method = METHODS[name](config, Context(base, lora, linear_sites(base, lora), 8, 0))
     steps = LocalConfig(checkpointing=checkpointing, **local)
@@ -356,6 +364,19 @@ def dynamic_peak(moments: np.ndarray, basis: np.ndarray) -> float:
     """Most bytes at any of the moments (m, parts, 6), weights left out."""
     live = evaluate(moments, basis)[0]
     return float((live.sum(axis=1) - live[:, PARTS.index("weights")]).max())
+
+
+@pytest.mark.parametrize("num_layers", [3, 8], ids=["all blocks", "two shallow ones"])
+def test_a_client_that_computes_nothing_holds_its_base_and_its_adapter(num_layers: int):
+    """Composed before it is sent: no FLOPs, no seconds, and the bytes of the weights and of the adapter, whatever the batch."""
+    this = world("linear-arithmetic untuned", replace(WIDE, num_layers=num_layers))
+    trace = this.trace()
+    assert (trace.client.num_ops, trace.client.flops.any(), trace.saved.any()) == (0, False, False)
+    network = this.worker.network(this.method.model(this.payload))
+    held = [*network.model.parameters(), *network.model.buffers(), *this.payload.held.values()]
+    parts = trace.peak(monomials([0, 4], [0, 48], [0, 9]))
+    assert parts.sum(axis=1).tolist() == [sum(t.untyped_storage().nbytes() for t in held)] * 2
+    assert StepTrace.from_json(trace.to_json()).peak(monomials([1], [1], [1])).tolist() == parts[:1].tolist()
 
 
 @pytest.mark.parametrize("case", ["fedit", "fedsa-lora"])

@@ -73,15 +73,20 @@ def data_file(num_examples: int = 120) -> str:
 
 
 @functools.cache
-def library_folder(ranks: tuple[int, ...] = (2, 3, 2), num_layers: int = 4, seed: int = 0) -> str:
-    """A library of random adapters ``skill-0``, ``skill-1``, … for `model_folder`, one of each rank, in PEFT's format."""
+def library_folder(
+    ranks: tuple[int, ...] = (2, 3, 2), num_layers: int = 4, seed: int = 0, width: int = 32, inner: int = 48
+) -> str:
+    """A library of random adapters ``skill-0``, ``skill-1``, … for `model_folder`, one of each rank, in PEFT's format.
+
+    ``width``, ``inner``: of another model whose attention has as many keys as queries.
+    """
     import torch
     from safetensors.torch import save_file
 
     from fleetune.models.peft_format import CONFIG, WEIGHTS, to_peft
 
-    sizes = {"self_attn": dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (32, 32))}
-    sizes["mlp"] = {"gate_proj": (32, 48), "up_proj": (32, 48), "down_proj": (48, 32)}
+    sizes = {"self_attn": dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (width, width))}
+    sizes["mlp"] = {"gate_proj": (width, inner), "up_proj": (width, inner), "down_proj": (inner, width)}
     sites = {
         f"layers.{n}.{part}.{name}": size
         for n in range(num_layers)

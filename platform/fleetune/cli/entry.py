@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 
+from fleetune.cli.adapters import adapters
 from fleetune.cli.catalogue import list_, schema
 from fleetune.cli.check import check
 from fleetune.cli.jobs import plan, resume, run, sweep
@@ -41,6 +42,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
+app.add_typer(adapters, name="adapters", no_args_is_help=True)
 
 
 def main() -> None:

@@ -268,7 +268,7 @@ def _json(folder: Path, file: str, content: dict[str, str], field: str) -> dict[
 
 def _check_kind(config: dict[str, Any], folder: Path, field: str) -> None:
     """Raises `Broken` for what is no plain LoRA, or changes the model beside its pairs."""
-    hint = "adapters of this kind cannot be composed: train one with `fleetune adapters train`, or set broken=skip"
+    hint = "adapters of this kind cannot be composed: train a plain LoRA, or set broken=skip"
     if config.get("peft_type") != "LORA":
         raise _broken(folder, f"is of PEFT's type {config.get('peft_type')}, and only LORA is read", field, hint)
     for name, absent in NOT_THERE.items():

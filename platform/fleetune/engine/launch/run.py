@@ -63,12 +63,18 @@ def run(
     report: Report | None = None,
     warn: Callable[[str], None] | None = None,
     meta: dict[str, Any] | None = None,
+    admits: Callable[[Problem], None] | None = None,
 ) -> Result:
-    """Check everything, then run. Raises UserError before any client trains; RunFailed leaves a directory that can be resumed."""
+    """Check everything, then run. Raises UserError before any client trains; RunFailed leaves a directory that can be resumed.
+
+    ``admits``: what else is checked before a directory is made; it raises UserError.
+    """
     _check_tracking(spec)
     with backend_for(spec, address=address, debug=debug) as backend:
         spec = backend.placed(backend.resolve(spec))
         problem = build_problem(spec, backend.inputs(spec))
+        if admits is not None:
+            admits(problem)
         if warn is not None:
             for note in problem.fleet.rate_notes(spec.cost.precision):
                 warn(note)
