@@ -6,6 +6,8 @@ Each case is a real local update of two steps on a random model of three blocks,
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -418,3 +420,17 @@ def kept_bytes(this: World, point: Point) -> int:
         patch.setattr(StackedAdapters, "__init__", recorded)
         this.update(point, steps=1)
     return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+def test_the_first_trace_of_a_process_is_like_the_second():
+    """What PyTorch imports when it is first needed must not keep tensors of the trace alive."""
+    script = (
+        "import sys; sys.path[:0] = sys.argv[1:]\n"
+        "import test_trace\n"
+        "for _ in range(2):\n"
+        "    print(test_trace.world('fedit', test_trace.WIDE).trace().moments.tolist())\n"
+    )
+    here = Path(__file__).parent
+    call = [sys.executable, "-c", script, str(here), str(here.parent)]
+    first, second = subprocess.run(call, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert first == second

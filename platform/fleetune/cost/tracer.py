@@ -224,6 +224,10 @@ class Tracer(TorchDispatchMode):
         Python's collector of cycles waits until the end: it would run at arbitrary operators, and no two recordings of the same
         work would free their memory at the same ones.
         """
+        # PyTorch imports this when an operator needs it first. If that happened inside, frames of the import would hold tensors
+        # in cycles, and the first recording of a process would need more memory than all that follow.
+        import torch._dynamo
+
         collected, attention = gc.isenabled(), getattr(nn.functional, ATTENTION)
         gc.disable()
         scopes.current.block = None
