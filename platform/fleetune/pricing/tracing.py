@@ -307,7 +307,8 @@ def _examples(point: Point) -> TokenizedDataset:
 
     It never looks at the first token, which nothing predicts.
     """
-    return replace(_path(point, point.num_tokens), reference=_path(point, point.num_reference))
+    reference = _path(point, point.num_reference) if point.num_reference else None
+    return replace(_path(point, point.num_tokens), reference=reference)
 
 
 def _path(point: Point, num_tokens: int) -> TokenizedDataset:
