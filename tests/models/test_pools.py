@@ -9,7 +9,7 @@ from torch import Tensor
 from fleetune.cost.operators import flop_formulas
 from fleetune.cost.tracer import Tracer
 from fleetune.models.pools import BlockGate, MoLE, Pool, mixture
-from fleetune.models.routed import routed
+from fleetune.models.routed import gathers, routed
 from fleetune.tensors import Tensors
 
 SITE, IN, OUT, RANKS, CLIENTS, TOKENS = "layers.0.self_attn.q_proj", 6, 5, (2, 3), 2, 4
@@ -173,6 +173,15 @@ def test_both_forms_give_the_same_values_and_gradients():
     for masked, gathered in zip(*both, strict=True):
         assert (masked - gathered).abs().max() <= 2e-6 * masked.abs().max()
     assert (both[0][0] - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
+def test_the_faster_form_runs_and_the_gathered_one_is_traced():
+    """On a processor, 5 of 16 experts are masked and 4 of 16 are gathered, in fp32; without data both are gathered."""
+    for chosen, is_gathered in ((5, False), (4, True)):
+        x, _, index, a, _ = arguments(16, chosen)
+        assert gathers(x, index, a) == is_gathered
+        assert not gathers(x.bfloat16(), index, a)
+        assert gathers(x.to("meta"), index, a)
 
 
 def test_gradients_are_those_of_finite_differences():

@@ -3,11 +3,11 @@
         y_t = sum_{m = 1..q} w_tm b_(i_tm) <a_(i_tm), x_t>          index i (T, q), weights w (T, q)
 
 The gathered form computes the chosen experts alone: 2 T q (in + out) FLOPs and T q inner products, whatever the pool's size. The
-masked form computes all M and sets the weights of the others to 0. On a processor it is the faster one unless the pool is many
-times larger than q (`benchmarks/routed.py`), because it is two dense products. Their values agree to rounding.
+masked form computes all M and sets the weights of the others to 0. It is two dense products, which a processor does faster as
+long as the pool is not many times larger than q (`benchmarks/routed.py`). Their values agree to rounding.
 
-A network runs the masked form. What is traced for its costs, on tensors without data, is the gathered one: a device is charged
-for the experts that its tokens choose.
+On a processor the faster form runs, elsewhere the masked one. What is traced for its costs, on tensors without data, is always
+the gathered one: a device is charged for the experts that its tokens choose.
 
 Shape legend: T tokens of all clients, M experts in the pool, q chosen per token.
 """
@@ -21,15 +21,24 @@ from torch import Tensor
 
 _SUM = 0  # the mode of PyTorch's bags that adds rows up
 
+GATHERS_FROM = 4
+"""The pool's experts for each chosen one from which gathering is the faster form on a processor."""
+
 
 def routed(
     x: Tensor, weights: Tensor, index: Tensor, a: Tensor, b: Tensor, *, is_gathered: bool | None = None
 ) -> Tensor:
     """x (T, in), weights and index (T, q), a (M, in), b (M, out) -> (T, out). The pool is frozen: a and b get no gradient.
 
-    ``is_gathered``: which form is computed; None: the gathered one if the tensors have no data, else the masked one.
+    ``is_gathered``: which form is computed; None: what `gathers` says.
     """
-    return _Routed.apply(x, weights, index, a, b, x.is_meta if is_gathered is None else is_gathered)
+    return _Routed.apply(x, weights, index, a, b, gathers(x, index, a) if is_gathered is None else is_gathered)
+
+
+def gathers(x: Tensor, index: Tensor, a: Tensor) -> bool:
+    """True if the gathered form is computed: it is traced, or faster for these sizes. PyTorch's bags are for fp32 here."""
+    is_faster = x.device.type == "cpu" and x.dtype == torch.float32 and len(a) >= GATHERS_FROM * index.shape[1]
+    return x.is_meta or is_faster
 
 
 class _Routed(torch.autograd.Function):
