@@ -107,10 +107,11 @@ class LoRAHub(Reuse):
         return GlobalModel(self.context.whole_model, self._composed(state.tensors["weights"]))
 
     def columns(self, state: State) -> dict[str, float]:
-        """The best value that the search was told, and its weight of each adapter."""
+        """The best value that the search was told, and its weight of each adapter; nothing before the first, as in a plan."""
         best = state.values["best"]
-        weights = {f"weight_{i}": w for i, w in enumerate(state.tensors["weights"].tolist())}
-        return {"best_value": np.nan if best is None else best, **weights}
+        if best is None:
+            return {}
+        return {"best_value": best, **{f"weight_{i}": w for i, w in enumerate(state.tensors["weights"].tolist())}}
 
     def records(self, state: State) -> dict[str, Any]:
         """The adapters' names, and every weight that was tried with its value."""
