@@ -340,7 +340,7 @@ def test_a_checkpointed_block_repeats_its_last_product_where_that_is_one_functio
         world(weights=weights, checkpointing=True).trace().client.flops for weights in ("fp32", "int8", "nf4")
     )
     assert int8.tolist() == nf4.tolist()
-    for batch, tokens, logits in BATCHES:
+    for batch, tokens, logits, _ in BATCHES:
         point = Point(batch, tokens, logits)
         repeated = 3 * 2 * batch * tokens * 4 * 64  # three blocks
         assert at(whole, point) == at(int8, point) + repeated
