@@ -23,6 +23,7 @@ from fleetune import scopes
 from fleetune.cost.polynomials import FORMS, POINTS, Fitter, Point, evaluate, monomials
 from fleetune.cost.recording import live_bytes, possible_peaks
 from fleetune.cost.trace import PARTS, SideWork, StepTrace
+from fleetune.engine.round.serving import serve
 from fleetune.methods import METHODS
 from fleetune.methods.base import Context, Method, Payload, Report
 from fleetune.methods.reuse import Reuse
@@ -51,8 +52,9 @@ BATCHES = (Point(1, 96, 40, 112), Point(2, 64, 100, 80), Point(4, 48, 9, 50))
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "devft": {"initial_capacity": 1},
-    "split-lora": {"split_point": 1},
     "fedprox": {"mu": 0.1},
+    "fedsoda": {"quantization": "none"},  # torch's counter has no formulas for bitsandbytes' products
+    **dict.fromkeys(("lesft", "sfl", "sl", "split-frozen", "split-lora"), {"split_point": 1}),
 }
 CASES = {**{name: (name, {}) for name in METHODS}, "devft+fedsa-lora": ("devft", {"aggregation": "fedsa-lora"})}
 CASES["linear-arithmetic"] = ("linear-arithmetic", {"tune": True})
@@ -106,9 +108,13 @@ def world(
         library = tiny.library_folder((4, 3), shape.num_layers, width=shape.hidden_size, inner=shape.intermediate_size)
         settings = {"adapters": [library], **settings}
     config = METHODS[name].Config(name=name, **{**SETTINGS.get(name, {}), **settings})
-    method = METHODS[name](config, Context(base, lora, linear_sites(base, lora), 8, 0))
+    method = METHODS[name](config, Context(base, lora, linear_sites(base, lora), 8, 0, num_examples=100))
     steps = LocalConfig(checkpointing=checkpointing, **local)
-    payload = method.broadcast(method.begin_round(method.start(), round_idx, Report(0.0)), round_idx, None)
+    # A server that works by itself does so from the first round on. As in a plan, its work gives no tensors here.
+    round_idx = 0 if method.traits.serves else round_idx
+    state = method.begin_round(method.start(), round_idx, Report(0.0))
+    state, _ = serve(method, state, round_idx, carry_out=lambda work: {}, price=lambda work: (0.0, 0.0))
+    payload = method.broadcast(state, round_idx, None)
     tracing = Tracing(CostedModel(base), method, lora, steps, None)
     worker = Worker(base=base, lora=lora, local=steps, data=_examples(POINTS[0]), precision=precision)
     return World(method, worker, payload, tracing, WorkShape(weights, precision, checkpointing))
