@@ -54,7 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "devft": {"initial_capacity": 1},
     "fedprox": {"mu": 0.1},
     "fedsoda": {"quantization": "none"},  # torch's counter has no formulas for bitsandbytes' products
-    **dict.fromkeys(("lesft", "sfl", "sl", "split-frozen", "split-lora"), {"split_point": 1}),
+    **{name: {"split_point": 1} for name in ("lesft", "sfl", "sl", "split-frozen", "split-lora")},
 }
 CASES = {**{name: (name, {}) for name in METHODS}, "devft+fedsa-lora": ("devft", {"aggregation": "fedsa-lora"})}
 CASES["linear-arithmetic"] = ("linear-arithmetic", {"tune": True})
