@@ -146,7 +146,7 @@ def test_claims_in_words():
         ({"ratio": {**RATIO, "within": -1}}, "claims.0.ratio.within", "greater than or equal to 0"),
         ({**BETTER, "better": {}}, "claims.0.better", "at least 1 item"),
         ({**BETTER, "in": "accuracy"}, "claims.0.in", "did you mean 'eval_accuracy'?"),
-        ({"falls": "cost/uplink_bytes", "over": "method.growth_rate"}, "claims.0.falls", "total/uplink_bytes"),
+        ({"falls": "cost/uplink_bytes", "over": "method.growth_rate"}, "claims.0.falls", "did you mean 'uplink_bytes'?"),
         ({"ratio": {**RATIO, "in": "bytes"}}, "claims.0.ratio.in", "no such metric"),
         ({**BETTER, "until": {"eval_loss": 0.2}}, "claims.0.until", "sim_seconds, uplink_bytes"),
         ({**BETTER, "in": "peak_memory_bytes_max", "until": {"eval_loss": 0.2}}, "claims.0.until", "costs that add up"),

@@ -77,7 +77,9 @@ def test_set_overrides_fields_and_another_method_starts_from_its_defaults(fleetu
     out = fleetune("run", job, "-w", tmp_path, "--json", *sets)
     assert out.status == 0, out.stderr
     spec = yaml.safe_load((Path(out.document["run_dir"]) / "spec.yaml").read_text())
-    assert spec["method"] == {"name": "split-lora", "split_point": 1, "server": "concatenated", "pipelined": False}
+    assert {**spec["method"], "name": "split-lora", "split_point": 1} == spec["method"]
+    assert "mu" not in spec["method"]
+    assert set(spec["method"]) == set(METHODS["split-lora"].Config.model_fields)
     assert spec["rounds"]["num_rounds"] == out.document["totals"]["num_rounds"] == 1
 
 
@@ -139,7 +141,7 @@ def test_the_schema_of_sweep_files_knows_every_kind_of_claim(fleetune: Command):
     assert {"base", "grid", "seeds", "claims"} <= set(schema["properties"])
     kinds = {kind["$ref"].rpartition("/")[2] for kind in schema["properties"]["claims"]["items"]["anyOf"]}
     assert kinds == {"Better", "Falls", "Rises", "Peak", "Ratio"}
-    assert {"better", "than", "in", "for", "source"} == set(schema["$defs"]["Better"]["properties"])
+    assert {"better", "than", "in", "until", "for", "source"} == set(schema["$defs"]["Better"]["properties"])
 
 
 @pytest.mark.parametrize(

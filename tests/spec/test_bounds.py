@@ -12,6 +12,7 @@ from fleetune.methods import METHODS
 from fleetune.spec import from_dict
 from support import runs, tiny
 from support.complaints import complaint
+from support.settings import settings
 
 UNBOUNDED = {
     "seed": "any integer of 64 bits names a run",
@@ -32,12 +33,6 @@ def numeric_fields(config: Any, prefix: str = "") -> list[str]:
         elif {int, float} & {field.annotation, *get_args(field.annotation)}:
             found.append(prefix + name)
     return found
-
-
-def settings(method: str) -> dict[str, Any]:
-    """The method by name, and adapters for one that composes some: which ones does not matter, as none is read."""
-    needs_adapters = "adapters" in METHODS[method].Config.model_fields
-    return {"name": method, **({"adapters": ["my-skills"]} if needs_adapters else {})}
 
 
 OF_JOBS = [f"fedit {field}" for field in numeric_fields(from_dict({}))]

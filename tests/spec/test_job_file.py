@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from fleetune.errors import UserError
 from fleetune.methods import METHODS
 from fleetune.spec import RunSpec, from_dict, json_schema, load, parse_overrides, read_yaml
+from support.settings import settings
 
 
 def test_an_empty_job_is_the_default_one(tmp_path: Path):
@@ -28,7 +29,7 @@ def test_a_job_file_and_its_overrides(tmp_path: Path):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_plain_data_is_a_job_again(name: str):
-    spec = from_dict({"method": {"name": name}})
+    spec = from_dict({"method": settings(name)})
     assert isinstance(spec.method, METHODS[name].Config)
     assert from_dict(spec.to_dict()) == spec
 

@@ -11,6 +11,7 @@ from fleetune.fleet.fleet import build_fleet
 from fleetune.methods import METHODS
 from fleetune.spec import RunSpec, from_dict
 from support import tiny
+from support.settings import settings
 
 NO_RESULT_CHANGES = {
     "name": "a label",
@@ -44,7 +45,7 @@ def with_another(config: BaseModel, path: str) -> BaseModel:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_field_changes_the_hash_or_is_on_the_list(method: str):
     """A new field is in the hash without anybody's doing. One that is not stands on the list, with the reason."""
-    spec = from_dict({"method": {"name": method}})
+    spec = from_dict({"method": settings(method)})
     walked = fields_of(spec)
     assert {path.partition(".")[0] for path in walked} == set(RunSpec.model_fields)
     assert {path for path in walked if path.startswith("method.")} == {

@@ -87,10 +87,12 @@ class Network:
         """
         if held is self._held or not (held or self._held):  # the same cohort after cohort, and mostly none at all
             return
-        for name, site in self.sites.items():
-            delta = held.get(f"{name}.delta")
-            site.hold(delta if delta is None or delta.is_meta else delta.to(self.device))
-            site.pool = Pool.of(held, name, dtype=self.dtype, device=self.device)
+        # An evaluation may be the first to take it up. What is made in its inference mode could not stand beside what is trained.
+        with torch.inference_mode(mode=False):
+            for name, site in self.sites.items():
+                delta = held.get(f"{name}.delta")
+                site.hold(delta if delta is None or delta.is_meta else delta.to(self.device))
+                site.pool = Pool.of(held, name, dtype=self.dtype, device=self.device)
         self._held = held
 
     @property
