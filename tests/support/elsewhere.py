@@ -27,9 +27,11 @@ class There(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> There:
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, inner.shape, inner.stride(), inner.storage_offset(), dtype=inner.dtype, device=f"{NAME}:0"
-        )
+        # A wrapper made in inference mode could not be a view of one that was made outside, as a real device's tensors can.
+        with torch.inference_mode(mode=False):
+            return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+                cls, inner.shape, inner.stride(), inner.storage_offset(), dtype=inner.dtype, device=f"{NAME}:0"
+            )
 
     def __init__(self, inner: torch.Tensor):
         self.inner = inner

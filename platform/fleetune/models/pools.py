@@ -31,7 +31,6 @@ Wu et al. 2025, "Don't Reinvent the Wheel, Just Realign the Spokes" (SmartFed), 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -183,9 +182,7 @@ class MoLE:
         """x (K b, S, in) -> (K b, S, out)."""
         x_k = x.reshape(len(self.gate), -1, x.shape[-1])
         parts = (x_k @ self.pool.a.to(x.dtype).mT).split(self.pool.ranks, -1)
-        # By narrow and not by split, whose several views of one tensor autograd counts as one: inference mode refuses them.
-        b, ends = self.pool.b.to(x.dtype), list(itertools.accumulate(self.pool.ranks))
-        rows = [b.narrow(0, end - rank, rank) for end, rank in zip(ends, self.pool.ranks, strict=True)]
+        rows = self.pool.b.to(x.dtype).split(self.pool.ranks)
         outputs = torch.stack([part @ b for part, b in zip(parts, rows, strict=True)], 2)  # E_n(x): (K, n, N, out)
         joined = outputs.flatten(2)  # (K, n, N out)
         normed = nn.functional.layer_norm(joined, joined.shape[-1:])
