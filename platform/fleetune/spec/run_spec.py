@@ -112,9 +112,10 @@ class RunSpec(Config):
 
         The other part is the content of the files that are read (`problem.content`).
         """
-        values = {field: value for field, value in flatten(self.to_dict()).items() if changes_results(field)}
         values = {
-            name: value for name, value in values.items() if name not in ADDED_LATER or value != ADDED_LATER[name]
+            field: value
+            for field, value in flatten(self.to_dict()).items()
+            if changes_results(field) and (field not in ADDED_LATER or value != ADDED_LATER[field])
         }
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
